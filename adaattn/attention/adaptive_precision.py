@@ -1,0 +1,86 @@
+"""Attention that chooses the precision of each head."""
+
+from __future__ import annotations
+
+import torch
+
+from adaattn.attention.base import PlannedAttention
+from adaattn.budget import Moments, Plan, plan_of, plan_within
+from adaattn.config import POLICIES, PRECISIONS, Budget
+from adaattn.errors import ConfigError
+
+
+class AdaptivePrecisionAttention(PlannedAttention):
+    """Multi-head attention at full rank, each head as cheap in precision as the tolerance allows, or all at one.
+
+    Args:
+        default_precision: "adaptive", or one of fp32, bf16, fp16, int8, int8_fp8 for every head.
+        tolerance, policy, safety, precisions: as in `AdaptiveAttention`; a fixed precision has none of the first two.
+        embed_dim, num_heads, dropout, causal, bias, kdim, vdim, num_kv_heads: as in `DenseAttention`.
+
+    Example:
+        >>> attention = AdaptivePrecisionAttention(64, 4, default_precision="int8")
+        >>> x = torch.randn(2, 10, 64)
+        >>> output, _ = attention(x, x, x)
+        >>> attention.get_precision_statistics()["share"]["int8"]
+        1.0
+
+    Raises:
+        ConfigError: an argument out of range, or a tolerance for a fixed precision.
+    """
+
+    low_rank = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        default_precision: str = "adaptive",
+        dropout: float = 0.0,
+        causal: bool = False,
+        *,
+        tolerance: float | None = None,
+        policy: str | None = None,
+        safety: float = Budget.safety,
+        precisions: tuple[str, ...] = PRECISIONS,
+        bias: bool = True,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        num_kv_heads: int | None = None,
+    ) -> None:
+        self._check_precision(default_precision, tolerance is not None or policy is not None)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            causal,
+            bias,
+            kdim,
+            vdim,
+            num_kv_heads,
+            tolerance=tolerance,
+            policy=policy,
+            safety=safety,
+            precisions=precisions,
+        )
+        self.default_precision = default_precision
+        if default_precision == "adaptive" and self.budget is None:
+            self._set_budget(POLICIES["balanced"])
+
+    def set_tolerance(self, tolerance: float) -> None:
+        self._check_precision(self.default_precision, has_tolerance=True)
+        super().set_tolerance(tolerance)
+
+    @staticmethod
+    def _check_precision(name: str, has_tolerance: bool) -> None:
+        if name != "adaptive" and name not in PRECISIONS:
+            raise ConfigError(f"default_precision is {name!r}; choose adaptive, {', '.join(PRECISIONS)}")
+        if name != "adaptive" and has_tolerance:
+            raise ConfigError(f"default_precision {name!r} leaves a tolerance nothing to decide; use 'adaptive' with it")
+
+    def _make_plan(self, q: Moments, k: Moments, v: Moments, dtype: torch.dtype) -> Plan:
+        if self.budget is not None:
+            return plan_within(self.budget, self._ladder, q, k, v, self.scale)
+        code = PRECISIONS.index(self.default_precision)
+        precision = torch.full_like(q.token_peak, code, dtype=torch.int32)
+        return plan_of(precision, torch.full_like(precision, self.head_dim), q, k, v, self.scale)

@@ -1,0 +1,242 @@
+"""What all attention modules share: projections, checks, masks, dropout and weights.
+
+Every constructor argument stays readable as an attribute of the same name; `adaattn.save` relies on it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaattn.budget import Moments, Plan, ladder_table
+from adaattn.config import PRECISIONS, Budget, resolve_tolerance
+from adaattn.errors import ConfigError, DtypeError, ShapeError
+from adaattn.functional import planned_attention
+from adaattn.masks import expand_mask
+from adaattn.ops.adaptive_attention.impl.reference import attention_weights
+
+
+class AttentionBase(nn.Module, ABC):
+    """Multi-head attention; a subclass says how one set of heads attends (`_attend`)."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float,
+        causal: bool,
+        bias: bool,
+        kdim: int | None,
+        vdim: int | None,
+        num_kv_heads: int | None,
+    ) -> None:
+        super().__init__()
+        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+            raise ConfigError(f"embed_dim {embed_dim} is not a positive multiple of num_heads {num_heads}")
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ConfigError(f"num_heads {num_heads} is not a multiple of num_kv_heads {kv_heads}")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout is {dropout}; give a probability from 0 up to, not including, 1")
+        self.embed_dim, self.num_heads, self.dropout, self.causal = embed_dim, num_heads, dropout, causal
+        self.bias, self.kdim, self.vdim, self.num_kv_heads = bias, kdim, vdim, num_kv_heads
+        self.head_dim = embed_dim // num_heads
+        self.scale = self.head_dim**-0.5
+
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.k_proj = nn.Linear(kdim or embed_dim, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(vdim or embed_dim, kv_heads * self.head_dim, bias=bias)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of query over key and value.
+
+        Args:
+            query: (batch, seq_q, embed_dim).
+            key: (batch, seq_k, kdim).
+            value: (batch, seq_k, vdim).
+            attention_mask: boolean (True attends) or added to the scores, of shape (batch, seq_k),
+                (batch, seq_q, seq_k) or (batch, heads, seq_q, seq_k).
+            need_weights: also return the attention weights.
+
+        Returns:
+            The output (batch, seq_q, embed_dim), and the weights (batch, seq_q, seq_k), averaged over heads, or None.
+            Weights are those of the unrounded formula at the plan's rank.
+
+        Raises:
+            ShapeError, DtypeError: inputs that do not go together.
+        """
+        self._check_inputs(query, key, value)
+        batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
+        mask = attention_mask
+        if mask is not None:
+            mask = expand_mask(mask, batch, self.num_heads, queries, keys)
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+        if self.training and self.dropout > 0:
+            output, weights = self._attend_with_dropout(q, k, v, mask)
+        else:
+            output, rank = self._attend(q, k, v, mask)
+            weights = attention_weights(q, k, rank, mask, self.scale, self.causal) if need_weights else None
+        output = self.out_proj(output.transpose(1, 2).flatten(2))
+        return output, weights.mean(dim=1).to(query.dtype) if weights is not None and need_weights else None
+
+    @abstractmethod
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Output (B, H, Sq, D) and, where a plan cut it, the rank (B, H)."""
+
+    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Rounding would drown in dropout's noise, and the gradient is that of the unrounded formula anyway.
+        weights = attention_weights(q, k, None, mask, self.scale, self.causal)
+        v = v.repeat_interleave(self.num_heads // v.shape[1], dim=1)
+        return F.dropout(weights, self.dropout).to(v.dtype) @ v, weights
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        widths = (self.embed_dim, self.kdim or self.embed_dim, self.vdim or self.embed_dim)
+        for name, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
+            if x.dim() != 3 or x.shape[2] != width:
+                raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected (batch, tokens, {width})")
+            if not x.is_floating_point():
+                raise DtypeError(f"{name} is {x.dtype}; expected a floating-point tensor")
+        if key.shape[0] != query.shape[0] or value.shape[0] != query.shape[0]:
+            raise ShapeError(
+                f"batch sizes are {query.shape[0]}, {key.shape[0]} and {value.shape[0]} for query, key and value; "
+                "they must be the same"
+            )
+        if value.shape[1] != key.shape[1]:
+            raise ShapeError(f"key has {key.shape[1]} tokens and value {value.shape[1]}; they must be as many")
+        if query.shape[1] == 0 or key.shape[1] == 0:
+            raise ShapeError(f"query has {query.shape[1]} tokens and key {key.shape[1]}; at least one of each is needed")
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, causal={self.causal}"
+
+
+class PlannedAttention(AttentionBase):
+    """Attention whose heads follow plans; a subclass makes them (`_make_plan`).
+
+    What was chosen is counted on the device, in two buffers, and read only by `get_…_statistics`.
+    """
+
+    _plan_counts: Tensor  # (H, precisions, D + 1): plans so far
+    _largest_error_bits: Tensor  # (H,): largest predicted error so far
+    _ladder: Tensor  # what the budget allows, cheapest first
+    low_rank = True  # whether this class cuts the rank
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float,
+        causal: bool,
+        bias: bool,
+        kdim: int | None,
+        vdim: int | None,
+        num_kv_heads: int | None,
+        *,
+        tolerance: float | None,
+        policy: str | None,
+        safety: float,
+        precisions: tuple[str, ...],
+    ) -> None:
+        super().__init__(embed_dim, num_heads, dropout, causal, bias, kdim, vdim, num_kv_heads)
+        self.tolerance, self.policy, self.safety, self.precisions = tolerance, policy, safety, tuple(precisions)
+        self.budget: Budget | None = None
+        accepted = resolve_tolerance(tolerance, policy)
+        if accepted is not None:
+            self._set_budget(accepted)
+        counts = torch.zeros(num_heads, len(PRECISIONS), self.head_dim + 1, dtype=torch.int64)
+        self.register_buffer("_plan_counts", counts, persistent=False)
+        # A float's bits as an integer: they order as positive floats do, and `.half()` leaves integers alone.
+        self.register_buffer("_largest_error_bits", torch.zeros(num_heads, dtype=torch.int32), persistent=False)
+
+    def set_tolerance(self, tolerance: float) -> None:
+        """Let the error budget decide from now on, with this tolerance.
+
+        Raises:
+            ConfigError: the tolerance is out of range, or the module's plan is fixed.
+        """
+        self._set_budget(tolerance)
+        self.tolerance, self.policy = tolerance, None
+
+    def _set_budget(self, tolerance: float) -> None:
+        self.budget = Budget(tolerance, self.safety, self.precisions, self.low_rank)
+        table = ladder_table(self.budget, self.head_dim, self.q_proj.weight.device)
+        self.register_buffer("_ladder", table, persistent=False)
+
+    @abstractmethod
+    def _make_plan(self, q: Moments, k: Moments, v: Moments, dtype: torch.dtype) -> Plan:
+        """The plan of each head, from the moments of q, k (centred) and v; dtype is theirs."""
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def make_plan(q_moments: Moments, k_moments: Moments, v_moments: Moments) -> Plan:
+            return self._make_plan(q_moments, k_moments, v_moments, q.dtype)
+
+        output, plan = planned_attention(q, k, v, mask, self.causal, self.scale, make_plan)
+        if not torch.compiler.is_exporting():
+            self._record(plan)
+        return output, plan.rank
+
+    def _record(self, plan: Plan) -> None:
+        place = plan.precision * (self.head_dim + 1) + plan.rank
+        self._plan_counts.view(self.num_heads, -1).scatter_add_(
+            1, place.T.long(), self._plan_counts.new_ones(1, 1).expand(place.T.shape)
+        )
+        bits = plan.predicted_error.amax(0).float().view(torch.int32)
+        self._largest_error_bits.copy_(torch.maximum(self._largest_error_bits, bits))
+
+    def reset_statistics(self) -> None:
+        """Forget all plans so far."""
+        self._plan_counts.zero_()
+        self._largest_error_bits.zero_()
+
+    def get_precision_statistics(self) -> dict[str, object]:
+        """How often each precision was chosen since the last reset. Reading waits for the device.
+
+        Returns:
+            `plans`, the number of (batch, head) plans; `share`, of each precision; `per_head`, a list of such shares;
+            `predicted_error`, the largest predicted relative error of each head.
+        """
+        counts = self._plan_counts.sum(-1).cpu()
+        return {
+            "plans": int(counts.sum()),
+            "share": _shares(counts.sum(0)),
+            "per_head": [_shares(head) for head in counts],
+            "predicted_error": self._largest_error_bits.view(torch.float32).tolist(),
+        }
+
+    def get_rank_statistics(self) -> dict[str, object]:
+        """Which ranks were chosen since the last reset. Reading waits for the device.
+
+        Returns:
+            `plans`, the number of (batch, head) plans; `head_dim`; `mean_rank`; `per_head`, the mean rank of each head;
+            `low_rank_share`, the share of plans below head_dim; `predicted_error` as in `get_precision_statistics`.
+        """
+        counts = self._plan_counts.sum(1).cpu()
+        ranks = torch.arange(self.head_dim + 1)
+        plans = int(counts.sum())
+        return {
+            "plans": plans,
+            "head_dim": self.head_dim,
+            "mean_rank": float((counts.sum(0) * ranks).sum()) / max(plans, 1),
+            "per_head": ((counts * ranks).sum(1) / counts.sum(1).clamp_min(1)).tolist(),
+            "low_rank_share": float(counts[:, :-1].sum()) / max(plans, 1),
+            "predicted_error": self._largest_error_bits.view(torch.float32).tolist(),
+        }
+
+
+def _shares(counts: Tensor) -> dict[str, float]:
+    total = max(int(counts.sum()), 1)
+    return {name: int(count) / total for name, count in zip(PRECISIONS, counts, strict=True)}

@@ -1,0 +1,209 @@
+"""The error model, and the plans made from it.
+
+Noise of standard deviation e on the scores q·k is a relative error of about e on the output of attention, whether it
+comes from rounding or from dimensions that were left out. So one budget buys both:
+
+    predicted_error² = scores²(precision) + values²(precision) + Σ_{d ≥ rank} w_d,    w_d = scale²·E[q_d²]·E[k_d²]
+
+with k centred on its mean over the attended keys. Everything here is ordinary torch arithmetic on the moments of one
+pass over q, k and v, without a synchronisation: it is captured by torch.export, and every backend decides alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaattn.config import PRECISIONS, Budget
+
+RMS = 0.42  # rms of a rounding error, in units of the largest possible: averaged over a mantissa's range
+FP32_U, BF16_U, FP16_U, FP8_U = (RMS * 2.0**-bits for bits in (24, 8, 11, 4))
+FP16_STEP = 2.0**-24  # spacing of fp16's subnormal numbers
+FP8_STEP = 2.0**-9 / 448  # the same of fp8-e4m3, relative to the peak that is scaled to 448
+FP16_MAX, BF16_MAX = 65504.0, 3.3895e38
+
+# Tensor-core time of q·k and of P·v, fp16 being 1: fp32 is three tf32 products at half the rate; 8 bits run at twice it.
+COST = {"fp32": (6.0, 6.0), "bf16": (1.0, 1.0), "fp16": (1.0, 1.0), "int8": (0.5, 1.0), "int8_fp8": (0.5, 0.5)}
+# Of equally cheap precisions the first is taken; the first that is allowed is also the fallback, at full rank.
+BY_ACCURACY = ("fp32", "fp16", "bf16", "int8", "int8_fp8")
+
+
+class Moments(NamedTuple):
+    """What `adaattn.ops.token_moments` returns for one tensor of shape (B, H, S, D)."""
+
+    mean: Tensor  # (B, H, D)
+    second_moment: Tensor  # (B, H, D)
+    channel_peak: Tensor  # (B, H, D)
+    token_peak: Tensor  # (B, H), mean over tokens of the token's squared peak
+
+
+class Plan(NamedTuple):
+    """Precision code (int32), rank (int32) and predicted error (float32) of each head, all of shape (B, H)."""
+
+    precision: Tensor
+    rank: Tensor
+    predicted_error: Tensor
+
+
+def rank_classes(head_dim: int, low_rank: bool = True) -> tuple[int, ...]:
+    """Ranks that kernels are compiled for: quarters of the head dimension, rounded up.
+
+    Example:
+        >>> rank_classes(64)
+        (16, 32, 48, 64)
+    """
+    return tuple(sorted({-(-head_dim * i // 4) for i in (1, 2, 3, 4)})) if low_rank else (head_dim,)
+
+
+def ladder(budget: Budget, head_dim: int) -> list[tuple[int, int]]:
+    """All (precision code, rank) that a budget allows, cheapest first; the last is the fallback.
+
+    Example:
+        >>> ladder(Budget(1e-2, precisions=("fp32", "fp16")), 64)[:2]
+        [(2, 16), (2, 32)]
+    """
+    allowed = [name for name in BY_ACCURACY if name in budget.precisions]
+    ranks = rank_classes(head_dim, budget.low_rank)
+    steps = [
+        (COST[name][0] * rank / head_dim + COST[name][1], allowed.index(name), PRECISIONS.index(name), rank)
+        for name in allowed
+        for rank in ranks
+    ]
+    fallback = (PRECISIONS.index(allowed[0]), head_dim)
+    return [(code, rank) for _, _, code, rank in sorted(steps) if (code, rank) != fallback] + [fallback]
+
+
+def ladder_table(budget: Budget, head_dim: int, device: torch.device | None = None) -> Tensor:
+    """`ladder` as a tensor (3, steps) of int64: codes, ranks, and each rank's place in `rank_classes`."""
+    classes = rank_classes(head_dim, budget.low_rank)
+    rows = [(code, rank, classes.index(rank)) for code, rank in ladder(budget, head_dim)]
+    return torch.tensor(rows, device=device).T.contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_ladder_table(budget: Budget, head_dim: int, device: torch.device) -> Tensor:
+    return ladder_table(budget, head_dim, device)
+
+
+def ladder_table_for(budget: Budget, head_dim: int, device: torch.device) -> Tensor:
+    """`ladder_table` for a function, which has no buffer: kept between calls, made anew inside a trace."""
+    if torch.compiler.is_compiling():
+        return ladder_table(budget, head_dim, device)
+    return _cached_ladder_table(budget, head_dim, device)
+
+
+def energy(query: Moments, key: Moments, scale: float) -> Tensor:
+    """w_d = scale²·E[q_d²]·E[k_d²] of each query head, shape (B, H, D): the score variance that a dimension carries."""
+    return query.second_moment * _per_query_head(key.second_moment, query) * (scale * scale)
+
+
+def noise(query: Moments, key: Moments, value: Moments, scale: float) -> Tensor:
+    """Predicted squared error of each precision at full rank, shape (B, H, 5); inf where the values do not fit it.
+
+    The terms are those of the table in docs/error-model.md. The fp16 and fp8 rows also count what underflow adds,
+    a uniform error of one subnormal step.
+    """
+    total = energy(query, key, scale).sum(-1)
+    q_power = query.second_moment.sum(-1)
+    k_power = _per_query_head(key.second_moment.sum(-1), query)
+    k_token_peak = _per_query_head(key.token_peak, query)
+    v_power = _per_query_head(value.second_moment.mean(-1), query).clamp_min(1e-30)
+    v_peak2 = _per_query_head(value.channel_peak.square().mean(-1), query)
+    v_peak = _per_query_head(value.channel_peak.amax(-1), query)
+    peak = torch.maximum(query.channel_peak.amax(-1), _per_query_head(key.channel_peak.amax(-1), query))
+    peak = torch.maximum(peak, v_peak)
+
+    integer = (query.token_peak * k_power + k_token_peak * q_power) * (scale * scale / (12 * 127**2))
+    fp16_values = 2 * FP16_U**2 + (FP16_STEP**2 / 12) / v_power
+    fp8_values = 2 * FP8_U**2 + (FP8_STEP**2 / 12) * (v_peak2 / v_power)
+    fp16_scores = 2 * FP16_U**2 * total + (scale * scale * FP16_STEP**2 / 12) * (q_power + k_power)
+    relative = total + 1
+    return torch.stack(
+        [
+            relative * (2 * FP32_U**2),
+            torch.where(peak <= BF16_MAX, relative * (2 * BF16_U**2), torch.inf),
+            torch.where(peak <= FP16_MAX, fp16_scores + fp16_values, torch.inf),
+            torch.where(v_peak <= FP16_MAX, integer + fp16_values, torch.inf),
+            integer + fp8_values,
+        ],
+        dim=-1,
+    )
+
+
+def plan_within(
+    budget: Budget, table: Tensor, query: Moments, key: Moments, value: Moments, scale: float
+) -> Plan:
+    """The cheapest plan of each head whose predicted error, times the budget's safety, fits its tolerance.
+
+    Args:
+        table: `ladder_table(budget, head_dim)`, on the device of the moments (modules keep it as a buffer).
+        query, key, value: moments of shape (B, H, ·), (B, Hk, ·), (B, Hk, ·); H a multiple of Hk.
+        scale: softmax scale.
+
+    Returns:
+        A plan; heads that nothing cheaper fits take the fallback, the most precise row at full rank, and their
+        predicted error says what that costs (inf where moments overflow float32).
+    """
+    classes = rank_classes(query.second_moment.shape[-1], budget.low_rank)
+    weights = energy(query, key, scale)
+    tails = torch.stack([weights[..., rank:].sum(-1) for rank in classes], dim=-1)
+    codes, ranks, class_of = table.unbind(0)
+    error = _root(noise(query, key, value, scale)[..., codes] + tails[..., class_of])
+    last = error.shape[-1] - 1
+    step = torch.arange(last + 1, device=error.device)
+    choice = torch.where(error <= budget.limit, step, last).amin(-1)
+    return Plan(
+        codes[choice].to(torch.int32),
+        ranks[choice].to(torch.int32),
+        error.gather(-1, choice.unsqueeze(-1)).squeeze(-1),
+    )
+
+
+def plan_of(precision: Tensor, rank: Tensor, query: Moments, key: Moments, value: Moments, scale: float) -> Plan:
+    """The plan that a given precision and rank (B, H) make, with its predicted error."""
+    dims = torch.arange(query.second_moment.shape[-1], device=rank.device)
+    tail = torch.where(dims >= rank.unsqueeze(-1), energy(query, key, scale), 0).sum(-1)
+    rounding = noise(query, key, value, scale).gather(-1, precision.long().unsqueeze(-1)).squeeze(-1)
+    return Plan(precision, rank, _root(rounding + tail))
+
+
+def effective_rank(weights: Tensor) -> Tensor:
+    """exp of the Shannon entropy of the normalised energies, rounded up, int32: Roy and Vetterli, EUSIPCO 2007.
+
+    Args:
+        weights: energies (..., D).
+
+    Example:
+        >>> effective_rank(torch.tensor([1.0, 1.0, 0.0, 0.0])).item()
+        2
+    """
+    share = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    entropy = -(share * share.clamp_min(torch.finfo(weights.dtype).tiny).log()).sum(-1)
+    # Equal energies make a whole number: a thousandth of slack keeps rounding from raising it by one.
+    return (entropy.exp() - 1e-3).ceil().clamp(1, weights.shape[-1]).to(torch.int32)
+
+
+def power_rank(weights: Tensor, threshold: float) -> Tensor:
+    """Smallest rank whose leading dimensions hold `threshold` of the energy, int32.
+
+    Example:
+        >>> power_rank(torch.tensor([8.0, 1.0, 0.5, 0.5]), 0.9).item()
+        2
+    """
+    kept = weights.cumsum(-1)
+    short = kept < kept[..., -1:] * threshold
+    return (short.sum(-1) + 1).clamp(max=weights.shape[-1]).to(torch.int32)
+
+
+def _root(squared: Tensor) -> Tensor:
+    # NaN (moments that overflowed to inf, times zero) means unknown, and unknown must not look small.
+    return torch.where(squared >= 0, squared, torch.inf).sqrt()
+
+
+def _per_query_head(x: Tensor, query: Moments) -> Tensor:
+    """x (B, Hk, ...) with each kv head repeated for the query heads that share it."""
+    groups = query.token_peak.shape[1] // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)

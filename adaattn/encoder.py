@@ -1,0 +1,88 @@
+"""A pre-norm Transformer encoder of our attention modules: a whole model to save, export and measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from adaattn.attention.adaptive import AdaptiveAttention
+from adaattn.attention.adaptive_precision import AdaptivePrecisionAttention
+from adaattn.attention.adaptive_rank import AdaptiveRankAttention
+from adaattn.attention.base import AttentionBase
+from adaattn.attention.dense import DenseAttention
+from adaattn.errors import ConfigError
+
+ATTENTION: dict[str, type[AttentionBase]] = {
+    "dense": DenseAttention,
+    "adaptive_precision": AdaptivePrecisionAttention,
+    "adaptive_rank": AdaptiveRankAttention,
+    "adaptive": AdaptiveAttention,
+}
+
+
+class EncoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, attention: AttentionBase) -> None:
+        super().__init__()
+        width = attention.embed_dim
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """x (batch, tokens, width) to the same; the mask as in the attention modules."""
+        normed = self.attention_norm(x)
+        x = x + self.attention(normed, normed, normed, attention_mask)[0]
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
+
+
+class Encoder(nn.Module):
+    """Encoder whose layers each name their attention.
+
+    Args:
+        embed_dim, num_heads, causal: as in `DenseAttention`.
+        layers: one of "dense", "adaptive_precision", "adaptive_rank", "adaptive" for each layer.
+        tolerance: of all adaptive layers; without one each module's own default.
+
+    Example:
+        >>> encoder = Encoder(64, 4, layers=("dense", "adaptive"), causal=True)
+        >>> encoder(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+
+    Raises:
+        ConfigError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        layers: Sequence[str] = ("adaptive",) * 4,
+        causal: bool = False,
+        *,
+        tolerance: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.causal = embed_dim, num_heads, causal
+        self.layers, self.tolerance = tuple(layers), tolerance
+        unknown = [name for name in layers if name not in ATTENTION]
+        if unknown or not layers:
+            raise ConfigError(f"layers are {tuple(layers)!r}; name at least one, each of {', '.join(ATTENTION)}")
+        options = {} if tolerance is None else {"tolerance": tolerance}
+        self.stack = nn.ModuleList(
+            EncoderLayer(
+                ATTENTION[name](embed_dim, num_heads, causal=causal, **({} if name == "dense" else options))  # type: ignore[call-arg]
+            )
+            for name in layers
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """x (batch, tokens, embed_dim) to the same; the mask as in the attention modules."""
+        for layer in self.stack:
+            x = layer(x, attention_mask)
+        return self.norm(x)

@@ -1,0 +1,29 @@
+"""Every error this package raises on purpose. A message names what was got, what was expected and what to do."""
+
+
+class AdaAttnError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(AdaAttnError, ValueError):
+    """An option has a value that cannot work."""
+
+
+class ShapeError(AdaAttnError, ValueError):
+    """A tensor has a shape that the call does not take."""
+
+
+class DtypeError(AdaAttnError, TypeError):
+    """A tensor has a type that the call does not take."""
+
+
+class CheckpointError(AdaAttnError):
+    """A file could not be read or written as a model."""
+
+
+class ExportError(AdaAttnError):
+    """A model could not be captured or lowered."""
+
+
+class TargetError(ExportError):
+    """One target failed; the artifacts of the others stand."""

@@ -1,0 +1,111 @@
+"""Attention under an error budget as one call, and the two roads that the modules take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaattn.budget import Moments, Plan, ladder_table_for, plan_within
+from adaattn.config import PRECISIONS, Budget
+from adaattn.errors import ShapeError
+from adaattn.masks import attended_keys, causal_mask
+from adaattn.ops.adaptive_attention.api import check_attention_inputs
+from adaattn.ops.adaptive_attention.ops import adaptive_attention as attention_op
+from adaattn.ops.token_moments.ops import token_moments as moments_op
+
+PlanMaker = Callable[[Moments, Moments, Moments], Plan]
+
+
+def adaptive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    tolerance: float,
+    safety: float = Budget.safety,
+    precisions: tuple[str, ...] = PRECISIONS,
+    low_rank: bool = True,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, each head as cheap as a tolerance allows.
+
+    Args:
+        query: (B, H, Sq, D).
+        key, value: (B, H, Sk, D), or fewer heads with `enable_gqa`, H a multiple of theirs.
+        attn_mask: boolean (True attends) or added to the scores, broadcastable to (B, H, Sq, Sk).
+        is_causal: query i attends to keys j ≤ i, aligned at the top left; goes together with `attn_mask`.
+        scale: softmax scale; 1/√D by default.
+        tolerance: accepted relative error (root mean square) of the output of a head.
+        safety, precisions, low_rank: see `adaattn.config.Budget`.
+
+    Returns:
+        (B, H, Sq, D), of the query's type. A query that may attend to nothing gives zeros.
+
+    Example:
+        >>> q = k = v = torch.randn(1, 8, 100, 64)
+        >>> adaptive_attention(q, k, v, is_causal=True, tolerance=1e-2).shape
+        torch.Size([1, 8, 100, 64])
+
+    Raises:
+        ConfigError: an option out of range.
+        ShapeError, DtypeError: operands that do not go together.
+    """
+    budget = Budget(tolerance, safety, tuple(precisions), low_rank)
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    check_attention_inputs(query, key, value, attn_mask)
+    if key.shape[1] != query.shape[1] and not enable_gqa:
+        raise ShapeError(f"query has {query.shape[1]} heads and key {key.shape[1]}; pass enable_gqa=True to share keys")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    table = ladder_table_for(budget, query.shape[-1], query.device)
+
+    def make_plan(q: Moments, k: Moments, v: Moments) -> Plan:
+        return plan_within(budget, table, q, k, v, scale)
+
+    return planned_attention(query, key, value, attn_mask, is_causal, scale, make_plan)[0]
+
+
+def planned_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    make_plan: PlanMaker,
+) -> tuple[Tensor, Plan]:
+    """Statistics, plan, attention: operands (B, H, S, D) and a mask of four axes, already checked."""
+    keys = attended_keys(attn_mask, key.shape[1])
+    q = Moments(*moments_op(query.detach(), None, False))
+    k = Moments(*moments_op(key.detach(), keys, True))
+    v = Moments(*moments_op(value.detach(), keys, False))
+    plan = make_plan(q, k, v)
+    output = attention_op(
+        query, key, value, k.mean, v.channel_peak, plan.precision, plan.rank, attn_mask, scale, is_causal
+    )
+    return output, plan
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """SDPA that takes a mask and causality together, and gives zeros to a query that may attend to nothing."""
+    gqa = query.shape[1] != key.shape[1]
+    if attn_mask is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+    if is_causal:
+        allowed = allowed & causal_mask(query.shape[2], key.shape[2], query.device)
+    some = allowed.any(-1, keepdim=True)
+    # A row without a key attends everywhere, so that no backend meets a softmax of nothing, and is zeroed after.
+    bias = allowed | ~some
+    if attn_mask.dtype != torch.bool:
+        bias = torch.where(some, torch.where(allowed, attn_mask, -torch.inf), 0).to(query.dtype)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=gqa)
+    return torch.where(some, output, 0)

@@ -1,0 +1,120 @@
+"""The specification of `adaptive_attention`, in plain torch: low precisions are emulated by rounding.
+
+Sums accumulate in float32 (float64 for float64 inputs), where the integers of int8 products are exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adaattn.config import BF16, FP16, INT8, INT8_FP8
+
+FP16_MAX = torch.finfo(torch.float16).max
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+TINY = torch.finfo(torch.float32).tiny
+SCORES_AT_ONCE = 1 << 25  # scores of a block of queries that exist at one time
+
+
+def adaptive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    value_peak: Tensor,
+    precision: Tensor,
+    rank: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    """Attention in which each head follows its plan; see `adaattn.ops.adaptive_attention`."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    heads, head_dim = query.shape[1], query.shape[3]
+    code = precision[:, :, None, None]
+
+    dims = torch.arange(head_dim, device=query.device)
+    q = torch.where(dims < rank[:, :, None, None], query.to(compute), 0)
+    k = _per_query_head(key.to(compute) - key_mean.to(compute).unsqueeze(2), heads)
+    v = _per_query_head(value.to(compute), heads)
+
+    q, q_step = _round_scores_operand(q, code)
+    k, k_step = _round_scores_operand(k, code)
+    v_step = (_per_query_head(value_peak.to(compute), heads).unsqueeze(2) / FP8_MAX).clamp_min(TINY)
+    v = _select(code, v, bf16=_bf16(v), fp16=_fp16(v), int8=_fp16(v), int8_fp8=_fp8(v / v_step))
+    unit = torch.where(code == INT8_FP8, v_step / FP8_MAX, 1)
+
+    queries, keys = q.shape[2], k.shape[2]
+    block = max(1, SCORES_AT_ONCE // max(1, q.shape[0] * heads * keys))
+    outputs = []
+    for start in range(0, queries, block):
+        rows = slice(start, min(start + block, queries))
+        scores = (q[:, :, rows] @ k.mT) * (q_step[:, :, rows] * scale) * k_step.mT
+        scores = _masked(scores, attn_mask, is_causal, start)
+        peak = scores.amax(-1, keepdim=True)
+        p = (scores - torch.where(peak == -torch.inf, 0, peak)).exp()
+        total = p.sum(-1, keepdim=True)
+        p = _select(code, p, bf16=_bf16(p), fp16=_fp16(p), int8=_fp16(p), int8_fp8=_fp8(p * FP8_MAX))
+        outputs.append((p @ v) * unit / torch.where(total == 0, 1, total))
+    return torch.cat(outputs, dim=2).to(query.dtype)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, rank: Tensor | None, attn_mask: Tensor | None, scale: float, is_causal: bool
+) -> Tensor:
+    """Normalised probabilities (B, H, Sq, Sk) of the unrounded formula, at the plan's rank (None: full)."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    q = query.to(compute)
+    if rank is not None:
+        q = torch.where(torch.arange(q.shape[3], device=q.device) < rank[:, :, None, None], q, 0)
+    k = _per_query_head(key.to(compute), query.shape[1])
+    scores = _masked((q * scale) @ k.mT, attn_mask, is_causal, 0)
+    peak = scores.amax(-1, keepdim=True)
+    p = (scores - torch.where(peak == -torch.inf, 0, peak)).exp()
+    total = p.sum(-1, keepdim=True)
+    return p / torch.where(total == 0, 1, total)
+
+
+def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, start: int) -> Tensor:
+    """Scores of the queries from `start` on, with -inf where a query must not attend."""
+    queries, keys = scores.shape[2], scores.shape[3]
+    if attn_mask is not None:
+        mask = attn_mask if attn_mask.shape[2] == 1 else attn_mask[:, :, start : start + queries]
+        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    if is_causal:
+        row = torch.arange(start, start + queries, device=scores.device).unsqueeze(1)
+        scores = torch.where(torch.arange(keys, device=scores.device) <= row, scores, -torch.inf)
+    return scores
+
+
+def _round_scores_operand(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """x as the head's row rounds it, and the step (B, H, S, 1) that its integers count; 1 where they are none."""
+    step = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(TINY)
+    integers = (x / step).round().clamp(-127, 127)
+    rounded = _select(code, x, bf16=_bf16(x), fp16=_fp16(x), int8=integers, int8_fp8=integers)
+    return rounded, torch.where(code >= INT8, step, 1)
+
+
+def _select(code: Tensor, fp32: Tensor, *, bf16: Tensor, fp16: Tensor, int8: Tensor, int8_fp8: Tensor) -> Tensor:
+    low = torch.where(code == INT8, int8, int8_fp8)
+    low = torch.where(code == FP16, fp16, low)
+    low = torch.where(code == BF16, bf16, low)
+    return torch.where(code == 0, fp32, low)
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def _fp16(x: Tensor) -> Tensor:
+    # Saturating: a masked token may lie outside the range, and its inf times a probability of 0 would be NaN.
+    return x.clamp(-FP16_MAX, FP16_MAX).to(torch.float16).to(x.dtype)
+
+
+def _fp8(x: Tensor) -> Tensor:
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def _per_query_head(x: Tensor, heads: int) -> Tensor:
+    """x (B, Hk, ...) with each kv head repeated for the query heads that share it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

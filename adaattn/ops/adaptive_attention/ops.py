@@ -1,0 +1,88 @@
+"""Registration of `adaattn::adaptive_attention`: schema, shapes, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaattn.ops.adaptive_attention.impl import reference
+
+
+@torch.library.custom_op("adaattn::adaptive_attention", mutates_args=())
+def adaptive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    value_peak: Tensor,
+    precision: Tensor,
+    rank: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    return reference.adaptive_attention(
+        query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal
+    )
+
+
+@adaptive_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    value_peak: Tensor,
+    precision: Tensor,
+    rank: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, _, _, _, rank, attn_mask, ctx.scale, ctx.is_causal = inputs
+    ctx.save_for_backward(query, key, value, rank, attn_mask)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradient of the unrounded formula at the plan's rank. That of `key_mean` is zero: softmax does not see it."""
+    query, key, value, rank, attn_mask = ctx.saved_tensors
+    compute = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
+
+    p = reference.attention_weights(query, key, rank, attn_mask, ctx.scale, ctx.is_causal)
+    g = grad.to(compute)
+    v = value.to(compute).repeat_interleave(heads // kv_heads, dim=1)
+    k = key.to(compute).repeat_interleave(heads // kv_heads, dim=1)
+    kept = torch.arange(head_dim, device=query.device) < rank[:, :, None, None]
+
+    grad_p = g @ v.mT
+    grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
+    grad_query = torch.where(kept, (grad_scores @ k) * ctx.scale, 0)
+    grad_key = grad_scores.mT @ torch.where(kept, query.to(compute) * ctx.scale, 0)
+    grad_value = p.mT @ g
+    grad_mask = None
+    if ctx.needs_input_grad[7]:
+        grad_mask = grad_scores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+
+    def per_kv_head(x: Tensor) -> Tensor:
+        return x.unflatten(1, (kv_heads, heads // kv_heads)).sum(dim=2)
+
+    return (
+        grad_query.to(query.dtype),
+        per_kv_head(grad_key).to(key.dtype),
+        per_kv_head(grad_value).to(value.dtype),
+        *(None,) * 4,
+        grad_mask,
+        None,
+        None,
+    )
+
+
+adaptive_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,42 @@
+"""The checked entrance to `adaattn::token_moments`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adaattn.budget import Moments
+from adaattn.errors import DtypeError, ShapeError
+from adaattn.ops.token_moments.ops import token_moments as op
+
+
+def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = False) -> Moments:
+    """Mean, second moment and peaks of x over its tokens, in one pass.
+
+    Args:
+        x: (B, H, S, D), floating point.
+        key_mask: boolean, broadcastable to (B, H, S); tokens where it is False do not count.
+        center: whether second moment and peaks are about the mean.
+
+    Returns:
+        `mean`, `second_moment`, `channel_peak` (largest magnitude of a dimension), each (B, H, D), and `token_peak`
+        (B, H), the mean over tokens of a token's squared largest magnitude; float32 (float64 for a float64 x). All
+        are zero where no token counts.
+
+    Example:
+        >>> token_moments(torch.tensor([[[[1.0, 0.0], [3.0, 0.0]]]])).mean
+        tensor([[[2., 0.]]])
+
+    Raises:
+        ShapeError: x is not 4-dimensional, or the mask is not 3-dimensional.
+        DtypeError: x is not floating point, or the mask not boolean.
+    """
+    if x.dim() != 4:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; expected (batch, heads, tokens, head_dim)")
+    if not x.is_floating_point():
+        raise DtypeError(f"x is {x.dtype}; expected a floating-point tensor")
+    if key_mask is not None and key_mask.dim() != 3:
+        raise ShapeError(f"key_mask has shape {tuple(key_mask.shape)}; expected (batch, heads, tokens), or ones in them")
+    if key_mask is not None and key_mask.dtype != torch.bool:
+        raise DtypeError(f"key_mask is {key_mask.dtype}; expected bool, True where a token counts")
+    return Moments(*op(x, key_mask, center))

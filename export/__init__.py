@@ -1,0 +1,1 @@
+"""From a model to verified ONNX and TensorRT artifacts."""
