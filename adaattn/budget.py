@@ -151,7 +151,8 @@ def plan_within(
     weights = energy(query, key, scale)
     tails = torch.stack([weights[..., rank:].sum(-1) for rank in classes], dim=-1)
     codes, ranks, class_of = table.unbind(0)
-    error = _root(noise(query, key, value, scale)[..., codes] + tails[..., class_of])
+    rounding = noise(query, key, value, scale)
+    error = _root(rounding.index_select(-1, codes) + tails.index_select(-1, class_of))
     last = error.shape[-1] - 1
     step = torch.arange(last + 1, device=error.device)
     choice = torch.where(error <= budget.limit, step, last).amin(-1)

@@ -51,11 +51,9 @@ def adaptive_attention(
         rows = slice(start, min(start + block, queries))
         scores = (q[:, :, rows] @ k.mT) * (q_step[:, :, rows] * scale) * k_step.mT
         scores = _masked(scores, attn_mask, is_causal, start)
-        peak = scores.amax(-1, keepdim=True)
-        p = (scores - torch.where(peak == -torch.inf, 0, peak)).exp()
-        total = p.sum(-1, keepdim=True)
+        p, total = _exponentials(scores)
         p = _select(code, p, bf16=_bf16(p), fp16=_fp16(p), int8=_fp16(p), int8_fp8=_fp8(p * FP8_MAX))
-        outputs.append((p @ v) * unit / torch.where(total == 0, 1, total))
+        outputs.append((p @ v) * unit / total)
     return torch.cat(outputs, dim=2).to(query.dtype)
 
 
@@ -69,10 +67,15 @@ def attention_weights(
         q = torch.where(torch.arange(q.shape[3], device=q.device) < rank[:, :, None, None], q, 0)
     k = _per_query_head(key.to(compute), query.shape[1])
     scores = _masked((q * scale) @ k.mT, attn_mask, is_causal, 0)
-    peak = scores.amax(-1, keepdim=True)
-    p = (scores - torch.where(peak == -torch.inf, 0, peak)).exp()
-    total = p.sum(-1, keepdim=True)
-    return p / torch.where(total == 0, 1, total)
+    p, total = _exponentials(scores)
+    return p / total
+
+
+def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(score − row maximum) and its sum; zeros and 1 for a row that is -inf throughout."""
+    peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    p = (scores - peak).exp()
+    return p, p.sum(-1, keepdim=True).clamp_min(1)  # the maximum alone contributes exp(0) = 1
 
 
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, start: int) -> Tensor:

@@ -1,0 +1,226 @@
+"""A captured program as an ONNX model: our ops stay nodes of their own, each with its body attached."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+
+import adaattn.ops  # noqa: F401  registers the ops that the program calls
+from adaattn.errors import ExportError
+from adaattn.export.bodies import ADAPTIVE_ATTENTION, DOMAIN, DOMAIN_VERSION, TOKEN_MOMENTS, body
+from adaattn.plugins import NAMESPACE, VERSION
+
+OLDEST_OPSET, NEWEST_OPSET = 18, 24
+EXTERNAL_ABOVE = 1 << 30  # bytes of weights in all: protobuf files end at 2 GiB
+SMALL_TENSOR = 1 << 10  # bytes: what is smaller stays in the file, where shape inference can read it
+
+
+def lower(
+    program: torch.export.ExportedProgram,
+    opset: int,
+    dim_names: Mapping[str, str],
+    output_names: Sequence[str],
+    emit_plan: bool = False,
+) -> ir.Model:
+    """The ONNX model of a captured program.
+
+    Args:
+        program: what torch.export captured.
+        opset: 18 to 24.
+        dim_names: for each symbol of the program the name that it gets.
+        output_names: names of the graph's outputs.
+        emit_plan: add precision and rank of each planned attention as outputs, `LAYER.precision` and `LAYER.rank`.
+
+    Raises:
+        ExportError: torch.onnx cannot translate the program.
+    """
+    _register_schemas()
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            output_names=list(output_names),
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(f"torch.onnx cannot translate the program: {_reason(error)}") from error
+    assert exported is not None  # torch.onnx.export returns None only for TorchScript models
+    model = exported.model
+    _name_dims(model.graph, dim_names)
+    planned = planned_nodes(model)
+    for layer, node in planned.items():
+        node.name = layer
+    if emit_plan:
+        for layer, node in planned.items():
+            for label, value in plan_values(node).items():
+                named = ir.node("Identity", [value], name=f"{layer}.{label}")
+                named.outputs[0].name, named.outputs[0].type = f"{layer}.{label}", value.type
+                named.outputs[0].shape = value.shape
+                model.graph.append(named)
+                model.graph.outputs.append(named.outputs[0])
+    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for name in sorted(used):
+        function = ir.serde.deserialize_function(body(name, model.opset_imports[""]))
+        model.functions[function.identifier()] = function
+    if used:
+        model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    model.producer_name, model.producer_version = "adaattn", adaattn.__version__
+    return model
+
+
+def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
+    """The attention nodes of ours, in order, by the path of the module that they come from."""
+    nodes: dict[str, ir.Node] = {}
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type in ADAPTIVE_ATTENTION:
+            layer = _module_path(node)
+            nodes[layer if layer and layer not in nodes else f"attention_{len(nodes)}"] = node
+    return nodes
+
+
+def plan_values(node: ir.Node) -> dict[str, ir.Value]:
+    """The two inputs of an attention node that are its plan."""
+    precision, rank = node.inputs[5], node.inputs[6]
+    assert precision is not None and rank is not None  # the schema has no optional inputs
+    return {"precision": precision, "rank": rank}
+
+
+def save(model: ir.Model, path: Path, external_above: int | None = None) -> list[Path]:
+    """Write the model; weights go to one external file where they are more than protobuf bears.
+
+    Args:
+        path: of the ONNX file; the external file is beside it and ends in `.data`.
+        external_above: every tensor of more bytes goes to the external file, whatever the total.
+
+    Returns:
+        The files written.
+    """
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    data = path.with_suffix(path.suffix + ".data")
+    if external_above is not None:
+        ir.save(model, path, external_data=data.name, size_threshold_bytes=external_above)
+    elif weights > EXTERNAL_ABOVE:
+        ir.save(model, path, external_data=data.name, size_threshold_bytes=SMALL_TENSOR)
+    else:
+        ir.save(model, path)
+    return [file for file in (path, data) if file.exists()]
+
+
+def check(path: Path) -> None:
+    """`onnx.checker` with full_check on the file.
+
+    Raises:
+        ExportError: the file is not a valid model.
+    """
+    try:
+        onnx.checker.check_model(os.fspath(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"onnx.checker refuses {path.name}: {_reason(error)}") from error
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    domain = onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION)
+    plugin = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+
+    def token_moments(x: Any, key_mask: Any, center: bool) -> Any:
+        inputs = (x,) if key_mask is None else (x, key_mask)
+        name = "token_moments" if key_mask is None else "token_moments_masked"
+        return getattr(domain, name)(*inputs, center=int(center), **plugin)
+
+    def adaptive_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        key_mean: Any,
+        value_peak: Any,
+        precision: Any,
+        rank: Any,
+        attn_mask: Any,
+        scale: float,
+        is_causal: bool,
+    ) -> Any:
+        inputs = (query, key, value, key_mean, value_peak, precision, rank)
+        name = "adaptive_attention"
+        if attn_mask is not None:
+            inputs += (attn_mask,)
+            name += "_masked" if attn_mask.dtype == ir.DataType.BOOL else "_biased"
+        return getattr(domain, name)(*inputs, scale=scale, is_causal=int(is_causal), **plugin)
+
+    ops = torch.ops.adaattn
+    return {ops.token_moments.default: token_moments, ops.adaptive_attention.default: adaptive_attention}
+
+
+@functools.cache
+def _register_schemas() -> None:
+    """Tell onnx the ops' signatures, so that the exporter emits nodes instead of inlining the bodies."""
+    schema = onnx.defs.OpSchema
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+    for name in (*TOKEN_MOMENTS, *ADAPTIVE_ATTENTION):
+        function = body(name, NEWEST_OPSET)
+        types = dict.fromkeys(function.input, "T")
+        types.update({n: t for n, t in _INPUT_TYPES.items() if n in types})
+        if name == "adaptive_attention_masked":
+            types["attn_mask"] = "tensor(bool)"
+        outputs = ["T"] if name in ADAPTIVE_ATTENTION else ["tensor(float)"] * 4
+        onnx.defs.register_schema(
+            schema(
+                name,
+                DOMAIN,
+                DOMAIN_VERSION,
+                inputs=[schema.FormalParameter(n, t) for n, t in types.items()],
+                outputs=[schema.FormalParameter(n, t) for n, t in zip(function.output, outputs, strict=True)],
+                type_constraints=[("T", floats, "floating point"), ("M", floats, "floating point")],
+                attributes=[schema.Attribute(attribute.name, attribute) for attribute in function.attribute_proto],
+            )
+        )
+
+
+_INPUT_TYPES = {
+    "key_mask": "tensor(bool)",
+    "key_mean": "tensor(float)",
+    "value_peak": "tensor(float)",
+    "precision": "tensor(int32)",
+    "rank": "tensor(int32)",
+    "attn_mask": "M",
+}
+
+
+def _name_dims(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Give symbols of torch the names that the user gave, in expressions of them too."""
+    if not names:
+        return
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
+    for value in values:
+        if value.shape is None:
+            continue
+        value.shape = ir.Shape(
+            ir.SymbolicDim(symbol.sub(lambda match: names[match[0]], dim.value))
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+            else dim
+            for dim in value.shape
+        )
+
+
+def _module_path(node: ir.Node) -> str:
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+    return scopes[-2] if len(scopes) > 1 else ""
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
