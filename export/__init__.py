@@ -1,1 +1,21 @@
-"""From a model to verified ONNX and TensorRT artifacts."""
+"""From a model to verified ONNX and TensorRT artifacts.
+
+`export` loads on first use: the command line must answer before torch has been imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaattn.export.pipeline import Options, Result, export
+
+__all__ = ["Options", "Result", "export"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'adaattn.export' has no attribute {name!r}")
+    from adaattn.export import pipeline
+
+    return getattr(pipeline, name)

@@ -18,6 +18,9 @@ from adaattn.functional import planned_attention
 from adaattn.masks import expand_mask
 from adaattn.ops.adaptive_attention.impl.reference import attention_weights
 
+# Statistics are integers, which `.half()` leaves alone: errors count in units far below float32's own rounding.
+ERROR_UNIT, ERROR_END = 2.0**-40, 2**62
+
 
 class AttentionBase(nn.Module, ABC):
     """Multi-head attention; a subclass says how one set of heads attends (`_attend`)."""
@@ -131,7 +134,7 @@ class PlannedAttention(AttentionBase):
     """
 
     _plan_counts: Tensor  # (H, precisions, D + 1): plans so far
-    _largest_error_bits: Tensor  # (H,): largest predicted error so far
+    _largest_error: Tensor  # (H,): largest predicted error so far, in units of ERROR_UNIT
     _ladder: Tensor  # what the budget allows, cheapest first
     low_rank = True  # whether this class cuts the rank
 
@@ -159,8 +162,7 @@ class PlannedAttention(AttentionBase):
             self._set_budget(accepted)
         counts = torch.zeros(num_heads, len(PRECISIONS), self.head_dim + 1, dtype=torch.int64)
         self.register_buffer("_plan_counts", counts, persistent=False)
-        # A float's bits as an integer: they order as positive floats do, and `.half()` leaves integers alone.
-        self.register_buffer("_largest_error_bits", torch.zeros(num_heads, dtype=torch.int32), persistent=False)
+        self.register_buffer("_largest_error", torch.zeros(num_heads, dtype=torch.int64), persistent=False)
 
     def set_tolerance(self, tolerance: float) -> None:
         """Let the error budget decide from now on, with this tolerance.
@@ -194,13 +196,13 @@ class PlannedAttention(AttentionBase):
         self._plan_counts.view(self.num_heads, -1).scatter_add_(
             1, place.T.long(), self._plan_counts.new_ones(1, 1).expand(place.T.shape)
         )
-        bits = plan.predicted_error.amax(0).float().view(torch.int32)
-        self._largest_error_bits.copy_(torch.maximum(self._largest_error_bits, bits))
+        error = (plan.predicted_error.amax(0) / ERROR_UNIT).clamp(max=ERROR_END).long()
+        self._largest_error.copy_(torch.maximum(self._largest_error, error))
 
     def reset_statistics(self) -> None:
         """Forget all plans so far."""
         self._plan_counts.zero_()
-        self._largest_error_bits.zero_()
+        self._largest_error.zero_()
 
     def get_precision_statistics(self) -> dict[str, object]:
         """How often each precision was chosen since the last reset. Reading waits for the device.
@@ -214,7 +216,7 @@ class PlannedAttention(AttentionBase):
             "plans": int(counts.sum()),
             "share": _shares(counts.sum(0)),
             "per_head": [_shares(head) for head in counts],
-            "predicted_error": self._largest_error_bits.view(torch.float32).tolist(),
+            "predicted_error": self._predicted_errors(),
         }
 
     def get_rank_statistics(self) -> dict[str, object]:
@@ -233,8 +235,11 @@ class PlannedAttention(AttentionBase):
             "mean_rank": float((counts.sum(0) * ranks).sum()) / max(plans, 1),
             "per_head": ((counts * ranks).sum(1) / counts.sum(1).clamp_min(1)).tolist(),
             "low_rank_share": float(counts[:, :-1].sum()) / max(plans, 1),
-            "predicted_error": self._largest_error_bits.view(torch.float32).tolist(),
+            "predicted_error": self._predicted_errors(),
         }
+
+    def _predicted_errors(self) -> list[float]:
+        return [float("inf") if n >= ERROR_END else n * ERROR_UNIT for n in self._largest_error.tolist()]
 
 
 def _shares(counts: Tensor) -> dict[str, float]:

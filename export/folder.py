@@ -1,0 +1,52 @@
+"""The output folder: whole, or as it was before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adaattn.errors import ConfigError
+
+MARKER = "manifest.json"  # a folder that holds one was written by an export
+
+
+def check(out: Path, force: bool) -> None:
+    """Raises ConfigError where the folder cannot be written, or must not be replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"{out} is a file; give a folder for the artifacts")
+    if any(out.iterdir()):
+        if not force:
+            raise ConfigError(f"{out} exists; choose another folder, or replace it with --force")
+        if not (out / MARKER).exists():
+            raise ConfigError(f"{out} holds no {MARKER}: it was not made by an export, and --force would delete it")
+
+
+@contextmanager
+def staging(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside the output, moved into its place at the end and deleted on any failure."""
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}."))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp keeps it from others
+        if force and out.exists():
+            old = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}.old."))
+            os.replace(out, old)
+            try:
+                os.replace(folder, out)
+            except BaseException:
+                os.replace(old, out)
+                raise
+            shutil.rmtree(old)
+        else:
+            os.replace(folder, out)  # onto nothing, or an empty folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

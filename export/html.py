@@ -1,0 +1,199 @@
+"""The report of an export as one HTML file that opens anywhere: no network, no scripts, figures drawn inside."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PRECISIONS = {"fp32": "F", "bf16": "B", "fp16": "H", "int8": "I", "int8_fp8": "E"}  # dearest first, with cell letters
+MARKERS = dict(zip((*PRECISIONS, "other"), "oDs^vX", strict=True))
+# matplotlib knows no CSS variables: it draws in these colours, which _svg replaces by what the page's theme says.
+INK = {name: f"#0000{number:02x}" for number, name in enumerate(("ink", "muted", "rule", "accent", "bad", *MARKERS), 1)}
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: the reader's font, and searchable
+    "svg.hashsalt": "adaattn",  # the same report gives the same file
+    **dict.fromkeys(("text.color", "axes.labelcolor"), INK["ink"]),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), INK["muted"]),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.axisbelow", "axes.grid"), True),
+    "grid.color": INK["rule"],
+    "font.size": 9,
+}
+Bars = list[tuple[float, float, int]]  # left edge, right edge, count
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as one self-contained HTML page.
+
+    >>> page = render(json.loads(Path("out/report.json").read_text()))  # doctest: +SKIP
+
+    Args:
+        report: what `report.json` holds. Every key must be there; lists and dictionaries may be empty or None, and
+            numbers None (for NaN, which JSON lacks), NaN or infinite.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(number=_number, decimal=_decimal, mebibytes=_mebibytes, over=_ratio)
+    targets = report["targets"] or []
+    rows = [{**layer, "cells": _cells(layer)} for layer in report["layers"] or []]
+    cells = [cell for row in rows for cell in row["cells"]]
+    histograms, scatter = _figures(targets, rows)
+    return environment.get_template("report.html.jinja").render(
+        {key: [] if value is None else value for key, value in report.items()},
+        sentence=_sentence(targets),
+        worst=[max(target["outputs"] or [], key=_badness, default=None) for target in targets],
+        histograms=histograms,
+        scatter=scatter,
+        rows=rows,
+        cells=cells,
+        heads=max((len(row["cells"]) for row in rows), default=0),
+        shares=[cell["share"] for cell in cells if math.isfinite(cell["share"])],
+        counts=Counter(cell["precision"] for cell in cells),
+        codes=PRECISIONS,
+    )
+
+
+def _float(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _number(value: Any) -> str:
+    return "0" if value == 0 else f"{_float(value):.1e}".replace("nan", "NaN")
+
+
+def _decimal(value: Any, digits: int = 1) -> str:
+    return f"{_float(value):.{digits}f}".replace("nan", "NaN")
+
+
+def _mebibytes(count: Any) -> str:
+    return f"{_decimal(_float(count) / 2**20, 1 if _float(count) >= 2**20 else 3)} MiB"
+
+
+def _ratio(error: Any, limit: Any) -> float:
+    error, limit = _float(error), _float(limit)
+    return error / limit if limit else math.inf if error > 0 else error
+
+
+def _badness(output: dict[str, Any]) -> tuple[bool, float]:
+    ratio = _ratio(output["error"], output["limit"])
+    return output["verdict"] == "failed", math.inf if math.isnan(ratio) else ratio
+
+
+def _sentence(targets: Sequence[dict[str, Any]]) -> str:
+    """Which targets passed, failed, were built but not run, and why."""
+    passed = [target["name"] for target in targets if target["verdict"] == "passed"]
+    parts = [" and ".join(filter(None, (", ".join(passed[:-1]), passed[-1]))) + " passed"] if passed else []
+    rest = [target for target in targets if target["verdict"] != "passed"]
+    for target in sorted(rest, key=lambda target: target["verdict"] != "failed"):
+        built = "built but not run" if target["artifacts"] else "not run"
+        fate = "failed" if target["verdict"] == "failed" else f"was {built}"
+        # The first line of the reason: the table below has all of it.
+        reason = (target["reason"] or "").strip().partition("\n")[0].rstrip(". ")
+        reason = reason if len(reason) <= 160 else reason[:159].rstrip() + "…"
+        parts.append(f"{target['name']} {fate}" + (f" ({reason})" if reason else ""))
+    return ("; ".join(parts) or "No target was exported") + "."
+
+
+def _cells(layer: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the plan's table says of each head of a layer."""
+    cells, bounded = [], layer["tolerance"] is not None and bool(layer["measured"])
+    lists = (layer[key] or [] for key in ("precision", "rank", "predicted", "measured"))
+    for precision, *numbers in zip_longest(*lists):
+        rank, predicted, measured = map(_float, numbers)
+        cell = {"precision": precision, "rank": rank, "predicted": predicted, "measured": measured}
+        cell["share"] = rank / layer["head_dim"] if layer["head_dim"] else math.nan
+        cell["over"] = bounded and not measured <= _float(layer["tolerance"])  # NaN is over
+        cell["drawn"] = 0 < predicted < math.inf and 0 < measured < math.inf
+        cells.append(cell)
+    return cells
+
+
+def _figures(targets: Sequence[Any], rows: Sequence[Any]) -> tuple[list[Markup | None], Markup | None]:
+    """A histogram for each target and the scatter of the heads; None where there is nothing to draw."""
+    import matplotlib  # slow to import, and only a report needs it
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the reader shall not get the writer's own style
+        matplotlib.rcParams.update(STYLE)
+        bars = [_bars(target["histogram"] or {"log10_edges": [], "counts": []}) for target in targets]
+        edges = [edge for target in bars for bar in target for edge in bar[:2]]
+        return [_histogram(own, edges, f"histogram{n}") for n, own in enumerate(bars, 1)], _scatter(rows)
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _bars(histogram: dict[str, Any]) -> Bars:
+    edges = [_float(edge) for edge in histogram["log10_edges"]]
+    bars = zip(edges, edges[1:], histogram["counts"], strict=False)
+    return [bar for bar in bars if bar[2] and math.isfinite(bar[0]) and math.isfinite(bar[1])]
+
+
+def _histogram(bars: Bars, edges: list[float], name: str) -> Markup | None:
+    if not bars:
+        return None
+    figure, axes = _axes(4.4, 2.3)
+    left, right, counts = zip(*bars, strict=True)
+    widths = [b - a for a, b in zip(left, right, strict=True)]
+    axes.bar(left, counts, widths, align="edge", color=INK["accent"], log=True)
+    axes.set(xlim=(min(edges), max(edges)), ylim=(0.5, 2 * max(counts)))  # one x axis for all: they compare
+    axes.set(xlabel="log10 of |error| / RMS of the output", ylabel="elements")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}" if value < 1e4 else f"{value:.0e}")
+    return _svg(figure, name)
+
+
+def _scatter(rows: Sequence[Any]) -> Markup | None:
+    points = [cell for row in rows for cell in row["cells"] if cell["drawn"]]
+    if not points:
+        return None
+    tolerances = sorted({row["tolerance"] for row in rows if 0 < _float(row["tolerance"]) < math.inf})
+    values = [cell[key] for cell in points for key in ("predicted", "measured")] + tolerances
+    ends = (min(values) / 2, max(2 * max(values), 20 * min(values)))  # at least a decade, so that a tick shows
+    figure, axes = _axes(4.6, 4.4)
+    axes.plot(ends, ends, color=INK["muted"], linewidth=1, linestyle="--", label="measured = predicted")
+    for tolerance in tolerances if len(tolerances) <= 3 else (tolerances[0], tolerances[-1]):
+        axes.axhline(tolerance, color=INK["bad"], linewidth=1.2)
+        axes.annotate(f"tolerance {tolerance:.1e}", (ends[0], tolerance), (4, 3), textcoords="offset points")
+    for name, marker in MARKERS.items():
+        own = [cell for cell in points if name == (cell["precision"] if cell["precision"] in PRECISIONS else "other")]
+        if own:
+            x, y = ([cell[key] for cell in own] for key in ("predicted", "measured"))
+            axes.plot(x, y, marker, markersize=5, color=INK[name], mec=INK["ink"], mew=0.5, label=name)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="predicted error", ylabel="measured error")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axis.set_minor_formatter(lambda value, _: "")
+    figure.legend(loc="outside lower center", ncols=3)
+    return _svg(figure, "scatter")
+
+
+def _svg(figure: Figure, name: str) -> Markup:
+    """The figure as an element of the page, in the page's colours, its ids its own."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
+    svg = buffer.getvalue().partition("<svg ")[2]
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would style the whole page
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    for variable, colour in INK.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return Markup(f'<svg role="img" aria-labelledby="{name}-caption" {svg}')

@@ -1,0 +1,318 @@
+"""From a model to a folder of verified artifacts, whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from adaattn.attention.base import PlannedAttention
+from adaattn.errors import ConfigError, TargetError
+from adaattn.export import backends, engine, folder, golden, onnx, parity, summary
+from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs
+from adaattn.export.html import render
+from adaattn.input_spec import Dimension, InputSpec
+
+TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+# TensorRT builds torch's opset-23 Attention only where a fused kernel takes its types and shapes, and TensorRT-RTX 1.7
+# crashes on self-attention of a tensor with itself; up to 22 torch writes MatMul and Softmax.
+NEWEST_OPSET = {"onnx": onnx.NEWEST_OPSET, "tensorrt-rtx": 22, "tensorrt": 22}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make of a model.
+
+    Args:
+        targets: of TARGETS; None for onnx and every target whose package is here.
+        opset: 18 to 24; None for the newest that all targets take.
+        dtype: float32, float16 or bfloat16, to convert the model to; None leaves it.
+        tolerance: of every adaptive module; None leaves them.
+        emit_plan: add each layer's precision and rank to the graph's outputs.
+        verify: run golden inputs and compare.
+        external_data_threshold: bytes above which a tensor goes to the external file.
+        compute_capabilities: of tensorrt-rtx.
+        force: replace an output folder that exists.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    targets: tuple[str, ...] | None = None
+    opset: int | None = None
+    dtype: str | None = None
+    tolerance: float | None = None
+    emit_plan: bool = False
+    verify: bool = True
+    external_data_threshold: int | None = None
+    compute_capabilities: tuple[str, ...] = engine.RTX_COMPUTE_CAPABILITIES
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [target for target in self.targets or () if target not in TARGETS]
+        if unknown:
+            raise ConfigError(f"target {unknown[0]!r} is unknown; choose of {', '.join(TARGETS)}")
+        if self.opset is not None and not onnx.OLDEST_OPSET <= self.opset <= onnx.NEWEST_OPSET:
+            raise ConfigError(f"opset is {self.opset}; choose {onnx.OLDEST_OPSET} to {onnx.NEWEST_OPSET}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; choose of {', '.join(DTYPES)}")
+        if self.external_data_threshold is not None and self.external_data_threshold < 0:
+            raise ConfigError(f"external_data_threshold is {self.external_data_threshold}; give bytes, 0 or more")
+
+    def chosen_targets(self) -> tuple[str, ...]:
+        """The targets, the ONNX file first: all others are made from it."""
+        if self.targets is None:
+            return ("onnx", *(target for target in engine.PACKAGES if engine.installed(target)))
+        return tuple(target for target in TARGETS if target == "onnx" or target in self.targets)
+
+    def chosen_opset(self) -> int:
+        return self.opset or min(NEWEST_OPSET[target] for target in self.chosen_targets())
+
+
+@dataclass
+class Result:
+    """What an export came to: the folder and its report."""
+
+    directory: Path
+    report: dict[str, Any] = field(repr=False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every target was made, and none that could be run failed."""
+        return bool(self.report["verdict"] == "passed")
+
+
+Stage = Callable[[str], None]
+
+
+def export(
+    model: nn.Module | ExportedProgram,
+    inputs: Mapping[str, str | Tensor] | None = None,
+    output_dir: str | os.PathLike[str] = "export",
+    *,
+    dims: Mapping[str, str] | None = None,
+    options: Options | None = None,
+    source: str | None = None,
+    command: str | None = None,
+    on_stage: Stage = lambda stage: None,
+) -> Result:
+    """Export a model to ONNX and TensorRT, verify each artifact against eager PyTorch, and write a report.
+
+    Args:
+        model: a module, or a program captured by torch.export.
+        inputs: for each argument of forward a specification such as "B,S,512:float32", or an example tensor, whose
+            sizes are then fixed. Modules of this package and programs need none.
+        output_dir: the folder; it appears, or replaces an earlier one, only when all is done.
+        dims: for each dynamic dimension its sizes, "min:opt:max".
+        options: targets and the rest.
+        source, command: what the report names as the model and the command.
+        on_stage: called with the name of each stage as it begins.
+
+    Returns:
+        The folder and the report. A target that fails is in the report; the others stand.
+
+    Example:
+        >>> result = export(adaattn.DenseAttention(64, 4), output_dir="out")
+        >>> result.passed
+        True
+
+    Raises:
+        ConfigError: arguments that do not go together, or that the model does not take.
+        ExportError: the model cannot be captured or lowered.
+    """
+    options = options or Options()
+    specs, examples = _split_inputs(inputs or {})
+    sizes = {name: Dimension.parse(name, text) for name, text in (dims or {}).items()}
+    out = Path(output_dir)
+    folder.check(out, options.force)
+
+    clock = _Clock(on_stage)
+    notes: list[str] = []
+    with folder.staging(out, options.force) as staged:
+        with clock.stage("capture"):
+            captured, module = _capture(model, specs, examples, sizes, options, notes)
+        with clock.stage("onnx"):
+            names, files = _lower(captured, staged / "model.onnx", options)
+        targets = {"onnx": _target("onnx", files)}
+        for target in options.chosen_targets()[1:]:
+            with clock.stage(target):
+                targets[target] = _build(target, staged, captured, options)
+        layers: list[dict[str, Any]] = []
+        if options.verify:
+            with clock.stage("eager"):
+                reference = parity.Reference(captured)
+                expected = [reference.expect(case) for case in golden.cases(captured)]
+                golden.save(staged / "golden.npz", [(want.case, want.exact) for want in expected])
+                layers = summary.layers(list(names), expected, module)
+            for name, entry in targets.items():
+                if entry["verdict"] != "failed":
+                    with clock.stage(f"verify {name}"):
+                        _verify(entry, staged, list(names.values()), options, reference, expected)
+        else:
+            for entry in targets.values():
+                entry["reason"] = entry["reason"] or "made, not verified: --no-verify"
+        with clock.stage("report"):
+            for name, entry in targets.items():
+                entry["seconds"] = clock.seconds[name]
+            report = summary.report(captured, source or type(model).__name__, options.chosen_opset(), command, notes)
+            report |= {"targets": list(targets.values()), "layers": layers, "seconds": clock.seconds}
+            failed = any(entry["verdict"] == "failed" for entry in targets.values())
+            report = summary.plain(report | {"verdict": "failed" if failed else "passed"})
+            (staged / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+            (staged / "report.html").write_text(render(report))
+            summary.write_manifest(staged, report)
+    return Result(out, report)
+
+
+class _Clock:
+    """Seconds of each stage, and word of its beginning."""
+
+    def __init__(self, on_stage: Stage) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_stage = on_stage
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._on_stage(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _split_inputs(inputs: Mapping[str, str | Tensor]) -> tuple[list[InputSpec], dict[str, Tensor]]:
+    specs, examples = [], {}
+    for name, given in inputs.items():
+        if isinstance(given, str):
+            specs.append(InputSpec.parse(name, given))
+        elif isinstance(given, Tensor):
+            specs.append(InputSpec(name, tuple(given.shape), str(given.dtype).removeprefix("torch.")))
+            examples[name] = given
+        else:
+            raise ConfigError(f"input {name!r} is a {type(given).__name__}; give a specification or a tensor")
+    if examples and len(examples) < len(specs):
+        raise ConfigError("some inputs are tensors and some specifications; give all of one kind")
+    return specs, examples
+
+
+def _capture(
+    model: nn.Module | ExportedProgram,
+    specs: list[InputSpec],
+    examples: dict[str, Tensor],
+    sizes: dict[str, Dimension],
+    options: Options,
+    notes: list[str],
+) -> tuple[Captured, nn.Module | None]:
+    """The captured program, and the module that it is of, where there is one."""
+    if isinstance(model, ExportedProgram):
+        for name, given in (("--input", specs), ("--dtype", options.dtype), ("--tolerance", options.tolerance)):
+            if given:
+                raise ConfigError(f"{name} cannot change a program that is captured already; capture it anew with it")
+        _warn_of_weights({**model.state_dict, **model.constants}, notes)
+        return capture_program(model, sizes), None
+    if options.dtype is not None or options.tolerance is not None or model.training:
+        model = copy.deepcopy(model).eval()  # the caller's stays as it is
+    if options.dtype is not None:
+        model = model.to(DTYPES[options.dtype])
+    if options.tolerance is not None:
+        _set_tolerance(model, options.tolerance, notes)
+    _warn_of_weights(model.state_dict(), notes)
+    return capture_module(model, specs or default_inputs(model), sizes, examples or None), model
+
+
+def _lower(captured: Captured, path: Path, options: Options) -> tuple[dict[str, tuple[str, str]], list[Path]]:
+    """Write and check the ONNX file; for each planned layer the names of its precision and rank, and the files."""
+    dim_names = {symbol: size.name for symbol, size in captured.dims.items()}
+    graph = onnx.lower(
+        captured.program, options.chosen_opset(), dim_names, captured.output_names, options.emit_plan
+    )
+    names = {
+        layer: tuple(str(value.name) for value in onnx.plan_values(node).values())
+        for layer, node in onnx.planned_nodes(graph).items()
+    }
+    files = onnx.save(graph, path, options.external_data_threshold)
+    onnx.check(path)
+    return names, files
+
+
+def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None:
+    changed = 0
+    for name, module in model.named_modules():
+        if isinstance(module, PlannedAttention):
+            try:
+                module.set_tolerance(tolerance)
+                changed += 1
+            except ConfigError as error:
+                if not tolerance > 0:
+                    raise
+                notes.append(f"{name or type(module).__name__} keeps its plan: {error}")
+    if not changed:
+        raise ConfigError("--tolerance has nothing to act on: the model has no adaptive attention of this package")
+
+
+def _warn_of_weights(state: Mapping[str, Any], notes: list[str]) -> None:
+    for name, x in state.items():
+        if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
+            count = int((~x.isfinite()).sum())
+            notes.append(f"weight {name} has {count} NaN or Inf of {x.numel()} numbers")
+
+
+def _profile(captured: Captured) -> engine.Profile:
+    dims = captured.dims
+    points = [{symbol: getattr(dim, at) for symbol, dim in dims.items()} for at in ("min", "opt", "max")]
+    return {item.name: (item.sizes(points[0]), item.sizes(points[1]), item.sizes(points[2])) for item in captured.inputs}
+
+
+def _target(name: str, files: Sequence[Path]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "verdict": "not run",
+        "reason": None,
+        "artifacts": [{"path": file.name, "bytes": file.stat().st_size} for file in files],
+        "seconds": 0.0,
+        "outputs": [],
+        "histogram": None,
+        "plans": None,
+    }
+
+
+def _build(target: str, staged: Path, captured: Captured, options: Options) -> dict[str, Any]:
+    path, log = staged / f"{target}.engine", staged / f"{target}.log"
+    try:
+        engine.build(target, staged / "model.onnx", path, log, _profile(captured), options.compute_capabilities)
+    except TargetError as error:
+        path.unlink(missing_ok=True)
+        return _target(target, [log] if log.exists() else []) | {"verdict": "failed", "reason": str(error)}
+    return _target(target, [path, log])
+
+
+def _verify(
+    entry: dict[str, Any],
+    staged: Path,
+    plan_names: backends.PlanNames,
+    options: Options,
+    reference: parity.Reference,
+    expected: Sequence[parity.Expected],
+) -> None:
+    name = entry["name"]
+    try:
+        if name == "onnx":
+            backend = backends.onnxruntime_backend(staged / "model.onnx", plan_names)
+        else:
+            capabilities = options.compute_capabilities if name == "tensorrt-rtx" else ()
+            backend = backends.engine_backend(name, staged / f"{name}.engine", staged / f"{name}.log", capabilities)
+        entry.update(parity.compare(reference, expected, backend))
+    except backends.CannotRun as error:
+        entry["reason"] = str(error)
+    except TargetError as error:
+        entry.update(verdict="failed", reason=str(error))

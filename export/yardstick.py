@@ -1,0 +1,140 @@
+"""What a model should compute: eager PyTorch in float64, with plans that are recorded, replayed, or set aside.
+
+A torch dispatch mode sees every operator of a run, whatever the model's source, so the model needs no hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from adaattn.budget import Moments, plan_of
+from adaattn.config import FP32
+from adaattn.masks import attended_keys
+
+PlanPair = tuple[Tensor, Tensor]  # precision and rank, (B, H) each
+
+
+@dataclass(frozen=True)
+class HeadErrors:
+    """Relative errors (B, H) of one attention call at its plan; `rounding` is what would be predicted at full rank."""
+
+    predicted: Tensor
+    rounding: Tensor
+    measured: Tensor
+
+
+class PlanMode(TorchDispatchMode):
+    """Watches the attention ops of a run, in order.
+
+    Args:
+        double: compute in float64 whatever type the program asks for.
+        plans: replay these, one a call, instead of the plans that the program makes.
+        measure: compare each call with exact attention on its own operands.
+        nudge: move all moments by this share first, to see which plans hang on their last digits.
+        tilt: move the first dimensions so and the last ones the other way.
+    """
+
+    def __init__(
+        self,
+        double: bool = False,
+        plans: Sequence[PlanPair] | None = None,
+        measure: bool = False,
+        nudge: float = 0.0,
+        tilt: bool = False,
+    ) -> None:
+        super().__init__()
+        self.plans: list[PlanPair] = []
+        self.errors: list[HeadErrors] = []
+        self._double, self._replay, self._measure, self._nudge, self._tilt = double, plans, measure, nudge, tilt
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._double:
+            args, kwargs = tree_map(_as_double_dtype, (args, kwargs))
+        if func is torch.ops.adaattn.token_moments.default and self._nudge:
+            return tuple(self._nudged(x) for x in func(*args, **kwargs))
+        if func is not torch.ops.adaattn.adaptive_attention.default:
+            return func(*args, **kwargs)
+        if self._replay is not None:
+            args = (*args[:5], *self._replay[len(self.plans)], *args[7:])
+        self.plans.append((args[5], args[6]))
+        output = func(*args, **kwargs)
+        if self._measure:
+            self.errors.append(_head_errors(output, *args))
+        return output
+
+    def _nudged(self, x: Tensor) -> Tensor:
+        slope = torch.linspace(1, -1, x.shape[-1], dtype=x.dtype) if self._tilt else 1
+        return x * (1 + self._nudge * slope)
+
+
+def run(eager: Callable[..., Any], inputs: Mapping[str, Tensor], mode: PlanMode | None = None) -> list[Tensor]:
+    """The tensors that a model returns, in order."""
+    with torch.no_grad():
+        if mode is None:
+            outputs = eager(**inputs)
+        else:
+            with mode:
+                outputs = eager(**inputs)
+    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+
+
+def to_double(x: Tensor) -> Tensor:
+    """float64 of a floating-point tensor; others as they are."""
+    return x.double() if x.is_floating_point() else x
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Root mean square of the difference, relative to that of what was wanted; 0 for two zeros."""
+    difference = (got.double() - want.double()).square().mean().sqrt()
+    size = want.double().square().mean().sqrt()
+    return float(difference / size) if size > 0 else float(difference)
+
+
+def _as_double_dtype(x: Any) -> Any:
+    return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+
+def _head_errors(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    value_peak: Tensor,
+    precision: Tensor,
+    rank: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> HeadErrors:
+    ops = torch.ops.adaattn
+    keys = attended_keys(attn_mask, key.shape[1])
+    wanted = ((query, None, False), (key, keys, True), (value, keys, False))
+    moments = [Moments(*ops.token_moments(x, mask, center)) for x, mask, center in wanted]
+    exact = ops.adaptive_attention(
+        query.double(),
+        key.double(),
+        value.double(),
+        key_mean,
+        value_peak,
+        torch.full_like(precision, FP32),
+        torch.full_like(rank, query.shape[3]),
+        attn_mask,
+        scale,
+        is_causal,
+    )
+    difference = (output.double() - exact).square().mean(dim=(2, 3)).sqrt()
+    size = exact.square().mean(dim=(2, 3)).sqrt()
+    predicted = plan_of(precision, rank, *moments, scale).predicted_error
+    rounding = plan_of(precision, torch.full_like(rank, query.shape[3]), *moments, scale).predicted_error
+    return HeadErrors(predicted, rounding, torch.where(size > 0, difference / size, difference))
