@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,17 +64,18 @@ def save(
         "dims": {dimension.name: str(dimension) for dimension in sizes},
     }
     path = Path(path)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            torch.save(payload, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+        with open(temporary, "xb") as file:
+            torch.save(payload, file)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # torch's writer answers a full disk with an error of its own, behind which the system's stands
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise CheckpointError(f"{path} cannot be written: {cause.strerror or cause}") from error
+        raise
 
 
 def load(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) -> nn.Module:
@@ -101,7 +102,9 @@ def read(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) 
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except Exception as error:  # torch.load has no error of its own: whatever a damaged file raises, it means this
-        raise CheckpointError(f"{path} is not a model saved by adaattn.save: it is damaged or of another kind") from error
+        raise CheckpointError(
+            f"{path} is not a model saved by adaattn.save: it is damaged or of another kind"
+        ) from error
     return from_payload(payload, path, classes)
 
 

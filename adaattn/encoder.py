@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
 from adaattn.attention.adaptive import AdaptiveAttention
 from adaattn.attention.adaptive_precision import AdaptivePrecisionAttention
 from adaattn.attention.adaptive_rank import AdaptiveRankAttention
-from adaattn.attention.base import AttentionBase
+from adaattn.attention.base import AttentionBase, PlannedAttention
 from adaattn.attention.dense import DenseAttention
 from adaattn.errors import ConfigError
 
-ATTENTION: dict[str, type[AttentionBase]] = {
+ATTENTION: dict[str, Callable[..., AttentionBase]] = {
     "dense": DenseAttention,
     "adaptive_precision": AdaptivePrecisionAttention,
     "adaptive_rank": AdaptiveRankAttention,
@@ -36,8 +36,8 @@ class EncoderLayer(nn.Module):
         """x (batch, tokens, width) to the same; the mask as in the attention modules."""
         normed = self.attention_norm(x)
         x = x + self.attention(normed, normed, normed, attention_mask)[0]
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
+        output: Tensor = x + self.mlp(self.mlp_norm(x))
+        return output
 
 
 class Encoder(nn.Module):
@@ -72,17 +72,18 @@ class Encoder(nn.Module):
         unknown = [name for name in layers if name not in ATTENTION]
         if unknown or not layers:
             raise ConfigError(f"layers are {tuple(layers)!r}; name at least one, each of {', '.join(ATTENTION)}")
-        options = {} if tolerance is None else {"tolerance": tolerance}
-        self.stack = nn.ModuleList(
-            EncoderLayer(
-                ATTENTION[name](embed_dim, num_heads, causal=causal, **({} if name == "dense" else options))  # type: ignore[call-arg]
-            )
-            for name in layers
-        )
+        self.stack = nn.ModuleList(EncoderLayer(self._attention(name)) for name in self.layers)
         self.norm = nn.LayerNorm(embed_dim)
+
+    def _attention(self, name: str) -> AttentionBase:
+        attention = ATTENTION[name](self.embed_dim, self.num_heads, causal=self.causal)
+        if self.tolerance is not None and isinstance(attention, PlannedAttention):
+            attention.set_tolerance(self.tolerance)
+        return attention
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """x (batch, tokens, embed_dim) to the same; the mask as in the attention modules."""
         for layer in self.stack:
             x = layer(x, attention_mask)
-        return self.norm(x)
+        output: Tensor = self.norm(x)
+        return output

@@ -81,11 +81,12 @@ def planned_attention(
     make_plan: PlanMaker,
 ) -> tuple[Tensor, Plan]:
     """Statistics, plan, attention: operands (B, H, S, D) and a mask of four axes, already checked."""
-    keys = attended_keys(attn_mask, key.shape[1])
-    q = Moments(*moments_op(query.detach(), None, False))
-    k = Moments(*moments_op(key.detach(), keys, True))
-    v = Moments(*moments_op(value.detach(), keys, False))
-    plan = make_plan(q, k, v)
+    with torch.no_grad():  # a decision has no gradient
+        keys = attended_keys(attn_mask, key.shape[1])
+        q = Moments(*moments_op(query, None, False))
+        k = Moments(*moments_op(key, keys, True))
+        v = Moments(*moments_op(value, keys, False))
+        plan = make_plan(q, k, v)
     output = attention_op(
         query, key, value, k.mean, v.channel_peak, plan.precision, plan.rank, attn_mask, scale, is_causal
     )
@@ -106,6 +107,9 @@ def dense_attention(
     # A row without a key attends everywhere, so that no backend meets a softmax of nothing, and is zeroed after.
     bias = allowed | ~some
     if attn_mask.dtype != torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        if torch.finfo(attn_mask.dtype).min < lowest:  # a finite value stays finite in a narrower type
+            attn_mask = attn_mask.clamp_min(lowest)
         bias = torch.where(some, torch.where(allowed, attn_mask, -torch.inf), 0).to(query.dtype)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=gqa)
     return torch.where(some, output, 0)

@@ -10,14 +10,19 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
+from adaattn import budget
 from adaattn.plugins import NAMESPACE, VERSION
 
 DOMAIN, DOMAIN_VERSION = "adaattn", 1
 
+PLAN = "plan"
 TOKEN_MOMENTS = ("token_moments", "token_moments_masked")
 ADAPTIVE_ATTENTION = ("adaptive_attention", "adaptive_attention_masked", "adaptive_attention_biased")
 
 _PLUGIN_ATTRIBUTES = f'plugin_namespace: string = "{NAMESPACE}", plugin_version: string = "{VERSION}"'
+
+_MOMENTS = ("second_moment", "channel_peak", "token_peak")
+_PLAN = "precision, rank, predicted_error"
 
 _TOKEN_MOMENTS = """
     token_axis = Constant <value_ints: ints = [2]> ()
@@ -72,10 +77,10 @@ _COUNT = {
 
 # Rounding half to even, of x of either sign, to fp16 and fp8-e4m3 with saturation, and of p from 0 to 448 to e4m3.
 #
-# e4m3 has 4 significant bits, 3 below its least normal number 2⁻⁶. For p of exponent e the spacing of float32 near
-# t = 2²⁰p is 2^(e-3), that of e4m3 near p; so t - p rounds p to it, and t - (t - p) is exact. Where p is small, t is held
-# at 1.5·2¹⁴, whose spacing is 2⁻⁹, that of e4m3's subnormal numbers. No fp8 type: TensorRT-RTX takes none below sm_89
-# and cannot compile two calls of a function that holds QuantizeLinear.
+# For p of exponent e the spacing of float32 near t = 2²⁰p is 2^(e-3), which is that of e4m3 near p; so t - p rounds p
+# to it, and t - (t - p) is exact. For small p, t is held at 1.5·2¹⁴, whose spacing is 2⁻⁹, that of e4m3's subnormal
+# numbers. No fp8 type: TensorRT-RTX takes none below sm_89, and cannot compile two calls of a function that holds
+# QuantizeLinear.
 _SIGNED_FP8 = """
     {x}_sign = Sign({x})
     {x}_magnitude = Abs({x})
@@ -239,6 +244,140 @@ _ADAPTIVE_ATTENTION = f"""
     output = CastLike(attended, query)
 """
 
+_PER_QUERY_HEAD = """
+    {x}_groups = Unsqueeze({x}, after_head)
+    {x}_expanded = Expand({x}_groups, {shape})
+    {x}_each = Reshape({x}_expanded, {flat})
+"""
+
+
+def _plan() -> str:
+    """`adaattn.budget.choose`, with its constants."""
+    u = {"fp32": budget.FP32_U, "bf16": budget.BF16_U, "fp16": budget.FP16_U, "fp8": budget.FP8_U}
+    twice = "\n".join(
+        f"    {name}_noise = Constant <value_float: float = {2 * unit**2:.12e}> ()" for name, unit in u.items()
+    )
+    per_head = "".join(
+        _PER_QUERY_HEAD.format(x=x, shape=f"grouped{kind}", flat=f"repeated{kind}")
+        for x, kind in (
+            ("key_second_moment", "_dims"),
+            ("key_channel_peak", "_dims"),
+            ("key_token_peak", ""),
+            ("value_second_moment", "_dims"),
+            ("value_channel_peak", "_dims"),
+        )
+    )
+    return f"""
+    last_axis = Constant <value_ints: ints = [-1]> ()
+    after_head = Constant <value_ints: ints = [2]> ()
+    zero_index = Constant <value_int: int = 0> ()
+    one_index = Constant <value_int: int = 1> ()
+    nothing = Constant <value_float: float = 0.0> ()
+    one = Constant <value_float: float = 1.0> ()
+    infinity = Constant <value_float: float = inf> ()
+    scale_value = Constant <value_float: float = @scale> ()
+    limit_value = Constant <value_float: float = @limit> ()
+    scale_square = Mul(scale_value, scale_value)
+{twice}
+    int8_noise = Constant <value_float: float = {1 / (12 * 127**2):.12e}> ()
+    fp16_underflow = Constant <value_float: float = {budget.FP16_STEP**2 / 12:.12e}> ()
+    fp8_underflow = Constant <value_float: float = {budget.FP8_STEP**2 / 12:.12e}> ()
+    least_power = Constant <value_float: float = 1e-30> ()
+    fp16_max = Constant <value_float: float = {budget.FP16_MAX}> ()
+    bf16_max = Constant <value_float: float = {budget.BF16_MAX}> ()
+
+    batch = Shape <start: int = 0, end: int = 1> (query_second_moment)
+    heads = Shape <start: int = 1, end: int = 2> (query_second_moment)
+    width = Shape <start: int = 2, end: int = 3> (query_second_moment)
+    kv_heads = Shape <start: int = 1, end: int = 2> (key_second_moment)
+    group = Div(heads, kv_heads)
+    grouped = Concat <axis: int = 0> (batch, kv_heads, group)
+    grouped_dims = Concat <axis: int = 0> (batch, kv_heads, group, width)
+    repeated = Concat <axis: int = 0> (batch, heads)
+    repeated_dims = Concat <axis: int = 0> (batch, heads, width)
+    {per_head}
+
+    products = Mul(query_second_moment, key_second_moment_each)
+    energy = Mul(products, scale_square)
+    total = ReduceSum <keepdims: int = 0> (energy, last_axis)
+    q_power = ReduceSum <keepdims: int = 0> (query_second_moment, last_axis)
+    k_power = ReduceSum <keepdims: int = 0> (key_second_moment_each, last_axis)
+    v_mean = ReduceMean <keepdims: int = 0> (value_second_moment_each, last_axis)
+    v_power = Max(v_mean, least_power)
+    v_peaks = Mul(value_channel_peak_each, value_channel_peak_each)
+    v_peak2 = ReduceMean <keepdims: int = 0> (v_peaks, last_axis)
+    v_peak = ReduceMax <keepdims: int = 0> (value_channel_peak_each, last_axis)
+    q_peak = ReduceMax <keepdims: int = 0> (query_channel_peak, last_axis)
+    k_peak = ReduceMax <keepdims: int = 0> (key_channel_peak_each, last_axis)
+    peak = Max(q_peak, k_peak, v_peak)
+
+    q_steps = Mul(query_token_peak, k_power)
+    k_steps = Mul(key_token_peak_each, q_power)
+    steps = Add(q_steps, k_steps)
+    integer_unit = Mul(scale_square, int8_noise)
+    integer = Mul(steps, integer_unit)
+    fp16_floor = Div(fp16_underflow, v_power)
+    fp16_values = Add(fp16_floor, fp16_noise)
+    fp8_spread = Div(v_peak2, v_power)
+    fp8_floor = Mul(fp8_spread, fp8_underflow)
+    fp8_values = Add(fp8_floor, fp8_noise)
+    fp16_relative = Mul(total, fp16_noise)
+    powers = Add(q_power, k_power)
+    fp16_power_unit = Mul(scale_square, fp16_underflow)
+    fp16_absolute = Mul(powers, fp16_power_unit)
+    fp16_scores = Add(fp16_relative, fp16_absolute)
+    relative = Add(total, one)
+
+    row_fp32 = Mul(relative, fp32_noise)
+    bf16_fits = LessOrEqual(peak, bf16_max)
+    bf16_error = Mul(relative, bf16_noise)
+    row_bf16 = Where(bf16_fits, bf16_error, infinity)
+    fp16_fits = LessOrEqual(peak, fp16_max)
+    fp16_error = Add(fp16_scores, fp16_values)
+    row_fp16 = Where(fp16_fits, fp16_error, infinity)
+    int8_fits = LessOrEqual(v_peak, fp16_max)
+    int8_error = Add(integer, fp16_values)
+    row_int8 = Where(int8_fits, int8_error, infinity)
+    row_int8_fp8 = Add(integer, fp8_values)
+    column_0 = Unsqueeze(row_fp32, last_axis)
+    column_1 = Unsqueeze(row_bf16, last_axis)
+    column_2 = Unsqueeze(row_fp16, last_axis)
+    column_3 = Unsqueeze(row_int8, last_axis)
+    column_4 = Unsqueeze(row_int8_fp8, last_axis)
+    noise = Concat <axis: int = -1> (column_0, column_1, column_2, column_3, column_4)
+
+    codes = Gather <axis: int = 0> (ladder, zero_index)
+    ranks = Gather <axis: int = 0> (ladder, one_index)
+    width_index = Squeeze(width)
+    dims = Range(zero_index, width_index, one_index)
+    ranks_column = Unsqueeze(ranks, last_axis)
+    cut = GreaterOrEqual(dims, ranks_column)
+    energy_row = Unsqueeze(energy, after_head)
+    energy_cut = Where(cut, energy_row, nothing)
+    tails = ReduceSum <keepdims: int = 0> (energy_cut, last_axis)
+    rounding = Gather <axis: int = -1> (noise, codes)
+    squared = Add(rounding, tails)
+    known = GreaterOrEqual(squared, nothing)
+    squared_or_inf = Where(known, squared, infinity)
+    error = Sqrt(squared_or_inf)
+
+    steps_shape = Shape <start: int = 0, end: int = 1> (codes)
+    steps_count = Squeeze(steps_shape)
+    last = Sub(steps_count, one_index)
+    step = Range(zero_index, steps_count, one_index)
+    within = LessOrEqual(error, limit_value)
+    candidates = Where(within, step, last)
+    choice = ReduceMin <keepdims: int = 0> (candidates, last_axis)
+    precision_index = Gather <axis: int = 0> (codes, choice)
+    precision = Cast <to: int = 6> (precision_index)
+    rank_index = Gather <axis: int = 0> (ranks, choice)
+    rank = Cast <to: int = 6> (rank_index)
+    choice_column = Unsqueeze(choice, last_axis)
+    chosen = GatherElements <axis: int = -1> (error, choice_column)
+    predicted_error = Squeeze(chosen, last_axis)
+"""
+
+
 _MASK = {
     "adaptive_attention": "scores = Where(may_attend, scores_raw, minus_infinity)",
     "adaptive_attention_masked": """both = And(may_attend, attn_mask)
@@ -253,7 +392,7 @@ def body(name: str, opset: int) -> onnx.FunctionProto:
     """The function of one op variant.
 
     Args:
-        name: one of TOKEN_MOMENTS or ADAPTIVE_ATTENTION.
+        name: PLAN, or one of TOKEN_MOMENTS or ADAPTIVE_ATTENTION.
         opset: of the model that it goes into, 18 or newer.
 
     Example:
@@ -263,11 +402,21 @@ def body(name: str, opset: int) -> onnx.FunctionProto:
     Raises:
         KeyError: no such variant.
     """
-    if name in TOKEN_MOMENTS:
+    if name == PLAN:
+        text = _plan()
+        inputs = ", ".join(
+            f"{x}_{moment}"
+            for x, moments in (("query", _MOMENTS), ("key", _MOMENTS), ("value", _MOMENTS[:2]))
+            for moment in moments
+        )
+        signature = f"<scale: float = 1.0, limit: float = 0.0, {_PLUGIN_ATTRIBUTES}> ({inputs}, ladder) => ({_PLAN})"
+    elif name in TOKEN_MOMENTS:
         count, keep_centered = _COUNT[name]
         text = _TOKEN_MOMENTS.format(count=count, keep_centered=keep_centered)
         inputs = "x" if name == "token_moments" else "x, key_mask"
-        signature = f"<center: int = 0, {_PLUGIN_ATTRIBUTES}> ({inputs}) => (mean, second_moment, channel_peak, token_peak)"
+        signature = (
+            f"<center: int = 0, {_PLUGIN_ATTRIBUTES}> ({inputs}) => (mean, second_moment, channel_peak, token_peak)"
+        )
     else:
         text = _ADAPTIVE_ATTENTION.format(mask=_MASK[name])
         inputs = "query, key, value, key_mean, value_peak, precision, rank"

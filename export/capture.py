@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -20,7 +20,7 @@ from adaattn.encoder import Encoder
 from adaattn.errors import ConfigError, ExportError
 from adaattn.input_spec import Dimension, InputSpec, default_dimension
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,7 @@ def capture_module(
     sizes = {name: dims.get(name, default_dimension(name)) for name in sorted(used)}
     traced = _trace_sizes(sizes)
     inputs = example or {spec.name: _example(spec, traced, model) for spec in specs}
-    symbols = {
-        name: Dim(name, min=size.min, max=size.max) for name, size in sizes.items() if size.min < size.max
-    }
+    symbols = {name: Dim(name, min=size.min, max=size.max) for name, size in sizes.items() if size.min < size.max}
     shapes = {
         spec.name: {axis: symbols[size] for axis, size in enumerate(spec.shape) if size in symbols} for spec in specs
     }
@@ -133,7 +131,7 @@ def capture_module(
         lines = str(error).strip().splitlines() or [type(error).__name__]
         shown = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
         raise ExportError(f"the model does not run on inputs of shape {shown}: {lines[0]}") from error
-    names = {}
+    names: dict[str, Dimension] = {}
     for spec, item in zip(specs, _program_inputs(program), strict=True):
         for size, symbol in zip(spec.shape, item.shape, strict=True):
             if isinstance(size, str) and not isinstance(symbol, int):
@@ -143,13 +141,10 @@ def capture_module(
         for spec, item in zip(specs, _program_inputs(program), strict=True)
     )
 
-
     def in_double() -> nn.Module:
         return copy.deepcopy(model).double()
 
-    return Captured(
-        type(model).__name__, program, model, in_double, captured, names, _output_names(program), example
-    )
+    return Captured(type(model).__name__, program, model, in_double, captured, names, _output_names(program), example)
 
 
 def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> Captured:
@@ -173,7 +168,7 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
         if size is None:
             if high is None:
                 raise ConfigError(
-                    f"dimension {symbol} of the program has no upper bound; give one, such as --dim {symbol}={low}:128:1024"
+                    f"dimension {symbol} of the program has no upper bound; give one: --dim {symbol}={low}:128:1024"
                 )
             size = Dimension(symbol, low, min(max(low, 128), high), high)
         if size.min < low or (high is not None and size.max > high):
@@ -230,7 +225,9 @@ def _check_names(model: nn.Module, specs: Sequence[InputSpec]) -> None:
 def _check_dims(dims: Mapping[str, Dimension], used: set[str]) -> None:
     for name in dims:
         if name not in used:
-            raise ConfigError(f"no input has a dimension {name!r}; dynamic dimensions are {', '.join(sorted(used)) or 'none'}")
+            raise ConfigError(
+                f"no input has a dimension {name!r}; dynamic dimensions are {', '.join(sorted(used)) or 'none'}"
+            )
 
 
 def _trace_sizes(dims: Mapping[str, Dimension]) -> dict[str, int]:

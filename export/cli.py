@@ -26,8 +26,8 @@ MODEL is one of
   package.module:factory   a function without arguments that returns an nn.Module; with --weights
   pickled.pt               a pickled nn.Module, only with --allow-pickle
 
-The output folder gets model.onnx (it runs in stock ONNX Runtime), an engine for each TensorRT target, golden.npz (inputs
-and their float64 outputs), report.html, report.json and manifest.json. It appears only when all is done.
+The output folder gets model.onnx (it runs in stock ONNX Runtime), an engine for each TensorRT target, golden.npz
+(inputs and their float64 outputs), report.html, report.json and manifest.json. It appears only when all is done.
 
 \b
 Examples
@@ -238,7 +238,11 @@ def _show(report: Mapping[str, Any], directory: str) -> None:
         size = sum(artifact["bytes"] for artifact in target["artifacts"]) / 2**20
         color = colors[target["verdict"]]
         table.add_row(
-            target["name"], f"[{color}]{target['verdict']}[/]", *numbers, f"{size:.1f} MiB", f"{target['seconds']:.1f} s"
+            target["name"],
+            f"[{color}]{target['verdict']}[/]",
+            *numbers,
+            f"{size:.1f} MiB",
+            f"{target['seconds']:.1f} s",
         )
     console.print(table)
     for target in report["targets"]:

@@ -67,7 +67,9 @@ def _values(item: CapturedInput, sizes: Mapping[str, int], case: str, generator:
     shape = item.sizes(sizes)
     hide = case in ("odd", "outliers")
     if item.dtype == torch.bool:
-        mask = torch.rand(shape, generator=generator) < 0.8 if case != "shortest" else torch.ones(shape, dtype=torch.bool)
+        mask = (
+            torch.rand(shape, generator=generator) < 0.8 if case != "shortest" else torch.ones(shape, dtype=torch.bool)
+        )
         return _hide_first_row(mask, False) if hide else mask
     if not item.dtype.is_floating_point:
         return torch.randint(0, item.below or 2, shape, generator=generator).to(item.dtype)

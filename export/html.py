@@ -22,7 +22,7 @@ PRECISIONS = {"fp32": "F", "bf16": "B", "fp16": "H", "int8": "I", "int8_fp8": "E
 MARKERS = dict(zip((*PRECISIONS, "other"), "oDs^vX", strict=True))
 # matplotlib knows no CSS variables: it draws in these colours, which _svg replaces by what the page's theme says.
 INK = {name: f"#0000{number:02x}" for number, name in enumerate(("ink", "muted", "rule", "accent", "bad", *MARKERS), 1)}
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: the reader's font, and searchable
     "svg.hashsalt": "adaattn",  # the same report gives the same file
     **dict.fromkeys(("text.color", "axes.labelcolor"), INK["ink"]),

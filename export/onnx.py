@@ -14,9 +14,9 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
-import adaattn.ops  # noqa: F401  registers the ops that the program calls
+import adaattn.ops  # registers the ops that the program calls
 from adaattn.errors import ExportError
-from adaattn.export.bodies import ADAPTIVE_ATTENTION, DOMAIN, DOMAIN_VERSION, TOKEN_MOMENTS, body
+from adaattn.export.bodies import ADAPTIVE_ATTENTION, DOMAIN, DOMAIN_VERSION, PLAN, TOKEN_MOMENTS, body
 from adaattn.plugins import NAMESPACE, VERSION
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 24
@@ -63,7 +63,8 @@ def lower(
         node.name = layer
     if emit_plan:
         for layer, node in planned.items():
-            for label, value in plan_values(node).items():
+            for label, value in zip(("precision", "rank"), node.inputs[5:7], strict=True):
+                assert value is not None  # the schema has no optional inputs
                 named = ir.node("Identity", [value], name=f"{layer}.{label}")
                 named.outputs[0].name, named.outputs[0].type = f"{layer}.{label}", value.type
                 named.outputs[0].shape = value.shape
@@ -89,11 +90,10 @@ def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
     return nodes
 
 
-def plan_values(node: ir.Node) -> dict[str, ir.Value]:
-    """The two inputs of an attention node that are its plan."""
-    precision, rank = node.inputs[5], node.inputs[6]
-    assert precision is not None and rank is not None  # the schema has no optional inputs
-    return {"precision": precision, "rank": rank}
+def plan_names(node: ir.Node) -> tuple[str, str]:
+    """Names of an attention node's precision and rank in the graph."""
+    names = [value.name for value in node.inputs[5:7] if value is not None]
+    return str(names[0]), str(names[1])
 
 
 def save(model: ir.Model, path: Path, external_above: int | None = None) -> list[Path]:
@@ -150,15 +150,23 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         scale: float,
         is_causal: bool,
     ) -> Any:
-        inputs = (query, key, value, key_mean, value_peak, precision, rank)
+        inputs: tuple[Any, ...] = (query, key, value, key_mean, value_peak, precision, rank)
         name = "adaptive_attention"
         if attn_mask is not None:
             inputs += (attn_mask,)
             name += "_masked" if attn_mask.dtype == ir.DataType.BOOL else "_biased"
         return getattr(domain, name)(*inputs, scale=scale, is_causal=int(is_causal), **plugin)
 
+    def plan(*inputs: Any) -> Any:
+        *tensors, scale, limit = inputs
+        return domain.plan(*tensors, scale=scale, limit=limit, **plugin)
+
     ops = torch.ops.adaattn
-    return {ops.token_moments.default: token_moments, ops.adaptive_attention.default: adaptive_attention}
+    return {
+        ops.plan.default: plan,
+        ops.token_moments.default: token_moments,
+        ops.adaptive_attention.default: adaptive_attention,
+    }
 
 
 @functools.cache
@@ -166,13 +174,13 @@ def _register_schemas() -> None:
     """Tell onnx the ops' signatures, so that the exporter emits nodes instead of inlining the bodies."""
     schema = onnx.defs.OpSchema
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
-    for name in (*TOKEN_MOMENTS, *ADAPTIVE_ATTENTION):
+    for name in (PLAN, *TOKEN_MOMENTS, *ADAPTIVE_ATTENTION):
         function = body(name, NEWEST_OPSET)
-        types = dict.fromkeys(function.input, "T")
+        types = dict.fromkeys(function.input, "tensor(float)" if name == PLAN else "T")
         types.update({n: t for n, t in _INPUT_TYPES.items() if n in types})
         if name == "adaptive_attention_masked":
             types["attn_mask"] = "tensor(bool)"
-        outputs = ["T"] if name in ADAPTIVE_ATTENTION else ["tensor(float)"] * 4
+        outputs = [_OUTPUT_TYPES.get(output, "tensor(float)") for output in function.output]
         onnx.defs.register_schema(
             schema(
                 name,
@@ -193,7 +201,9 @@ _INPUT_TYPES = {
     "precision": "tensor(int32)",
     "rank": "tensor(int32)",
     "attn_mask": "M",
+    "ladder": "tensor(int64)",
 }
+_OUTPUT_TYPES = {"output": "T", "precision": "tensor(int32)", "rank": "tensor(int32)"}
 
 
 def _name_dims(graph: ir.Graph, names: Mapping[str, str]) -> None:

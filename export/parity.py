@@ -24,7 +24,7 @@ FLOOR = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 5e-4, torch.b
 # Where an operand lies between two integers of int8, the last bit of a sum decides: some 1e-4 of the operands may
 # round the other way, and noise of √1e-4 steps is this share of the rounding error that the plan has anyway.
 FLIPS = 0.05
-# A head may choose another plan if its moments, moved by so much, make eager choose another: sums of thousands of terms.
+# A head may choose another plan where its moments, moved by so much, make eager do so: sums of thousands of terms.
 NUDGE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 HISTOGRAM_EDGES = [-12 + 0.5 * i for i in range(29)]
 
@@ -110,9 +110,7 @@ def compare(reference: Reference, expected: Sequence[Expected], backend: Backend
     }
 
 
-def _compare_plans(
-    reference: Reference, want: Expected, plans: Sequence[PlanPair]
-) -> tuple[int, int, int, list[str]]:
+def _compare_plans(reference: Reference, want: Expected, plans: Sequence[PlanPair]) -> tuple[int, int, int, list[str]]:
     """Heads in all, those whose plan differs, those of them that are on the edge, and a line for each other."""
     if len(plans) != len(want.plans):
         return 0, 1, 0, [f"{len(plans)} plans where eager makes {len(want.plans)}"]
@@ -166,7 +164,9 @@ def _compare_output(
     logs = (difference / size)[usable].clamp_min(1e-300).log10().clamp(HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
     row["counts"] = torch.histogram(logs.float(), torch.tensor(HISTOGRAM_EDGES)).hist
     if bad.any():
-        return row | {"reason": f"{int(bad.sum())} elements are NaN or Inf where eager has numbers, first at {row['worst']}"}
+        return row | {
+            "reason": f"{int(bad.sum())} elements are NaN or Inf where eager has numbers, first at {row['worst']}"
+        }
     if error > row["limit"]:
         return row | {"reason": f"error {error:.1e} is over the limit {row['limit']:.1e}, worst at {row['worst']}"}
     return row | {"verdict": "passed"}

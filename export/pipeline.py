@@ -233,13 +233,8 @@ def _capture(
 def _lower(captured: Captured, path: Path, options: Options) -> tuple[dict[str, tuple[str, str]], list[Path]]:
     """Write and check the ONNX file; for each planned layer the names of its precision and rank, and the files."""
     dim_names = {symbol: size.name for symbol, size in captured.dims.items()}
-    graph = onnx.lower(
-        captured.program, options.chosen_opset(), dim_names, captured.output_names, options.emit_plan
-    )
-    names = {
-        layer: tuple(str(value.name) for value in onnx.plan_values(node).values())
-        for layer, node in onnx.planned_nodes(graph).items()
-    }
+    graph = onnx.lower(captured.program, options.chosen_opset(), dim_names, captured.output_names, options.emit_plan)
+    names = {layer: onnx.plan_names(node) for layer, node in onnx.planned_nodes(graph).items()}
     files = onnx.save(graph, path, options.external_data_threshold)
     onnx.check(path)
     return names, files
@@ -270,7 +265,9 @@ def _warn_of_weights(state: Mapping[str, Any], notes: list[str]) -> None:
 def _profile(captured: Captured) -> engine.Profile:
     dims = captured.dims
     points = [{symbol: getattr(dim, at) for symbol, dim in dims.items()} for at in ("min", "opt", "max")]
-    return {item.name: (item.sizes(points[0]), item.sizes(points[1]), item.sizes(points[2])) for item in captured.inputs}
+    return {
+        item.name: (item.sizes(points[0]), item.sizes(points[1]), item.sizes(points[2])) for item in captured.inputs
+    }
 
 
 def _target(name: str, files: Sequence[Path]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from adaattn.errors import AdaAttnError, CheckpointError, ConfigError
 from adaattn.input_spec import Dimension, InputSpec
 
 PICKLE_DANGER = (
-    "is a pickled module; loading it runs whatever code it carries. Pass --allow-pickle if you trust where it comes from, "
+    "is a pickled module; loading it runs whatever code it carries. Pass --allow-pickle if you trust its origin, "
     "or save it with adaattn.save, or as weights for package.module:factory"
 )
 

@@ -23,9 +23,7 @@ from adaattn.export.parity import Expected
 PACKAGES = ("adaattn", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
 
 
-def report(
-    captured: Captured, source: str, opset: int, command: str | None, notes: Sequence[str]
-) -> dict[str, Any]:
+def report(captured: Captured, source: str, opset: int, command: str | None, notes: Sequence[str]) -> dict[str, Any]:
     """What is known of an export before its targets: the model, its inputs, the versions."""
     weights = [x for x in captured.program.state_dict.values() if isinstance(x, Tensor)]
     return {
@@ -56,10 +54,13 @@ def _versions() -> dict[str, str]:
 
 def write_manifest(folder: Path, report: Mapping[str, Any]) -> None:
     """Hashes of all files, versions and command."""
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    content = {
+        "files": files,
+        "versions": report["versions"],
+        "command": report["command"],
+        "verdict": report["verdict"],
     }
-    content = {"files": files, "versions": report["versions"], "command": report["command"], "verdict": report["verdict"]}
     (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -77,9 +78,7 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def layers(
-    names: Sequence[str], expected: Sequence[Expected], module: nn.Module | None
-) -> list[dict[str, Any]]:
+def layers(names: Sequence[str], expected: Sequence[Expected], module: nn.Module | None) -> list[dict[str, Any]]:
     """What each planned attention did, over all cases: its usual precision, mean rank and worst errors a head."""
     found = []
     for index, name in enumerate(names):
@@ -102,5 +101,3 @@ def layers(
             }
         )
     return found
-
-

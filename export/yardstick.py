@@ -120,7 +120,7 @@ def _head_errors(
     ops = torch.ops.adaattn
     keys = attended_keys(attn_mask, key.shape[1])
     wanted = ((query, None, False), (key, keys, True), (value, keys, False))
-    moments = [Moments(*ops.token_moments(x, mask, center)) for x, mask, center in wanted]
+    q, k, v = (Moments(*ops.token_moments(x, mask, center)) for x, mask, center in wanted)
     exact = ops.adaptive_attention(
         query.double(),
         key.double(),
@@ -135,6 +135,8 @@ def _head_errors(
     )
     difference = (output.double() - exact).square().mean(dim=(2, 3)).sqrt()
     size = exact.square().mean(dim=(2, 3)).sqrt()
-    predicted = plan_of(precision, rank, *moments, scale).predicted_error
-    rounding = plan_of(precision, torch.full_like(rank, query.shape[3]), *moments, scale).predicted_error
+    predicted = plan_of(precision, rank, q, k, v, scale).predicted_error
+    rounding = plan_of(precision, torch.full_like(rank, query.shape[3]), q, k, v, scale).predicted_error
+    assert predicted is not None
+    assert rounding is not None
     return HeadErrors(predicted, rounding, torch.where(size > 0, difference / size, difference))

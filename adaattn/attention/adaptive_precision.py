@@ -76,7 +76,9 @@ class AdaptivePrecisionAttention(PlannedAttention):
         if name != "adaptive" and name not in PRECISIONS:
             raise ConfigError(f"default_precision is {name!r}; choose adaptive, {', '.join(PRECISIONS)}")
         if name != "adaptive" and has_tolerance:
-            raise ConfigError(f"default_precision {name!r} leaves a tolerance nothing to decide; use 'adaptive' with it")
+            raise ConfigError(
+                f"default_precision {name!r} leaves a tolerance nothing to decide; use 'adaptive' with it"
+            )
 
     def _make_plan(self, q: Moments, k: Moments, v: Moments, dtype: torch.dtype) -> Plan:
         if self.budget is not None:

@@ -87,10 +87,11 @@ class AdaptiveRankAttention(PlannedAttention):
             gaussian = torch.randn(self.head_dim, self.head_dim, generator=torch.Generator().manual_seed(0))
             self.register_buffer("rotation", torch.linalg.qr(gaussian.double())[0].to(self.q_proj.weight.dtype))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super()._project(query, key, value)
         if self.rank_estimation_method == "random":
             q, k = q @ self.rotation, k @ self.rotation
-        return super()._attend(q, k, v, mask)
+        return q, k, v
 
     def _make_plan(self, q: Moments, k: Moments, v: Moments, dtype: torch.dtype) -> Plan:
         code = NATIVE.get(dtype, FP32)

@@ -42,6 +42,9 @@ class AttentionBase(nn.Module, ABC):
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads:
             raise ConfigError(f"num_heads {num_heads} is not a multiple of num_kv_heads {kv_heads}")
+        for name, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None and width < 1:
+                raise ConfigError(f"{name} is {width}; give a width of at least 1, or None for embed_dim {embed_dim}")
         if not 0 <= dropout < 1:
             raise ConfigError(f"dropout is {dropout}; give a probability from 0 up to, not including, 1")
         self.embed_dim, self.num_heads, self.dropout, self.causal = embed_dim, num_heads, dropout, causal
@@ -84,10 +87,8 @@ class AttentionBase(nn.Module, ABC):
         mask = attention_mask
         if mask is not None:
             mask = expand_mask(mask, batch, self.num_heads, queries, keys)
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        )
+        q, k, v = self._project(query, key, value)
+        weights: Tensor | None
         if self.training and self.dropout > 0:
             output, weights = self._attend_with_dropout(q, k, v, mask)
         else:
@@ -95,6 +96,14 @@ class AttentionBase(nn.Module, ABC):
             weights = attention_weights(q, k, rank, mask, self.scale, self.causal) if need_weights else None
         output = self.out_proj(output.transpose(1, 2).flatten(2))
         return output, weights.mean(dim=1).to(query.dtype) if weights is not None and need_weights else None
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, Sq, D), k and v (B, Hk, Sk, D)."""
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+        return q, k, v
 
     @abstractmethod
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -113,6 +122,11 @@ class AttentionBase(nn.Module, ABC):
                 raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected (batch, tokens, {width})")
             if not x.is_floating_point():
                 raise DtypeError(f"{name} is {x.dtype}; expected a floating-point tensor")
+            if x.dtype != self.q_proj.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise DtypeError(
+                    f"{name} is {x.dtype} and the module {self.q_proj.weight.dtype}; convert one of them, or use "
+                    "torch.autocast"
+                )
         if key.shape[0] != query.shape[0] or value.shape[0] != query.shape[0]:
             raise ShapeError(
                 f"batch sizes are {query.shape[0]}, {key.shape[0]} and {value.shape[0]} for query, key and value; "
@@ -121,7 +135,9 @@ class AttentionBase(nn.Module, ABC):
         if value.shape[1] != key.shape[1]:
             raise ShapeError(f"key has {key.shape[1]} tokens and value {value.shape[1]}; they must be as many")
         if query.shape[1] == 0 or key.shape[1] == 0:
-            raise ShapeError(f"query has {query.shape[1]} tokens and key {key.shape[1]}; at least one of each is needed")
+            raise ShapeError(
+                f"query has {query.shape[1]} tokens and key {key.shape[1]}; at least one of each is needed"
+            )
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, causal={self.causal}"
@@ -192,6 +208,7 @@ class PlannedAttention(AttentionBase):
         return output, plan.rank
 
     def _record(self, plan: Plan) -> None:
+        assert plan.predicted_error is not None
         place = plan.precision * (self.head_dim + 1) + plan.rank
         self._plan_counts.view(self.num_heads, -1).scatter_add_(
             1, place.T.long(), self._plan_counts.new_ones(1, 1).expand(place.T.shape)

@@ -1,6 +1,10 @@
-"""The custom ops `adaattn::token_moments` and `adaattn::adaptive_attention`. Importing this package registers them."""
+"""The custom ops `token_moments`, `plan` and `adaptive_attention` of namespace `adaattn`: this import registers them.
+
+`plan` is not called by hand; `adaattn.budget.plan_within` is its entrance.
+"""
 
 from adaattn.ops.adaptive_attention.api import adaptive_attention
+from adaattn.ops.plan.ops import plan
 from adaattn.ops.token_moments.api import token_moments
 
-__all__ = ["adaptive_attention", "token_moments"]
+__all__ = ["adaptive_attention", "plan", "token_moments"]

@@ -66,7 +66,8 @@ def adaptive_attention(
         if got.dtype != torch.int32:
             raise DtypeError(f"{name} is {got.dtype}; expected int32")
     scale = head_dim**-0.5 if scale is None else float(scale)
-    return op(query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal)
+    output: Tensor = op(query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal)
+    return output
 
 
 def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:

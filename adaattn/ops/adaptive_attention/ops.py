@@ -53,8 +53,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradient of the unrounded formula at the plan's rank. That of `key_mean` is zero: softmax does not see it."""
     query, key, value, rank, attn_mask = ctx.saved_tensors
     compute = torch.promote_types(query.dtype, torch.float32)
-    batch, heads, _, head_dim = query.shape
-    kv_heads = key.shape[1]
+    heads, head_dim, kv_heads = query.shape[1], query.shape[3], key.shape[1]
 
     p = reference.attention_weights(query, key, rank, attn_mask, ctx.scale, ctx.is_causal)
     g = grad.to(compute)
@@ -72,7 +71,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_mask = grad_scores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
 
     def per_kv_head(x: Tensor) -> Tensor:
-        return x.unflatten(1, (kv_heads, heads // kv_heads)).sum(dim=2)
+        grouped: Tensor = x.unflatten(1, (kv_heads, heads // kv_heads))
+        return grouped.sum(dim=2)
 
     return (
         grad_query.to(query.dtype),

@@ -36,7 +36,9 @@ def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = Fals
     if not x.is_floating_point():
         raise DtypeError(f"x is {x.dtype}; expected a floating-point tensor")
     if key_mask is not None and key_mask.dim() != 3:
-        raise ShapeError(f"key_mask has shape {tuple(key_mask.shape)}; expected (batch, heads, tokens), or ones in them")
+        raise ShapeError(
+            f"key_mask has shape {tuple(key_mask.shape)}; expected (batch, heads, tokens), or ones in them"
+        )
     if key_mask is not None and key_mask.dtype != torch.bool:
         raise DtypeError(f"key_mask is {key_mask.dtype}; expected bool, True where a token counts")
     return Moments(*op(x, key_mask, center))

@@ -73,7 +73,7 @@ def attention_weights(
 
 def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor]:
     """exp(score − row maximum) and its sum; zeros and 1 for a row that is -inf throughout."""
-    peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
     p = (scores - peak).exp()
     return p, p.sum(-1, keepdim=True).clamp_min(1)  # the maximum alone contributes exp(0) = 1
 

@@ -1,0 +1,56 @@
+"""Registration of `adaattn::plan`: `adaattn.budget.choose`, for programs that are exported.
+
+Eager mode and torch.compile run the arithmetic itself, which a compiler fuses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adaattn.budget import Moments, choose
+
+
+@torch.library.custom_op("adaattn::plan", mutates_args=())
+def plan(
+    query_second_moment: Tensor,
+    query_channel_peak: Tensor,
+    query_token_peak: Tensor,
+    key_second_moment: Tensor,
+    key_channel_peak: Tensor,
+    key_token_peak: Tensor,
+    value_second_moment: Tensor,
+    value_channel_peak: Tensor,
+    ladder: Tensor,
+    scale: float,
+    limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    unused = query_second_moment  # the error model reads neither the means nor the value's token peaks
+    query = Moments(unused, query_second_moment, query_channel_peak, query_token_peak)
+    key = Moments(unused, key_second_moment, key_channel_peak, key_token_peak)
+    value = Moments(unused, value_second_moment, value_channel_peak, unused)
+    chosen = choose(query, key, value, ladder, scale, limit)
+    assert chosen.predicted_error is not None
+    return chosen.precision, chosen.rank, chosen.predicted_error
+
+
+@plan.register_fake
+def _(
+    query_second_moment: Tensor,
+    query_channel_peak: Tensor,
+    query_token_peak: Tensor,
+    key_second_moment: Tensor,
+    key_channel_peak: Tensor,
+    key_token_peak: Tensor,
+    value_second_moment: Tensor,
+    value_channel_peak: Tensor,
+    ladder: Tensor,
+    scale: float,
+    limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = query_token_peak
+    return (
+        heads.new_empty(heads.shape, dtype=torch.int32),
+        heads.new_empty(heads.shape, dtype=torch.int32),
+        heads.new_empty(heads.shape),
+    )
