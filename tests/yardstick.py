@@ -16,6 +16,8 @@ Array = NDArray[np.float64]
 
 # Measured error over the error model's prediction: DESIGN.md found 0.10 to 2.6 head by head.
 MODEL = 3.0
+# It is first order in the noise: a prediction above this says no more than that the plan is no good.
+FIRST_ORDER = 0.5
 # Float32 sums of n terms err by up to n times the unit roundoff; no shape here is longer than 129. The fp32 row of the
 # error model counts the rounding of operands alone, so a float32 result may err by this much more.
 SUMS = 129 * 2.0**-24
