@@ -68,15 +68,16 @@ def ladder(budget: Budget, head_dim: int) -> list[tuple[int, int]]:
         >>> ladder(Budget(1e-2, precisions=("fp32", "fp16")), 64)[:2]
         [(2, 16), (2, 32)]
     """
-    allowed = [name for name in BY_ACCURACY if name in budget.precisions]
-    ranks = rank_classes(head_dim, budget.low_rank)
-    steps = [
-        (COST[name][0] * rank / head_dim + COST[name][1], allowed.index(name), PRECISIONS.index(name), rank)
-        for name in allowed
-        for rank in ranks
-    ]
-    fallback = (PRECISIONS.index(allowed[0]), head_dim)
-    return [(code, rank) for _, _, code, rank in sorted(steps) if (code, rank) != fallback] + [fallback]
+    allowed = [PRECISIONS.index(name) for name in BY_ACCURACY if name in budget.precisions]
+    steps = [(code, rank) for code in allowed for rank in rank_classes(head_dim, budget.low_rank)]
+    fallback = (allowed[0], head_dim)
+
+    def cost(step: tuple[int, int]) -> float:
+        scores, values = COST[PRECISIONS[step[0]]]
+        return scores * step[1] / head_dim + values
+
+    # Sorting keeps the order of equals; a key of several parts would keep torch.compile out.
+    return [step for step in sorted(steps, key=cost) if step != fallback] + [fallback]
 
 
 def ladder_table(budget: Budget, head_dim: int, device: torch.device | None = None) -> Tensor:

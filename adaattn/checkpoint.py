@@ -18,6 +18,7 @@ from adaattn.errors import AdaAttnError, CheckpointError
 from adaattn.input_spec import Dimension, InputSpec
 
 FORMAT, VERSION = "adaattn", 1
+FIELDS = {"class": str, "config": dict, "state": dict, "training": bool, "inputs": dict, "dims": dict}
 
 
 @dataclass(frozen=True)
@@ -126,19 +127,38 @@ def from_payload(payload: Any, path: str | os.PathLike[str], classes: Sequence[t
             f"{path} has format version {payload.get('version')!r} and this release reads version {VERSION}; "
             "save the model again, or install the release that wrote it"
         )
+    damaged = [name for name, kind in FIELDS.items() if not isinstance(payload.get(name), kind)]
+    if damaged:
+        raise CheckpointError(f"{path} is damaged: its {damaged[0]!r} is missing or of another type; save it again")
     try:
         module = _find_class(payload["class"], classes)(**payload["config"])
-        # assign: keep the file's tensors and their types instead of copying them into fresh ones
-        module.load_state_dict(payload["state"], assign=True)
+        assign_weights(module, payload["state"], type(module).__name__)
         module.train(payload["training"])
         inputs = tuple(InputSpec.parse(name, text) for name, text in payload["inputs"].items())
         dims = tuple(Dimension.parse(name, text) for name, text in payload["dims"].items())
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path} {error}") from None
     except (AdaAttnError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} does not fit together: {reason}") from error
     return Checkpoint(module, inputs, dims)
+
+
+def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> None:
+    """`load_state_dict` that keeps the file's tensors and their types instead of copying them into fresh ones.
+
+    Raises:
+        CheckpointError: they do not fit; a predicate for which the file's name is the subject.
+    """
+    if not all(isinstance(key, str) for key in state):
+        raise CheckpointError("holds a dict whose keys are no names, not weights by name")
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        # Each line is a list of keys, maybe of all: one of missing ones, one of unexpected ones, then wrong shapes.
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        shown = " ".join(line if len(line) <= 150 else line[:147] + "..." for line in lines)
+        raise CheckpointError(f"does not fit {name}: {shown}") from error
 
 
 def _spec(name: str, given: str | Tensor) -> InputSpec:
@@ -184,6 +204,6 @@ def _find_class(name: str, classes: Sequence[type[nn.Module]]) -> type[nn.Module
         if isinstance(found, type) and issubclass(found, nn.Module):
             return found
     raise CheckpointError(
-        f"it holds a {name}, which is no class of this package; pass it to adaattn.load(classes=[…]), or export with "
+        f"holds a {name}, which is no class of this package; pass it to adaattn.load(classes=[…]), or export with "
         "package.module:factory and --weights"
     )

@@ -111,5 +111,7 @@ def dense_attention(
         if torch.finfo(attn_mask.dtype).min < lowest:  # a finite value stays finite in a narrower type
             attn_mask = attn_mask.clamp_min(lowest)
         bias = torch.where(some, torch.where(allowed, attn_mask, -torch.inf), 0).to(query.dtype)
+    # Not every runtime broadcasts a mask over queries; here the expansion is a view.
+    bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=gqa)
     return torch.where(some, output, 0)

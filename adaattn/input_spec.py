@@ -62,15 +62,15 @@ class InputSpec:
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:
-        match = re.fullmatch(r"([^:<]*)(?::(\w+))?(?:<(\d+))?", text.replace(" ", ""))
+        match = re.fullmatch(r"([^:<]*)(?:: *(\w+) *)?(?:< *(\d+))?", text.strip())
         if not name.isidentifier() or match is None:
             raise ConfigError(f"input {name}={text}; write NAME=SHAPE[:TYPE], such as query=B,S,512:float32")
         shape: list[int | str] = []
-        for size in filter(None, match[1].split(",")):
+        for size in map(str.strip, match[1].split(",") if match[1].strip() else ()):
             if not size.isdecimal() and not size.isidentifier():
                 raise ConfigError(f"input {name}={text}: {size!r} is neither a size nor a name such as S")
-            if size.isdecimal() and int(size) == 0:
-                raise ConfigError(f"input {name}={text}: a size is 0; sizes start at 1")
+            if size.isdecimal() and not 1 <= int(size) <= INT_MAX:
+                raise ConfigError(f"input {name}={text}: a size is {size}; sizes are 1 to {INT_MAX}")
             shape.append(int(size) if size.isdecimal() else size)
         dtype, below = match[2], match[3]
         if dtype is not None and dtype not in DTYPES:

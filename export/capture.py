@@ -117,7 +117,8 @@ def capture_module(
     _check_dims(dims, used)
     sizes = {name: dims.get(name, default_dimension(name)) for name in sorted(used)}
     traced = _trace_sizes(sizes)
-    inputs = example or {spec.name: _example(spec, traced, model) for spec in specs}
+    # Copies: torch.export takes one tensor given twice for one input.
+    inputs = {spec.name: example[spec.name].clone() if example else _example(spec, traced, model) for spec in specs}
     symbols = {name: Dim(name, min=size.min, max=size.max) for name, size in sizes.items() if size.min < size.max}
     shapes = {
         spec.name: {axis: symbols[size] for axis, size in enumerate(spec.shape) if size in symbols} for spec in specs

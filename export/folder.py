@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adaattn.errors import ConfigError
@@ -16,10 +16,13 @@ MARKER = "manifest.json"  # a folder that holds one was written by an export
 
 def check(out: Path, force: bool) -> None:
     """Raises ConfigError where the folder cannot be written, or must not be replaced."""
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file; give a folder for the artifacts")
     if not out.exists():
         return
-    if not out.is_dir():
-        raise ConfigError(f"{out} is a file; give a folder for the artifacts")
+    if os.path.ismount(out):
+        raise ConfigError(f"{out} is a mount point, which cannot be replaced as a whole; give a folder in it")
     if any(out.iterdir()):
         if not force:
             raise ConfigError(f"{out} exists; choose another folder, or replace it with --force")
@@ -30,9 +33,14 @@ def check(out: Path, force: bool) -> None:
 @contextmanager
 def staging(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside the output, moved into its place at the end and deleted on any failure."""
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}."))
+    out = out.resolve()  # where it is a link, what it leads to is replaced
+    parent = out.parent
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made: {error.strerror}; give another folder") from error
     try:
         yield folder
         folder.chmod(0o755)  # mkdtemp keeps it from others
@@ -49,4 +57,7 @@ def staging(out: Path, force: bool) -> Iterator[Path]:
             os.replace(folder, out)  # onto nothing, or an empty folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        for made in missing:
+            with suppress(OSError):  # no longer empty: another process uses it
+                made.rmdir()
         raise

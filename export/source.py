@@ -7,7 +7,6 @@ import os
 import pickle
 import sys
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +15,17 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import adaattn.ops  # noqa: F401  a program that uses the ops loads only when they are registered
-from adaattn.checkpoint import from_payload, is_payload
+from adaattn.checkpoint import assign_weights, from_payload, is_payload
 from adaattn.errors import AdaAttnError, CheckpointError, ConfigError
 from adaattn.input_spec import Dimension, InputSpec
 
+EXPECTED = "give a model.pt saved by adaattn.save, a .pt2 program, or package.module:factory"
 PICKLE_DANGER = (
     "is a pickled module; loading it runs whatever code it carries. Pass --allow-pickle if you trust its origin, "
     "or save it with adaattn.save, or as weights for package.module:factory"
 )
+# How torch.save began before it wrote zip files; other pickles come from pickle.dump.
+LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
     if weights is not None:
         raise ConfigError(f"--weights goes with package.module:factory; {model} has weights of its own")
     if not path.exists():
-        raise CheckpointError(f"{model} does not exist; give a file, or package.module:factory")
+        raise CheckpointError(f"{model} does not exist; {EXPECTED}")
     if path.is_dir():
-        raise CheckpointError(f"{model} is a folder; give a model.pt, a .pt2 program, or package.module:factory")
+        raise CheckpointError(f"{model or 'MODEL'} is a folder; {EXPECTED}")
     if path.stat().st_size == 0:
-        raise CheckpointError(f"{model} is empty")
+        raise CheckpointError(f"{model} is empty; {EXPECTED}")
     return _from_program(path) if _is_program(path) else _from_saved(path, allow_pickle)
 
 
@@ -75,7 +77,9 @@ def _from_program(path: Path) -> Source:
     try:
         return Source(torch.export.load(path))
     except Exception as error:  # whatever a damaged archive raises, it means this
-        raise CheckpointError(f"{path} is not a program saved by torch.export.save: {_line(error)}") from error
+        raise CheckpointError(
+            f"{path} is not a program saved by torch.export.save: it is damaged or of another kind; save it again"
+        ) from error
 
 
 def _from_saved(path: Path, allow_pickle: bool) -> Source:
@@ -83,12 +87,16 @@ def _from_saved(path: Path, allow_pickle: bool) -> Source:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error) or not _looks_pickled(path):
-            raise CheckpointError(f"{path} is not a model: it is damaged or of another kind") from error
+            raise CheckpointError(f"{path} is not a model: it is damaged or of another kind; {EXPECTED}") from error
         if not allow_pickle:
             raise CheckpointError(f"{path} {PICKLE_DANGER}") from None
         loaded = _unpickle(path)
     except Exception as error:  # torch.load has no error of its own
-        raise CheckpointError(f"{path} is not a model: it is damaged or of another kind") from error
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                f"{path} is a TorchScript program, which torch.export cannot capture; {EXPECTED} of the model itself"
+            ) from error
+        raise CheckpointError(f"{path} is not a model: it is damaged or of another kind; {EXPECTED}") from error
     if is_payload(loaded):
         checkpoint = from_payload(loaded, path)
         return Source(checkpoint.module, checkpoint.inputs, checkpoint.dims)
@@ -96,7 +104,7 @@ def _from_saved(path: Path, allow_pickle: bool) -> Source:
         return Source(loaded)
     if isinstance(loaded, dict) and loaded and all(isinstance(x, torch.Tensor) for x in loaded.values()):
         raise CheckpointError(f"{path} holds weights without a model; use package.module:factory --weights {path}")
-    raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a model")
+    raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a model; {EXPECTED}")
 
 
 def _looks_pickled(path: Path) -> bool:
@@ -111,8 +119,13 @@ def _looks_pickled(path: Path) -> bool:
 def _unpickle(path: Path) -> object:
     sys.path.insert(0, os.getcwd())  # a pickle names its classes as the script that made it saw them
     try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:
+        with path.open("rb") as stream:
+            of_torch = zipfile.is_zipfile(path) or stream.read(len(LEGACY_START)) == LEGACY_START
+        if of_torch:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        with path.open("rb") as stream:
+            return pickle.load(stream)
+    except (Exception, SystemExit) as error:  # the user's own code
         raise CheckpointError(f"{path} cannot be unpickled: {_line(error)}") from error
     finally:
         sys.path.remove(os.getcwd())
@@ -120,17 +133,21 @@ def _unpickle(path: Path) -> object:
 
 def _from_factory(name: str, weights: str | None) -> nn.Module:
     module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise ConfigError(f"{name} is no file that exists, and not of the form package.module:factory")
     sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
+        if isinstance(factory, nn.Module):
+            raise ConfigError(f"{name} is a {type(factory).__name__}; name a function without arguments that returns it")
         model = factory()
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{name}: no module named {error.name!r}, here or among the installed packages") from error
+        raise ConfigError(f"{name}: no module named {error.name!r}; run where it lies, or install it") from error
     except AttributeError as error:
         raise ConfigError(f"{name}: {_line(error)}") from error
     except AdaAttnError:
         raise
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise ConfigError(f"{name} raised {type(error).__name__}: {_line(error)}") from error
     finally:
         sys.path.remove(os.getcwd())
@@ -143,7 +160,7 @@ def _from_factory(name: str, weights: str | None) -> nn.Module:
 
 def _load_weights(model: nn.Module, path: Path, name: str) -> None:
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} does not exist; --weights takes a state dict, .safetensors or .pt")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -152,19 +169,15 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # neither format has an error of its own
-        raise CheckpointError(f"{path} is not a file of weights: it is damaged or of another kind") from error
+        raise CheckpointError(
+            f"{path} is not a file of weights: it is damaged or of another kind; give a state dict, .safetensors or .pt"
+        ) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not weights by name")
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not weights by name; give a state dict")
     try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise CheckpointError(f"{path} does not fit {name}: {_first(lines, 2)}") from error
-
-
-def _first(lines: Sequence[str], count: int) -> str:
-    text = " ".join(lines[:count])
-    return text if len(text) <= 300 else text[:297] + "..."
+        assign_weights(model, state, name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
 
 
 def _line(error: BaseException) -> str:

@@ -73,9 +73,7 @@ def test_error_stays_within_what_the_model_predicts(distribution: str, shape: tu
         mask = yardstick.mask(kind, batch, 20, queries, keys)
         of_q, of_k, of_v = moments(q, k, v, mask)
         predicted = plan_of(precision, rank, of_q, of_k, of_v, head_dim**-0.5).predicted_error.double()
-        output = adaptive_attention(
-            q, k, v, of_k.mean, of_v.channel_peak, precision, rank, mask, is_causal=causal
-        )
+        output = adaptive_attention(q, k, v, of_k.mean, of_v.channel_peak, precision, rank, mask, is_causal=causal)
         assert output.dtype == dtype
         assert output.isfinite().all(), f"{dtype}, {kind} mask, causal={causal}"
 

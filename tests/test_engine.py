@@ -1,0 +1,98 @@
+"""TensorRT-RTX engines of each module, built with no GPU; and the builder's failures, which are ours to report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx.parser
+import pytest
+import torch
+from torch import nn
+
+import adaattn
+from adaattn.errors import TargetError
+from adaattn.export import Options, engine, export
+
+pytestmark = pytest.mark.skipif(not engine.installed("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
+
+MODULES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "dense": (adaattn.DenseAttention, {"causal": True}),
+    "precision": (adaattn.AdaptivePrecisionAttention, {}),
+    "int8_fp8": (adaattn.AdaptivePrecisionAttention, {"default_precision": "int8_fp8"}),
+    "entropy": (adaattn.AdaptiveRankAttention, {}),
+    "power": (adaattn.AdaptiveRankAttention, {"rank_estimation_method": "power"}),
+    "random": (adaattn.AdaptiveRankAttention, {"rank_estimation_method": "random"}),
+    "both, grouped keys, causal": (adaattn.AdaptiveAttention, {"num_kv_heads": 2, "causal": True}),
+}
+INPUTS = {"query": "B,S,64", "key": "B,K,64", "value": "B,K,64"}
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "additive"])
+@pytest.mark.parametrize("name", MODULES)
+def test_engine_of_each_module(name: str, mask: str, tmp_path: Path) -> None:
+    if mask != "none" and name in ("int8_fp8", "power", "random"):
+        pytest.skip("the mask's nodes are those of the other modules")
+    kind, options = MODULES[name]
+    inputs = dict(INPUTS)
+    if mask != "none":
+        inputs["attention_mask"] = "B,K:bool" if mask == "padding" else "B,4,S,K"
+    made = export(
+        kind(64, 4, **options),
+        inputs,
+        tmp_path / "out",
+        dims={"S": "1:64:256", "K": "1:64:256"},
+        options=Options(("tensorrt-rtx",), verify=False),
+    )
+    target = made.report["targets"][1]
+    assert target["verdict"] == "not run", target["reason"]
+    assert (made.directory / "tensorrt-rtx.engine").stat().st_size > 10_000
+    assert made.report["opset"] == 22
+
+
+def test_two_layers_in_half_precision(tmp_path: Path) -> None:
+    model = adaattn.Encoder(64, 4, ("adaptive", "adaptive"))
+    made = export(model, output_dir=tmp_path / "out", options=Options(("tensorrt-rtx",), dtype="float16"))
+    onnx_target, engine_target = made.report["targets"]
+    assert made.passed, made.report["targets"]
+    assert onnx_target["verdict"] == "passed"
+    reason = engine_target["reason"]
+    assert torch.cuda.is_available() or reason == "built, not run: torch sees no GPU on this machine"
+
+
+def test_newest_opset_builds_too(tmp_path: Path) -> None:
+    """Standard Attention nodes, which no fused kernel takes in float32."""
+    options = Options(("tensorrt-rtx",), opset=24, verify=False)
+    made = export(adaattn.DenseAttention(64, 4), INPUTS, tmp_path / "out", options=options)
+    assert made.passed, made.report["targets"]
+
+
+def test_a_builder_that_refuses_fails_its_target_alone(tmp_path: Path) -> None:
+    options = Options(("onnx", "tensorrt-rtx"), compute_capabilities=("7.7",))
+    made = export(adaattn.DenseAttention(64, 4), INPUTS, tmp_path / "out", options=options)
+    assert not made.passed
+    onnx_target, engine_target = made.report["targets"]
+    assert onnx_target["verdict"] == "passed"
+    assert engine_target["verdict"] == "failed"
+    assert "compute capability 7.7 is unknown" in engine_target["reason"]
+    assert {file.name for file in made.directory.iterdir()} >= {"model.onnx", "tensorrt-rtx.log"}
+    assert not (made.directory / "tensorrt-rtx.engine").exists()
+
+
+def test_the_log_says_which_node_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model.onnx"
+    graph = '<ir_version: 10, opset_import: ["" : 18]> g (float[3,4] x) => (int64[2,N] y) { y = NonZero(x) }'
+    onnx.save(onnx.parser.parse_model(graph), model)
+    with pytest.raises(TargetError, match="NonZero"):
+        engine.build("tensorrt-rtx", model, tmp_path / "e.engine", tmp_path / "e.log", {"x": ((3, 4),) * 3})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="an engine runs only on a GPU")
+def test_engine_agrees_with_eager(tmp_path: Path) -> None:
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    if capability not in engine.RTX_COMPUTE_CAPABILITIES:
+        pytest.skip(f"TensorRT-RTX has no engine for compute capability {capability}")
+    made = export(adaattn.Encoder(64, 4, ("adaptive", "adaptive")), output_dir=tmp_path / "out")
+    assert made.passed, made.report["targets"]
+    assert made.report["targets"][1]["verdict"] == "passed"

@@ -1,0 +1,59 @@
+"""What is installed: the wheel holds what it should and nothing else, and the layers import only downwards."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def test_nothing_but_adaattn_enters_site_packages(wheel: zipfile.ZipFile) -> None:
+    assert {name.split("/")[0] for name in wheel.namelist()} == {"adaattn", "adaattn-0.1.0.dist-info"}
+
+
+def test_every_source_file_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    homes = {"adaattn": "adaattn", "export": "adaattn/export", "plugins": "adaattn/plugins"}
+    wanted = {
+        f"{home}/{file.relative_to(ROOT / folder)}"
+        for folder, home in homes.items()
+        for pattern in ("*.py", "*.jinja", "py.typed")
+        for file in (ROOT / folder).rglob(pattern)
+    }
+    assert wanted <= set(wheel.namelist())
+
+
+def test_imports_point_downwards() -> None:
+    """export → plugins → adaattn, never back."""
+    forbidden = {"adaattn": ("adaattn.export", "adaattn.plugins"), "plugins": ("adaattn.export",)}
+    for folder, names in forbidden.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                assert not [m for m in modules if m.startswith(names)], file
+
+
+def test_every_dependency_is_pinned_and_named() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    here = [*project["dependencies"], *(x for e in ("cpu", "tensorrt-rtx", "test") for x in project["optional-dependencies"][e])]
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
+    for requirement in here:
+        name = requirement.split(">=")[0].lower().replace("_", "-")
+        assert ">=" in requirement, requirement
+        assert name in pinned, requirement

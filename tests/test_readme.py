@@ -1,0 +1,45 @@
+"""The README's blocks, run in order as a newcomer would: its Python, and its commands that are not make's."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_blocks_run(tmp_path: Path) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ran = 0
+    for language, text in BLOCKS:
+        if language == "bash":
+            lines = [line for line in text.splitlines() if not line.startswith(("make", "git", "cd ", "pip"))]
+            command = ["bash", "-ec", "\n".join(lines)]
+        else:
+            command = [sys.executable, "-W", "ignore", "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 3
+    assert (tmp_path / "model-export" / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("script", ["basic_usage.py"])
+def test_examples_run(script: str) -> None:
+    command = [sys.executable, ROOT / "examples" / script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for heading in ("dense", "adaptive precision", "adaptive rank", "cross-attention", "masks"):
+        assert heading in done.stdout
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\(([^)#]+)\)", text):
+        if not path.startswith("http"):
+            assert (ROOT / path).exists(), path
