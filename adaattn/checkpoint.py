@@ -157,7 +157,7 @@ def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> No
     except RuntimeError as error:
         # Each line is a list of keys, maybe of all: one of missing ones, one of unexpected ones, then wrong shapes.
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        shown = " ".join(line if len(line) <= 150 else line[:147] + "..." for line in lines)
+        shown = " ".join(line if len(line) <= 200 else line[:197] + "..." for line in lines)
         raise CheckpointError(f"does not fit {name}: {shown}") from error
 
 

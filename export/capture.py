@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,7 +20,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from adaattn.attention.base import AttentionBase
 from adaattn.encoder import Encoder
 from adaattn.errors import ConfigError, ExportError
-from adaattn.input_spec import Dimension, InputSpec, default_dimension
+from adaattn.export import complaints
+from adaattn.input_spec import INT_MAX, Dimension, InputSpec, default_dimension
 
 Size: TypeAlias = int | sympy.Expr
 
@@ -110,6 +113,8 @@ def capture_module(
         ConfigError: inputs or dimensions that the model does not take.
         ExportError: torch.export cannot capture the model.
     """
+    from torch._dynamo.exc import UserError  # slow to import
+
     _check_names(model, specs)
     order = list(inspect.signature(model.forward).parameters)
     specs = sorted(specs, key=lambda spec: order.index(spec.name) if spec.name in order else len(order))
@@ -119,19 +124,17 @@ def capture_module(
     traced = _trace_sizes(sizes)
     # Copies: torch.export takes one tensor given twice for one input.
     inputs = {spec.name: example[spec.name].clone() if example else _example(spec, traced, model) for spec in specs}
-    symbols = {name: Dim(name, min=size.min, max=size.max) for name, size in sizes.items() if size.min < size.max}
-    shapes = {
-        spec.name: {axis: symbols[size] for axis, size in enumerate(spec.shape) if size in symbols} for spec in specs
-    }
+    moving = {name: size for name, size in sizes.items() if size.min < size.max}
     try:
-        with torch.no_grad():
+        symbols = {name: Dim(complaints.PREFIX + name, min=size.min, max=size.max) for name, size in moving.items()}
+        shapes = {spec.name: {i: symbols[s] for i, s in enumerate(spec.shape) if s in symbols} for spec in specs}
+        # On some errors torch prints all of the graph that it has.
+        with torch.no_grad(), redirect_stderr(io.StringIO()):
             program = torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)
-    except torch._dynamo.exc.UserError as error:
-        raise ConfigError(_constraint(str(error), sizes)) from error
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        shown = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
-        raise ExportError(f"the model does not run on inputs of shape {shown}: {lines[0]}") from error
+    except UserError as error:
+        raise ConfigError(complaints.of_dimensions(str(error), sizes)) from error
+    except Exception as error:  # the user's own code runs here
+        raise ExportError(complaints.of_model(error, model, specs, inputs)) from error
     names: dict[str, Dimension] = {}
     for spec, item in zip(specs, _program_inputs(program), strict=True):
         for size, symbol in zip(spec.shape, item.shape, strict=True):
@@ -158,18 +161,21 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
         ConfigError: sizes outside a range, an unknown symbol, or a range without an end that nobody closed.
     """
     inputs = _program_inputs(program)
+    shapes = "; ".join(f"{item.name}={','.join(map(str, item.shape))}" for item in inputs)
     ranges = {str(symbol): limits for symbol, limits in program.range_constraints.items()}
     used = sorted({str(s) for item in inputs for size in item.shape for s in getattr(size, "free_symbols", ())})
-    _check_dims(dims, set(used))
+    _check_dims(dims, set(used), f" in {shapes}")
     sizes = {}
     for symbol in used:
-        low, high = ranges[symbol].lower, ranges[symbol].upper
-        low, high = max(1, int(low)), int(high) if high.is_finite and int(high) < 2**31 - 1 else None
+        # Without an end, torch's own infinity, which is greater than any number and yet says that it is finite.
+        low = max(1, int(ranges[symbol].lower))
+        high = None if ranges[symbol].upper >= INT_MAX else int(ranges[symbol].upper)
         size = dims.get(symbol)
         if size is None:
             if high is None:
                 raise ConfigError(
-                    f"dimension {symbol} of the program has no upper bound; give one: --dim {symbol}={low}:128:1024"
+                    f"dimension {symbol} of the program ({shapes}) has no upper bound; give one, such as "
+                    f"--dim {symbol}={low}:{max(low, 128)}:{max(low, 1024)}"
                 )
             size = Dimension(symbol, low, min(max(low, 128), high), high)
         if size.min < low or (high is not None and size.max > high):
@@ -200,7 +206,7 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
         "ExportedProgram",
         program,
         callable_of(program.module()),
-        lambda: callable_of(program.module().double()),
+        lambda: callable_of(copy.deepcopy(program.module()).double()),  # its parameters are the program's own
         inputs,
         sizes,
         _output_names(program),
@@ -210,25 +216,24 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
 
 def _check_names(model: nn.Module, specs: Sequence[InputSpec]) -> None:
     parameters = inspect.signature(model.forward).parameters
-    takes = f"{type(model).__name__}.forward takes ({', '.join(parameters)})"
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    shown = ", ".join(stars.get(parameter.kind, "") + name for name, parameter in parameters.items())
+    takes = f"{type(model).__name__}.forward takes ({shown})"
+    named = {name: parameter for name, parameter in parameters.items() if parameter.kind not in stars}
     for spec in specs:
-        if spec.name not in parameters:
+        if spec.name not in named:
             raise ConfigError(f"the model has no input {spec.name!r}; {takes}")
     given = {spec.name for spec in specs}
-    for name, parameter in parameters.items():
-        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if parameter.default is parameter.empty and name not in given and not variadic:
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in given:
             raise ConfigError(f"the input {name!r} is not described; {takes}")
 
 
-def _check_dims(dims: Mapping[str, Dimension], used: set[str]) -> None:
+def _check_dims(dims: Mapping[str, Dimension], used: set[str], where: str = "") -> None:
     for name in dims:
         if name not in used:
-            raise ConfigError(
-                f"no input has a dimension {name!r}; dynamic dimensions are {', '.join(sorted(used)) or 'none'}"
-            )
+            known = ", ".join(sorted(used)) or "none"
+            raise ConfigError(f"no input has a dimension {name!r}; dynamic dimensions are {known}{where}")
 
 
 def _trace_sizes(dims: Mapping[str, Dimension]) -> dict[str, int]:
@@ -278,20 +283,8 @@ def _output_names(program: ExportedProgram) -> tuple[str, ...]:
     if count == 0:
         raise ExportError("the model returns no tensor")
     if spec is not None and spec.type is dict and len(spec.context) == count:
-        return tuple(str(key) for key in spec.context)
-    return ("output",) if count == 1 else tuple(f"output_{index}" for index in range(count))
-
-
-def _constraint(message: str, dims: Mapping[str, Dimension]) -> str:
-    """torch.export's report on dimensions, in one line."""
-    for name in dims:
-        fixed = re.search(rf"\b{name} = (\d+)\b", message) or re.search(
-            rf"\({name}\b.*?specialized.*?constant \((\d+)\)", message, re.DOTALL
-        )
-        if fixed:
-            return f"the model fixes dimension {name} to {fixed[1]}; write {fixed[1]} in its place in --input"
-    same = re.search(r"\b(\w+) = (\w+)\b", message.split("Suggested fixes", 1)[-1])
-    if same and {same[1], same[2]} <= set(dims):
-        return f"the model wants dimensions {same[1]} and {same[2]} to be the same; give them one name in --input"
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    return f"the model does not take these dimensions: {' '.join(lines[:2])}"
+        names = [str(key) for key in spec.context]
+    else:
+        names = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+    taken = {item.name for item in _program_inputs(program)}
+    return tuple(f"{name}_out" if name in taken else name for name in names)

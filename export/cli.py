@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -57,7 +57,12 @@ def _assignments(context: click.Context, parameter: click.Parameter, values: tup
 
 
 def _list(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
+    if value is None:
+        return None
+    parts = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not parts:
+        raise click.BadParameter("it is empty; write one or more, such as 8.9,12.0")
+    return parts
 
 
 @click.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -115,8 +120,9 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 def main(model: str, as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
-        with _quiet_tools(verbose):
-            report = _export(model, quiet or as_json, **arguments)
+        # Standard output is for the result alone, whatever the user's model prints.
+        with _quiet_tools(verbose), redirect_stdout(sys.stderr):
+            report, directory = _export(model, quiet or as_json, **arguments)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", verbose)
     except click.ClickException:
@@ -130,6 +136,8 @@ def main(model: str, as_json: bool, quiet: bool, verbose: bool, **arguments: Any
         _fail(str(error) if known else f"unexpected {type(error).__name__}: {error} (-v shows where)", verbose)
     if as_json:
         click.echo(json.dumps(report, indent=1))
+    elif not quiet:
+        _show(report, str(directory))
     sys.exit(0 if report["verdict"] == "passed" else 1)
 
 
@@ -151,10 +159,10 @@ def _export(
     weights: str | None,
     allow_pickle: bool,
     no_verify: bool,
-) -> Mapping[str, Any]:
+) -> tuple[Mapping[str, Any], Path]:
     from rich.console import Console
 
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(file=sys.stderr, quiet=quiet)  # this one, even while torch's own words are held back
     with _progress(console) as on_stage:
         on_stage("import torch")
         from adaattn.export.pipeline import Options, export
@@ -179,7 +187,7 @@ def _export(
         on_stage("load")
         source = load(model, weights, allow_pickle)
         described = {spec.name: str(spec) for spec in source.inputs} | inputs
-        used = ",".join(described.values())
+        used = {size for name, text in described.items() for size in InputSpec.parse(name, text).shape}
         saved = {dim.name: str(dim) for dim in source.dims if dim.name in used}
         result = export(
             source.model,
@@ -191,9 +199,7 @@ def _export(
             command=shlex.join(["adaattn-export", *sys.argv[1:]]),
             on_stage=on_stage,
         )
-    if not quiet:
-        _show(result.report, str(result.directory))
-    return result.report
+    return result.report, result.directory
 
 
 def _default_output(model: str) -> str:
@@ -262,14 +268,14 @@ def _show(report: Mapping[str, Any], directory: str) -> None:
 
 @contextmanager
 def _quiet_tools(verbose: bool) -> Iterator[None]:
-    """Keep the warnings of torch and its exporter from the console: they are about torch's own code."""
+    """Keep the logs and warnings of torch from the console: they are about its own code, or repeat what it raises."""
     import logging
     import warnings
 
     if verbose:
         yield
         return
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,8 +21,8 @@ def check(out: Path, force: bool) -> None:
             raise ConfigError(f"{folder} is a file; give a folder for the artifacts")
     if not out.exists():
         return
-    if os.path.ismount(out):
-        raise ConfigError(f"{out} is a mount point, which cannot be replaced as a whole; give a folder in it")
+    if os.path.ismount(out) or out.samefile(Path.cwd()):
+        raise ConfigError(f"{out} is a mount point or the current folder and cannot be replaced; give a folder in it")
     if any(out.iterdir()):
         if not force:
             raise ConfigError(f"{out} exists; choose another folder, or replace it with --force")
@@ -40,6 +40,7 @@ def staging(out: Path, force: bool) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}."))
     except OSError as error:
+        _remove_empty(missing)
         raise ConfigError(f"{out} cannot be made: {error.strerror}; give another folder") from error
     try:
         yield folder
@@ -57,7 +58,11 @@ def staging(out: Path, force: bool) -> Iterator[Path]:
             os.replace(folder, out)  # onto nothing, or an empty folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        for made in missing:
-            with suppress(OSError):  # no longer empty: another process uses it
-                made.rmdir()
+        _remove_empty(missing)
         raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # never made, or another process uses it
+            folder.rmdir()

@@ -17,6 +17,7 @@ import torch
 import adaattn.ops  # registers the ops that the program calls
 from adaattn.errors import ExportError
 from adaattn.export.bodies import ADAPTIVE_ATTENTION, DOMAIN, DOMAIN_VERSION, PLAN, TOKEN_MOMENTS, body
+from adaattn.export.embed import embed
 from adaattn.plugins import NAMESPACE, VERSION
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 24
@@ -97,7 +98,7 @@ def plan_names(node: ir.Node) -> tuple[str, str]:
 
 
 def save(model: ir.Model, path: Path, external_above: int | None = None) -> list[Path]:
-    """Write the model; weights go to one external file where they are more than protobuf bears.
+    """Write the model and check it; weights go to one external file where they are more than protobuf bears.
 
     Args:
         path: of the ONNX file; the external file is beside it and ends in `.data`.
@@ -105,28 +106,21 @@ def save(model: ir.Model, path: Path, external_above: int | None = None) -> list
 
     Returns:
         The files written.
+
+    Raises:
+        ExportError: `onnx.checker` (full_check) refuses the model.
     """
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     data = path.with_suffix(path.suffix + ".data")
-    if external_above is not None:
-        ir.save(model, path, external_data=data.name, size_threshold_bytes=external_above)
-    elif weights > EXTERNAL_ABOVE:
-        ir.save(model, path, external_data=data.name, size_threshold_bytes=SMALL_TENSOR)
-    else:
-        ir.save(model, path)
-    return [file for file in (path, data) if file.exists()]
-
-
-def check(path: Path) -> None:
-    """`onnx.checker` with full_check on the file.
-
-    Raises:
-        ExportError: the file is not a valid model.
-    """
+    threshold = SMALL_TENSOR if external_above is None else external_above
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=threshold)
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses {path.name}: {_reason(error)}") from error
+    if external_above is None and weights <= EXTERNAL_ABOVE and data.exists():
+        embed(path, data)
+    return [file for file in (path, data) if file.exists()]
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -235,9 +235,7 @@ def _lower(captured: Captured, path: Path, options: Options) -> tuple[dict[str, 
     dim_names = {symbol: size.name for symbol, size in captured.dims.items()}
     graph = onnx.lower(captured.program, options.chosen_opset(), dim_names, captured.output_names, options.emit_plan)
     names = {layer: onnx.plan_names(node) for layer, node in onnx.planned_nodes(graph).items()}
-    files = onnx.save(graph, path, options.external_data_threshold)
-    onnx.check(path)
-    return names, files
+    return names, onnx.save(graph, path, options.external_data_threshold)
 
 
 def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None:

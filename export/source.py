@@ -78,7 +78,8 @@ def _from_program(path: Path) -> Source:
         return Source(torch.export.load(path))
     except Exception as error:  # whatever a damaged archive raises, it means this
         raise CheckpointError(
-            f"{path} is not a program saved by torch.export.save: it is damaged or of another kind; save it again"
+            f"{path} is not a program saved by torch.export.save: it is damaged, of another kind or version, or uses "
+            "operators of a package that is not imported; save it again, or see why with -v"
         ) from error
 
 
@@ -113,7 +114,8 @@ def _looks_pickled(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     with path.open("rb") as stream:
-        return stream.read(1) == b"\x80"
+        start = stream.read(2)
+        return start[:1] == b"\x80" and start[1:] in (b"\2", b"\3", b"\4", b"\5")  # protocol
 
 
 def _unpickle(path: Path) -> object:
@@ -139,7 +141,7 @@ def _from_factory(name: str, weights: str | None) -> nn.Module:
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
         if isinstance(factory, nn.Module):
-            raise ConfigError(f"{name} is a {type(factory).__name__}; name a function without arguments that returns it")
+            raise ConfigError(f"{name} is a {type(factory).__name__}; name a function that returns it")
         model = factory()
     except ModuleNotFoundError as error:
         raise ConfigError(f"{name}: no module named {error.name!r}; run where it lies, or install it") from error
@@ -153,6 +155,7 @@ def _from_factory(name: str, weights: str | None) -> nn.Module:
         sys.path.remove(os.getcwd())
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} returned a {type(model).__name__}; it must return an nn.Module")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps takes inputs by their names
     if weights is not None:
         _load_weights(model, Path(weights), name)
     return model
@@ -174,10 +177,22 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> None:
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not weights by name; give a state dict")
+    _fill_shared(model, state)
     try:
         assign_weights(model, state, name)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
+
+
+def _fill_shared(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give parameters that are one tensor in the model all their names: safetensors keeps only one of them."""
+    names: dict[int, list[str]] = {}
+    for name, x in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(x), []).append(name)
+    for same in names.values():
+        known = [state[name] for name in same if name in state]
+        if known:
+            state |= {name: known[0] for name in same if name not in state}
 
 
 def _line(error: BaseException) -> str:

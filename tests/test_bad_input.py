@@ -1,0 +1,216 @@
+"""Each wrong input of `adaattn-export`: one line that says what, why and what to do; status 2; nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import refused, run
+from shelf import build_shelf
+
+QUICK = ("-q", "--target", "onnx", "--no-verify")
+REMEDY = "give a model.pt saved by adaattn.save, a .pt2 program, or package.module:factory"
+DANGER = ("runs whatever code it carries", "--allow-pickle", "adaattn.save", "as weights for package.module:factory")
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_shelf(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in an empty folder, which must be as empty afterwards; the shelf must be as it was."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(shelf))
+    path = list(sys.path)
+    yield
+    assert os.listdir(tmp_path) == []
+    assert sorted(os.listdir(shelf)) == before
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none.pt", ["does not exist", REMEDY]),
+        ("none.pt2", ["does not exist", REMEDY]),
+        ("empty.pt", ["is empty", REMEDY]),
+        ("empty.pt2", ["is empty", REMEDY]),
+        ("folder", ["is a folder", REMEDY]),
+        *((f"{name}.pt", ["damaged or of another kind", REMEDY]) for name in ("half", "header", "text", "noise")),
+        ("photos.pt", ["damaged or of another kind", REMEDY]),
+        ("pickle_noise.pt", ["damaged or of another kind", REMEDY]),
+        *((f"{name}.pt2", ["torch.export.save", "damaged"]) for name in ("half", "header", "text", "noise", "photos")),
+        ("tensor.pt", ["holds a Tensor, not a model", REMEDY]),
+        ("list.pt", ["holds a list, not a model", REMEDY]),
+        ("training.pt", ["holds a dict, not a model", REMEDY]),
+        ("weights.pt", ["weights without a model", "package.module:factory --weights"]),
+        ("script.pt", ["TorchScript", REMEDY]),
+        ("module.pt", DANGER),
+        ("old_module.pt", DANGER),
+        ("trap.pt", DANGER),
+        ("plain.pkl", DANGER),
+        ("version.pt", ["format version 99", "reads version 1", "save the model again"]),
+        ("no_version.pt", ["format version None", "save the model again"]),
+        ("class.pt", ["shop.models:Ranker", "no class of this package", "package.module:factory"]),
+        ("not_ours.pt", ["os:system", "no class of this package"]),
+        ("no_config.pt", ["'config' is missing", "save it again"]),
+        ("config.pt", ["embed_dim 17 is not a positive multiple of num_heads 2"]),
+        ("missing.pt", ["does not fit Encoder", 'Missing key(s) in state_dict: "stack.0.attention_norm.weight"']),
+        ("more.pt", ["does not fit Encoder", 'Unexpected key(s) in state_dict: "more"']),
+        ("shape.pt", ["does not fit Encoder", "attention_norm.weight", "Size([3])", "Size([16])"]),
+        ("other_input.pt", ["no input 'y'", "Encoder.forward takes (x, attention_mask)"]),
+    ],
+)
+def test_files_that_are_no_models(name: str, words: list[str], shelf: Path) -> None:
+    result = run(shelf / name, *QUICK)
+    refused(result, *words)
+    assert name in result.stderr or name == "other_input.pt"
+
+
+@pytest.mark.parametrize("name", ["noise.pt", "pickle_noise.pt", "text.pt", "photos.pt"])
+def test_permission_to_unpickle_makes_no_model_of_noise(name: str, shelf: Path) -> None:
+    refused(run(shelf / name, *QUICK, "--allow-pickle"), "damaged or of another kind", REMEDY)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("none.safetensors", ["does not exist", "state dict"]),
+        ("no_bias.safetensors", ["does not fit foreign:linear", 'Missing key(s) in state_dict: "bias"']),
+        ("more.safetensors", ['Unexpected key(s) in state_dict: "more"']),
+        ("prefix.safetensors", ['Missing key(s) in state_dict: "weight", "bias"', '"module.bias", "module.weight"']),
+        ("narrow.safetensors", ["does not fit foreign:linear", "size mismatch for weight", "[8, 15]", "[8, 16]"]),
+        ("noise.safetensors", ["damaged or of another kind", "state dict"]),
+        ("noise.pt", ["damaged or of another kind", "state dict"]),
+        ("empty.pt", ["damaged or of another kind", "state dict"]),
+        ("folder", ["damaged or of another kind", "state dict"]),
+        ("module.pt", ["damaged or of another kind", "state dict"]),
+        ("list.pt", ["holds a list, not weights by name", "state dict"]),
+        ("numbered.pt", ["keys are no names"]),
+        ("texts.pt", ["does not fit foreign:linear", "<class 'str'>"]),
+        ("training.pt", ['Unexpected key(s) in state_dict: "state_dict", "epoch"']),
+    ],
+)
+def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], shelf: Path) -> None:
+    refused(run("foreign:linear", "--weights", shelf / weights, "--input", "input=B,16", *QUICK), weights, *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("no_such_module:f", ["no module named 'no_such_module'", "install it"]),
+        ("foreign.part:f", ["no module named 'foreign.part'"]),
+        ("foreign:no_such_name", ["module 'foreign' has no attribute 'no_such_name'"]),
+        ("foreign:", ["no file that exists", "package.module:factory"]),
+        (":tiny", ["no file that exists", "package.module:factory"]),
+        ("..foreign:tiny", ["package.module:factory"]),
+        ("models/foreign.py:tiny", ["no file that exists", "package.module:factory"]),
+        ("foreign:fails", ["foreign:fails raised RuntimeError: the shop is closed"]),
+        ("foreign:leaves", ["foreign:leaves raised SystemExit: 3"]),
+        ("foreign:lacks_a_package", ["no module named 'no_such_package'"]),
+        ("foreign:number", ["returned a int", "must return an nn.Module"]),
+        ("foreign:wants_an_argument", ["TypeError", "missing 1 required positional argument: 'width'"]),
+        ("foreign:an_instance", ["is a Linear; name a function that returns it"]),
+        ("foreign:Add", ["inputs of Add are not described", "forward takes (x, y)", '--input "x=B,S,512:float32"']),
+        ("foreign:Add --input z=B,S,16", ["no input 'z'", "Add.forward takes (x, y)"]),
+        ("foreign:Add --input x=B,S,16", ["input 'y' is not described", "Add.forward takes (x, y)"]),
+        ("foreign:Options --input x=B,16 --input y=B,16", ["no input 'y'", "takes (x, **options)"]),
+        ("foreign:Flat --input x=B,4,15", ["x (B=3, 4, 15:float32)", "(3x60 and 64x8)", "correct the inputs"]),
+        ("foreign:Flat --input x=B,S,16 --dim S=4:4:8", ["fixes dimension S to 4; write 4 in its place in --input"]),
+        ("foreign:Flat --input x=B,S,16", ["fixes dimension S to 4; write 4 in its place in --input"]),
+        ("foreign:Flat --input x=B,S,8", ["(3x32 and 64x8)", "x (B=3, S=4, 8:float32)", "fixes is a number"]),
+        ("foreign:Rows --input x=B,S,8", ["shape '[-1, 64]' is invalid for input of size 96", "fixes is a number"]),
+        ("foreign:Pairs --input x=B,S,8", ["takes only S = 2*n", "write a number in its place"]),
+        ("foreign:Tagger --input ids=B,S:int64<100", ["takes S from 1 to 16, not 1:128:512", "--dim S=1:16:16"]),
+        ("foreign:Add --input x=B,S,8 --input y=B,T,8", ["y (B=3, T=5, 8:float32)", "that must agree share a name"]),
+        ("foreign:Next --input x=B,S,8 --input y=B,T,8 --dim S=4:4:9 --dim T=5:5:10", ["takes only T = S + 1"]),
+        ("foreign:Branch --input x=B,S", ["cannot capture", "data-dependent", "foreign.py:"]),
+        ("foreign:Nothing --input x=B,S", ["the model returns no tensor"]),
+        ("foreign:tiny --input x=B,S", ["x (B=3, S=4:float32)", "correct the inputs"]),
+        ("foreign:tiny --input x=B,S,16:int64", ["x (B=3, S=4, 16:int64)", "datatype; correct the inputs"]),
+        ("foreign:tiny --input x=B,S,16:float16", ["query is torch.float16 and the module torch.float32"]),
+        ("foreign:tiny --input x=B,S,16 --input attention_mask=B,T", ["mask has shape (3, 5); expected (batch, keys)"]),
+        ("foreign:tiny --input x=B,S,0", ["a size is 0", "x=B,S,0"]),
+        ("foreign:tiny --input x=B,S,16:float99", ["'float99' is unknown", "float32"]),
+        ("foreign:tiny --dim S=5:3:9", ["S=5:3:9", "in order"]),
+        ("foreign:tiny --dim S=1:2", ["S=1:2", "write NAME=min:opt:max"]),
+        ("foreign:tiny --dim Z=1:2:3", ["no input has a dimension 'Z'", "are B, S"]),
+        ("foreign:tiny --tolerance 0", ["tolerance is 0.0", "above 0"]),
+        ("foreign:tiny --tolerance -0.1", ["tolerance is -0.1", "above 0"]),
+        ("foreign:tiny --tolerance nan", ["tolerance is nan", "above 0"]),
+        ("foreign:Add --input x=B,16 --input y=B,16 --tolerance 0.1", ["--tolerance has nothing to act on"]),
+        ("SHELF/good.pt --weights SHELF/weights.pt", ["--weights goes with package.module:factory"]),
+        ("SHELF/good.pt2", ["no upper bound", "input=s", "--dim s"]),
+        ("SHELF/good.pt2 --dim width=1:2:3", ["no input has a dimension 'width'", "input=s"]),
+        ("SHELF/good.pt2 --input input=B,16", ["--input cannot change a program", "capture it anew"]),
+        ("SHELF/good.pt2 --dtype float16", ["--dtype cannot change a program"]),
+        ("SHELF/good.pt2 --tolerance 0.1", ["--tolerance cannot change a program"]),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments: str, words: list[str], shelf: Path) -> None:
+    refused(run(*arguments.replace("SHELF", str(shelf)).split(), *QUICK), *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "Missing argument 'MODEL'"),
+        ("foreign:tiny more", "unexpected extra argument (more)"),
+        ("foreign:tiny --targets onnx", "No such option '--targets'. Did you mean"),
+        ("foreign:tiny --target tensorflow", "'tensorflow' is not one of 'onnx', 'tensorrt-rtx', 'tensorrt'"),
+        ("foreign:tiny --opset 17", "17 is not in the range 18<=x<=24"),
+        ("foreign:tiny --opset 25", "25 is not in the range 18<=x<=24"),
+        ("foreign:tiny --dtype int8", "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
+        ("foreign:tiny --external-data-threshold -1", "-1 is not in the range x>=0"),
+        ("foreign:tiny --compute-capability ,", "write one or more, such as 8.9,12.0"),
+        ("foreign:tiny --tolerance little", "'little' is not a valid float"),
+        ("foreign:tiny --input B,S,16", "'B,S,16' has no name; write NAME=..."),
+        ("foreign:tiny --input =B,S,16", "'=B,S,16' has no name"),
+        ("foreign:tiny --input x=B,S,16 --input x=B,S,16", "x is given twice"),
+        ("foreign:tiny --dim 1:2:3", "'1:2:3' has no name"),
+        ("foreign:tiny --dim S=1:2:3 --dim S=1:2:3", "S is given twice"),
+    ],
+)
+def test_options_that_there_are_not(arguments: str, words: str) -> None:
+    result = run(*arguments.split())
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Usage: ")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert words in last.replace("(Did", "Did")
+
+
+@pytest.mark.parametrize("name", ["module.pt", "old_module.pt", "plain.pkl"])
+def test_a_pickle_with_permission_is_exported(name: str, shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    out = tmp_path_factory.mktemp("out")
+    result = run(shelf / name, *QUICK, "--allow-pickle", "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert (out / "model.onnx").exists()
+
+
+def test_weights_that_are_no_numbers_are_reported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    out = tmp_path_factory.mktemp("out")
+    result = run("foreign:Broken", "--input", "x=B,16", "--target", "onnx", "-o", out)
+    assert result.exit_code == 0, result.stderr
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    assert report["warnings"] == [
+        "weight linear.weight has 1 NaN or Inf of 128 numbers",
+        "weight linear.bias has 1 NaN or Inf of 8 numbers",
+    ]
+    assert all(f"warning: {line}" in result.stdout for line in report["warnings"])
+    assert "weight linear.weight has 1 NaN or Inf" in (out / "report.html").read_text()
+
+
+def test_verbose_adds_the_traceback() -> None:
+    result = run("none.pt", "-v")
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("adaattn-export: none.pt does not exist")
