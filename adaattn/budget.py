@@ -6,7 +6,7 @@ comes from rounding or from dimensions that were left out. So one budget buys bo
     predicted_error² = scores²(precision) + values²(precision) + Σ_{d ≥ rank} w_d,    w_d = scale²·E[q_d²]·E[k_d²]
 
 with k centred on its mean over the attended keys. Everything here is ordinary torch arithmetic on the moments of one
-pass over q, k and v, without a synchronisation: it is captured by torch.export, and every backend decides alike.
+pass over q, k and v, without a synchronisation. An exported program holds it as one node, `adaattn::plan`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FP16_STEP = 2.0**-24  # spacing of fp16's subnormal numbers
 FP8_STEP = 2.0**-9 / 448  # the same of fp8-e4m3, relative to the peak that is scaled to 448
 FP16_MAX, BF16_MAX = 65504.0, 3.3895e38
 
-# Tensor-core time of q·k and of P·v, fp16 being 1: fp32 is three tf32 products at half the rate, 8 bits run at twice.
-COST = {"fp32": (6.0, 6.0), "bf16": (1.0, 1.0), "fp16": (1.0, 1.0), "int8": (0.5, 1.0), "int8_fp8": (0.5, 0.5)}
+# Tensor-core time of q·k and of P·v, fp16 being 2: fp32 is three tf32 products at half the rate, 8 bits run at twice.
+COST = {"fp32": (12, 12), "bf16": (2, 2), "fp16": (2, 2), "int8": (1, 2), "int8_fp8": (1, 1)}
 # Of equally cheap precisions the first is taken; the first that is allowed is also the fallback, at full rank.
 BY_ACCURACY = ("fp32", "fp16", "bf16", "int8", "int8_fp8")
 
@@ -72,9 +72,9 @@ def ladder(budget: Budget, head_dim: int) -> list[tuple[int, int]]:
     steps = [(code, rank) for code in allowed for rank in rank_classes(head_dim, budget.low_rank)]
     fallback = (allowed[0], head_dim)
 
-    def cost(step: tuple[int, int]) -> float:
+    def cost(step: tuple[int, int]) -> int:
         scores, values = COST[PRECISIONS[step[0]]]
-        return scores * step[1] / head_dim + values
+        return scores * step[1] + values * head_dim
 
     # Sorting keeps the order of equals; a key of several parts would keep torch.compile out.
     return [step for step in sorted(steps, key=cost) if step != fallback] + [fallback]

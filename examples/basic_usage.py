@@ -1,6 +1,6 @@
 """The modules, and what each of them did: dense, adaptive precision, adaptive rank, both, cross-attention, masks.
 
-    python examples/basic_usage.py
+python examples/basic_usage.py
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Build the model of `make demo`: a causal encoder of four layers with every kind of attention.
 
-    python examples/demo_model.py model.pt
+python examples/demo_model.py model.pt
 """
 
 import sys

@@ -32,7 +32,10 @@ def run(name: str, opset: int, attributes: dict[str, object], inputs: list[torch
     graph = helper.make_graph(
         [node],
         "one_call",
-        [helper.make_tensor_value_info(n, TYPES[x.dtype], [None] * x.dim()) for n, x in zip(names, inputs, strict=True)],
+        [
+            helper.make_tensor_value_info(n, TYPES[x.dtype], [None] * x.dim())
+            for n, x in zip(names, inputs, strict=True)
+        ],
         [onnx.ValueInfoProto(name=n) for n in function.output],
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(bodies.DOMAIN, 1)]
@@ -125,9 +128,7 @@ def make_mask(kind: str, batch: int, heads: int, queries: int, keys: int) -> tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 8), (2, 10, 5, 17, 9, 20), (1, 10, 10, 7, 33, 16)])
 @pytest.mark.parametrize("kind", ["normal", "outliers", "biased", "constant"])
-def test_adaptive_attention(
-    mask: str, causal: bool, dtype: torch.dtype, sizes: tuple[int, ...], kind: str
-) -> None:
+def test_adaptive_attention(mask: str, causal: bool, dtype: torch.dtype, sizes: tuple[int, ...], kind: str) -> None:
     torch.manual_seed(4)
     batch, heads, kv_heads, queries, keys, head_dim = sizes
     q = draw((batch, heads, queries, head_dim), kind).to(dtype)
@@ -160,7 +161,9 @@ def test_fp8_rounding_is_that_of_the_type() -> None:
     grid = grid[grid.isfinite()].sort().values
     middle = (grid[1:] + grid[:-1]) / 2
     points = torch.cat([grid, middle, torch.rand(1 << 20) * 900 - 450, 2.0 ** (torch.rand(1 << 20) * 30 - 20)])
-    points = torch.cat([points, torch.nextafter(points, torch.tensor(1e9)), torch.nextafter(points, torch.tensor(-1e9))])
+    points = torch.cat(
+        [points, torch.nextafter(points, torch.tensor(1e9)), torch.nextafter(points, torch.tensor(-1e9))]
+    )
     text = bodies._SIGNED_FP8.format(x="x")
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["" : 18]>

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,12 +14,13 @@ from pathlib import Path
 import click
 import foreign
 import pytest
-from command import TESTS, refused, run, start
+import torch
+from command import refused, run, start
 
 import adaattn
-from adaattn.errors import AdaAttnError
 from adaattn.export import cli, engine, folder
 
+LINEAR = ("foreign:linear", "--input", "input=B,16")
 QUICK = ("-q", "--target", "onnx", "--no-verify")
 INTERRUPTED = "adaattn-export: interrupted; nothing was written"
 
@@ -93,6 +93,16 @@ def test_a_signal_while_the_model_is_captured(name: str, tmp_path: Path) -> None
     ended(start(f"foreign:{name}", "--input", "x=B,S", "--target", "onnx", folder=tmp_path), tmp_path)
 
 
+def test_ctrl_c_while_parts_of_torch_are_still_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.export, "export", interrupted)
+    monkeypatch.delattr(torch, "_dynamo")
+    refused(run(*LINEAR, *QUICK), "interrupted; nothing was written")
+    assert os.listdir() == []
+
+
 # Builders are C++ and do not answer Ctrl-C; this one sees to it that there is one to kill.
 STUBBORN = """
 import os, signal
@@ -104,11 +114,11 @@ signal.pause()
 
 
 @pytest.mark.parametrize("send", ["os.killpg(0, signal.SIGINT)", "os.kill(os.getppid(), signal.SIGTERM)"])
-def test_a_signal_while_an_engine_is_built(send: str, model: Path, tmp_path: Path) -> None:
+def test_a_signal_while_an_engine_is_built(send: str, tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "tensorrt_rtx.py").write_text(STUBBORN.format(send=send))
-    ended(start(model, "--target", "tensorrt-rtx", "-o", "a/b/out", folder=tmp_path, path=packages), tmp_path)
+    ended(start(*LINEAR, "--target", "tensorrt-rtx", "-o", "a/b/out", folder=tmp_path, path=packages), tmp_path)
 
 
 def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
@@ -118,20 +128,18 @@ def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
     assert result.stderr == "a factory may print\n"
 
 
-def test_quiet_prints_nothing(model: Path) -> None:
-    result = run(model, *QUICK, "-o", "out")
+def test_quiet_prints_nothing() -> None:
+    result = run(*LINEAR, *QUICK, "-o", "out")
     assert (result.exit_code, result.output) == (0, "")
 
 
-def test_a_crash_of_the_builder_fails_its_target_alone(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_of_the_builder_fails_its_target_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crash = tmp_path / "python"
     crash.write_text("#!/bin/sh\necho the last words\nkill -SEGV $$\n")
     crash.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(crash))
     monkeypatch.setattr(engine, "installed", lambda target: True)
-    result = run(model, "--target", "tensorrt-rtx", "-o", "out")
+    result = run(*LINEAR, "--target", "tensorrt-rtx", "-o", "out")
     assert result.exit_code == 1
     assert "crashed with SIGSEGV" in " ".join(result.stdout.split())
     onnx, rtx = json.loads((tmp_path / "out" / "report.json").read_text())["targets"]
@@ -141,18 +149,18 @@ def test_a_crash_of_the_builder_fails_its_target_alone(
     assert set(os.listdir("out")) == expected
 
 
-def test_a_package_that_is_missing_fails_its_target_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_fails_its_target_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "installed", lambda target: False)
-    result = run(model, "--target", "tensorrt", "--no-verify", "-o", "out")
+    result = run(*LINEAR, "--target", "tensorrt", "--no-verify", "-o", "out")
     assert result.exit_code == 1
     said = " ".join(result.stdout.split())
     assert "tensorrt is not installed: pip install 'adaattn[tensorrt]', on a machine with an NVIDIA GPU" in said
     assert (Path("out") / "model.onnx").exists()
 
 
-def test_a_gpu_that_there_is_not_fails_its_target_alone(model: Path) -> None:
+def test_a_gpu_that_there_is_not_fails_its_target_alone() -> None:
     pytest.importorskip("tensorrt_rtx")
-    result = run(model, "--target", "tensorrt-rtx", "--compute-capability", "8.9,99.9", "--no-verify", "-o", "out")
+    result = run(*LINEAR, "--target", "tensorrt-rtx", "--compute-capability", "8.9,99.9", "--no-verify", "-o", "out")
     assert result.exit_code == 1
     assert "compute capability 99.9 is unknown to tensorrt_rtx" in " ".join(result.stdout.split())
     assert sorted(path.name for path in Path("out").glob("*.*")) == [
@@ -173,7 +181,8 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("size", "arguments"),
-    [(0, ()), (50_000, ()), (2_000, ("--external-data-threshold", "100")), (120_000, ("--emit-plan",))],
+    [(50_000, ()), (2_000, ("--external-data-threshold", "100")), (90_000, ("--dim", "S=1:9:700"))],
+    ids=["model.onnx", "model.onnx.data", "golden.npz"],
 )
 def test_a_full_disk(size: int, arguments: tuple[str, ...], model: Path, tmp_path: Path) -> None:
     with files_of_at_most(size):
@@ -204,16 +213,16 @@ def test_folders_that_cannot_be_written(
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "full", "full/mine"]
 
 
-def test_an_export_replaces_an_earlier_one_only_by_force_and_only_when_done(model: Path, tmp_path: Path) -> None:
+def test_an_export_replaces_an_earlier_one_only_by_force_and_only_when_done(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "out").symlink_to("there")  # results often live on another disk
-    assert run(model, *QUICK, "-o", "out").exit_code == 0
+    assert run(*LINEAR, *QUICK, "-o", "out").exit_code == 0
     before = (tmp_path / "out" / "manifest.json").read_text()
-    refused(run(model, *QUICK, "-o", "out"), "out exists", "--force")
-    refused(run(model, *QUICK, "-o", "out", "--force", "--input", "x=B,S,15"), "correct the inputs")
+    refused(run(*LINEAR, *QUICK, "-o", "out"), "out exists", "--force")
+    refused(run("foreign:Nothing", "--input", "x=B", *QUICK, "-o", "out", "--force"), "returns no tensor")
     assert (tmp_path / "out" / "manifest.json").read_text() == before
     (tmp_path / "out" / "old").touch()
-    assert run(model, *QUICK, "-o", "out", "--force").exit_code == 0
+    assert run(*LINEAR, *QUICK, "-o", "out", "--force").exit_code == 0
     assert not (tmp_path / "out" / "old").exists()
     assert (tmp_path / "out").is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["out", "there"]
@@ -230,7 +239,7 @@ def test_a_folder_that_cannot_be_moved_in_leaves_the_old_one(tmp_path: Path, mon
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse_the_new)
-    with pytest.raises(OSError, match="^no$"), folder.staging(out, force=True) as staged:
+    with pytest.raises(OSError, match="no"), folder.staging(out, force=True) as staged:
         (staged / "new").touch()
     assert os.listdir(out) == ["manifest.json"]
     assert os.listdir(tmp_path) == ["out"]
@@ -242,7 +251,6 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(model: Path, monkeypatch: 
 
     monkeypatch.setattr("adaattn.export.folder.check", broken)
     refused(run(model, *QUICK), "unexpected KeyError: 'a\\nb' (-v shows where)")
-    assert not issubclass(KeyError, AdaAttnError)
 
 
 @pytest.mark.parametrize(
@@ -251,4 +259,3 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(model: Path, monkeypatch: 
 )
 def test_the_folder_is_named_after_the_model(name: str, out: str) -> None:
     assert cli._default_output(name) == out
-    assert TESTS.is_dir()

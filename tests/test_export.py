@@ -36,9 +36,7 @@ class EveryModule(nn.Module):
         self.both = adaattn.AdaptiveAttention(WIDTH, HEADS, tolerance=0.1, **options)
 
     def forward(self, query: Tensor, memory: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        return {
-            name: attention(query, memory, memory, attention_mask)[0] for name, attention in self.named_children()
-        }
+        return {name: attention(query, memory, memory, attention_mask)[0] for name, attention in self.named_children()}
 
 
 class Alone(nn.Module):
@@ -61,9 +59,7 @@ MASKS = {"none": None, "padding": "B,{k}:bool", "query": "B,{q},{k}:bool", "addi
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-def test_every_module_passes(
-    mask: str, causal: bool, cross: bool, kv_heads: int, dtype: str, tmp_path: Path
-) -> None:
+def test_every_module_passes(mask: str, causal: bool, cross: bool, kv_heads: int, dtype: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
     model: nn.Module = EveryModule(causal, kv_heads)
     inputs = {"query": f"B,S,{WIDTH}", "memory": f"B,K,{WIDTH}"}
@@ -156,7 +152,8 @@ def test_report_and_manifest_are_whole(encoder: Result) -> None:
 def test_example_tensors_fix_the_sizes_and_are_verified(tmp_path: Path) -> None:
     torch.manual_seed(7)
     x = torch.randn(2, 5, WIDTH)
-    result = export(adaattn.AdaptiveAttention(WIDTH, HEADS), dict.fromkeys(("query", "key", "value"), x), tmp_path / "o", options=ONNX)
+    inputs = dict.fromkeys(("query", "key", "value"), x)  # one tensor, three inputs
+    result = export(adaattn.AdaptiveAttention(WIDTH, HEADS), inputs, tmp_path / "o", options=ONNX)
     assert result.passed
     assert result.report["inputs"]["query"] == f"2,5,{WIDTH}:float32"
     assert "example" in {row["case"] for row in result.report["targets"][0]["outputs"]}
@@ -204,7 +201,6 @@ def test_layers_of_a_functional_model_get_numbers(tmp_path: Path) -> None:
     assert list(planned_nodes(onnx_ir.load(result.directory / "model.onnx"))) == ["attention_0", "attention_1"]
 
 
-@pytest.mark.slow
 def test_a_model_above_2_gib(tmp_path: Path) -> None:
     class Large(nn.Module):
         def __init__(self) -> None:

@@ -154,6 +154,16 @@ def test_a_query_that_may_attend_to_nothing_gives_the_bias(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_finite_mask_stays_finite_in_a_narrower_type(name: str) -> None:
+    module = ALL[name](WIDTH, H).eval().half()
+    lowest = torch.full((B, SQ, SK), torch.finfo(torch.float32).min)
+    output, weights = module(*inputs(torch.float16), lowest, need_weights=True)
+    assert output.isfinite().all()
+    assert (output - module.out_proj.bias).abs().amax(-1).min() > 0  # every query attends
+    assert weights.sum(-1).min() > 0.9
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_dropout_acts_in_training_alone(name: str) -> None:
     module = ALL[name](WIDTH, H, dropout=0.5)
     q, k, v = inputs()
@@ -225,6 +235,26 @@ def test_inputs_of_any_size(name: str, size: float) -> None:
         assert module.get_rank_statistics()["predicted_error"] == [torch.inf] * H
 
 
+@pytest.mark.parametrize("shut_out", [False, -torch.inf, -1e9], ids=str)
+@pytest.mark.parametrize("make", [AdaptiveAttention, AdaptivePrecisionAttention, AdaptiveRankAttention])
+def test_padding_does_not_sway_the_plan(make: Maker, shut_out: float) -> None:
+    module = make(WIDTH, H, tolerance=1e-2).eval()
+    q, k, v = inputs()
+    want, _ = module(q, k, v)
+    statistics = module.get_rank_statistics(), module.get_precision_statistics()
+    module.reset_statistics()
+    k, v = (torch.cat([x, torch.full((B, 5, WIDTH), 1e6)], dim=1) for x in (k, v))
+    mask = torch.full((B, SK + 5), True if shut_out is False else 0.0)
+    mask[:, SK:] = shut_out
+    got, _ = module(q, k, v, mask)
+    assert (yardstick.error(got, want.double()) < 1e-4).all()  # summed in another order, a rounding or two may flip
+    for before, after in zip(
+        statistics, (module.get_rank_statistics(), module.get_precision_statistics()), strict=True
+    ):
+        assert after.pop("predicted_error") == pytest.approx(before.pop("predicted_error"), rel=1e-5)
+        assert after == before
+
+
 def test_statistics_count_since_the_last_reset() -> None:
     module = AdaptivePrecisionAttention(WIDTH, H, default_precision="bf16").eval()
     assert module.get_precision_statistics()["plans"] == module.get_rank_statistics()["plans"] == 0
@@ -241,8 +271,9 @@ def test_statistics_count_since_the_last_reset() -> None:
     assert all(
         now > before for now, before in zip(module.get_precision_statistics()["predicted_error"], largest, strict=True)
     )
+    module(q, k * 1e-3, v)  # a smaller one changes nothing
     module.half()  # integers stay what they are
-    assert module.get_precision_statistics()["plans"] == 5 * H
+    assert module.get_precision_statistics()["plans"] == 7 * H
     assert all(
         now > before for now, before in zip(module.get_rank_statistics()["predicted_error"], largest, strict=True)
     )

@@ -16,12 +16,13 @@ import yardstick
 from torch import Tensor
 from yardstick import Array
 
-from adaattn.budget import Moments, plan_of, rank_classes
-from adaattn.config import BF16, FP32, INT8, INT8_FP8, PRECISIONS
+from adaattn.budget import Moments, ladder_table, plan_of, plan_within, rank_classes
+from adaattn.config import BF16, FP32, INT8, INT8_FP8, PRECISIONS, Budget
 from adaattn.masks import attended_keys
 from adaattn.ops import adaptive_attention, token_moments
 from adaattn.ops.adaptive_attention.impl import reference
 from adaattn.ops.adaptive_attention.ops import adaptive_attention as attention_op
+from adaattn.ops.plan.ops import plan as plan_op
 from adaattn.ops.token_moments.ops import token_moments as moments_op
 
 # batch, kv heads, queries, keys, head_dim; there are always 20 query heads, one for each precision and rank.
@@ -245,3 +246,12 @@ def test_registration_of_attention(mask: str) -> None:
 @pytest.mark.parametrize("mask", [None, torch.tensor([[[True, False, True, True]]])], ids=["all", "masked"])
 def test_registration_of_moments(mask: Tensor | None) -> None:
     torch.library.opcheck(moments_op, (operands(torch.float32)[1], mask, True))
+
+
+def test_registration_of_the_plan() -> None:
+    of_q, of_k, of_v = moments(*(x.detach() for x in operands(torch.float32)), None)
+    table = ladder_table(Budget(1e-2), 5)
+    args = (*of_q[1:], *of_k[1:], *of_v[1:3], table, 0.5, Budget(1e-2).limit)
+    torch.library.opcheck(plan_op, args)
+    for got, want in zip(plan_op(*args), plan_within(Budget(1e-2), table, of_q, of_k, of_v, 0.5), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

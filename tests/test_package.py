@@ -51,7 +51,8 @@ def test_every_dependency_is_pinned_and_named() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    here = [*project["dependencies"], *(x for e in ("cpu", "tensorrt-rtx", "test") for x in project["optional-dependencies"][e])]
+    extras = project["optional-dependencies"]
+    here = [*project["dependencies"], *extras["cpu"], *extras["tensorrt-rtx"], *extras["test"]]
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
     for requirement in here:
         name = requirement.split(">=")[0].lower().replace("_", "-")

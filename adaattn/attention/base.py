@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaattn.budget import Moments, Plan, ladder_table
-from adaattn.config import PRECISIONS, Budget, resolve_tolerance
+from adaattn.config import POLICIES, PRECISIONS, Budget, resolve_tolerance
 from adaattn.errors import ConfigError, DtypeError, ShapeError
 from adaattn.functional import planned_attention
 from adaattn.masks import expand_mask
@@ -172,6 +172,7 @@ class PlannedAttention(AttentionBase):
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, causal, bias, kdim, vdim, num_kv_heads)
         self.tolerance, self.policy, self.safety, self.precisions = tolerance, policy, safety, tuple(precisions)
+        Budget(POLICIES["balanced"], safety, self.precisions, self.low_rank)  # checks what may be used only later
         self.budget: Budget | None = None
         accepted = resolve_tolerance(tolerance, policy)
         if accepted is not None:

@@ -1,0 +1,204 @@
+"""Everything that MODEL may be, exported by the command and verified; and each option that changes what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import foreign
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from command import run
+from safetensors.torch import save_file, save_model
+from torch import nn
+from torch.export import Dim
+
+import adaattn
+
+ARTIFACTS = {"golden.npz", "model.onnx", "report.html", "report.json"}
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def exported(*arguments: object, out: str = "out") -> dict[str, Any]:
+    """The report of an export to ONNX that must pass, its folder checked against its manifest."""
+    result = run(*arguments, "--target", "onnx", "--json", "-o", out)
+    assert result.exit_code == 0, result.output
+    report: dict[str, Any] = json.loads(result.stdout)
+    manifest = json.loads(Path(out, "manifest.json").read_text())
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(out).iterdir()}
+    del files["manifest.json"]
+    assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == files
+    assert files.keys() >= ARTIFACTS
+    return report
+
+
+def passed(report: dict[str, Any]) -> None:
+    (target,) = report["targets"]
+    assert (report["verdict"], target["name"], target["verdict"]) == ("passed", "onnx", "passed"), target["reason"]
+    assert {row["case"] for row in target["outputs"]} >= {"odd", "outliers"}
+
+
+def saved_model() -> list[object]:
+    inputs = {"x": "batch,t,16", "attention_mask": "batch,t:bool"}
+    adaattn.save(foreign.tiny(), "model.pt", inputs=inputs, dims={"t": "1:9:17"})
+    return ["model.pt"]
+
+
+def saved_tensor() -> list[object]:
+    """Inputs that the file fixes by an example, but the caller describes anew."""
+    adaattn.save(foreign.tiny(), "model.pt", inputs={"x": torch.ones(2, 5, 16)}, dims={"t": "1:9:17"})
+    return ["model.pt", "--input", "x=2,S,16:float32", "--dim", "S=1:9:17"]
+
+
+def program(model: nn.Module, limit: int | None = 17, **inputs: torch.Tensor) -> None:
+    """Write program.pt2, dynamic in the batch and in the length, which may be without an end."""
+    batch, length = Dim("batch", max=5), Dim("length", max=limit)
+    shapes = {name: {0: batch, x.dim() - 2: length} for name, x in inputs.items()}
+    torch.export.save(torch.export.export(model, (), inputs, dynamic_shapes=shapes), "program.pt2")
+
+
+def program_of_ours() -> list[object]:
+    program(foreign.tiny(), x=torch.randn(2, 7, 16))
+    return ["program.pt2"]
+
+
+def program_of_functions() -> list[object]:
+    program(foreign.Functional(), **{name: torch.randn(2, 2, 7, 16) for name in "qkv"})
+    return ["program.pt2"]
+
+
+def program_without_an_end() -> list[object]:
+    program(foreign.tiny(), None, x=torch.randn(2, 7, 16))
+    refused = run("program.pt2", "-q")
+    assert refused.exit_code == 2
+    symbol = refused.stderr.split("--dim ")[1].split("=")[0]
+    return ["program.pt2", "--dim", f"{symbol}=2:9:17"]
+
+
+def program_by_another_name() -> list[object]:
+    program(foreign.tiny(), x=torch.randn(2, 7, 16))
+    Path("program.pt2").rename("program.pt")
+    return ["program.pt"]
+
+
+def factory_and_safetensors() -> list[object]:
+    save_file(foreign.tiny().state_dict(), "weights.safetensors")
+    return ["foreign:tiny", "--weights", "weights.safetensors", "--dim", "S=1:9:17"]
+
+
+def factory_and_pt() -> list[object]:
+    torch.save(foreign.transformer_layer().state_dict(), "weights.pt")
+    return ["foreign:transformer_layer", "--weights", "weights.pt", "--input", "src=B,S,16", "--dim", "S=1:9:17"]
+
+
+def factory_of_ones_own() -> list[object]:
+    """In the folder where the command runs."""
+    Path("own_models.py").write_text("import torch\n\n\ndef relu():\n    return torch.nn.ReLU()\n")
+    return ["own_models:relu", "--input", "input=B,S"]
+
+
+def tied_weights() -> list[object]:
+    """safetensors keeps one of two names of a tensor."""
+    save_model(foreign.Tagger(), "weights.safetensors")
+    ids = ["--input", "ids=B,S:int64<100", "--input", "mask=B,S", "--dim", "S=1:8:16"]
+    return ["foreign:Tagger", "--weights", "weights.safetensors", *ids]
+
+
+def compiled() -> list[object]:
+    return ["foreign:compiled", "--input", "input=B,16"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        saved_model,
+        saved_tensor,
+        program_of_ours,
+        program_of_functions,
+        program_without_an_end,
+        program_by_another_name,
+        factory_and_safetensors,
+        factory_and_pt,
+        factory_of_ones_own,
+        tied_weights,
+        compiled,
+    ],
+)
+def test_a_model_from_everywhere_passes(source: Callable[[], list[object]]) -> None:
+    passed(exported(*source()))
+
+
+def test_the_weights_are_those_of_the_file() -> None:
+    weights = {"weight": torch.randn(8, 16), "bias": torch.randn(8)}
+    save_file(weights, "weights.safetensors")
+    exported("foreign:linear", "--weights", "weights.safetensors", "--input", "input=B,16")
+    session = onnxruntime.InferenceSession("out/model.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 16)
+    (got,) = session.run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(got, nn.functional.linear(x, weights["weight"], weights["bias"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [18, 24])
+def test_opset(opset: int) -> None:
+    report = exported("foreign:tiny", "--opset", opset, "--dim", "S=1:9:17")
+    passed(report)
+    versions = {item.domain: item.version for item in onnx.load("out/model.onnx").opset_import}
+    assert (report["opset"], versions[""]) == (opset, opset)
+
+
+def test_plans_become_outputs() -> None:
+    report = exported("foreign:tiny", "--emit-plan", "--dim", "S=1:9:17")
+    passed(report)
+    assert [layer["name"] for layer in report["layers"]] == ["stack.0.attention"]
+    outputs = [output.name for output in onnx.load("out/model.onnx").graph.output]
+    assert outputs == ["output", "stack.0.attention.precision", "stack.0.attention.rank"]
+
+
+def test_large_tensors_go_to_a_file_of_their_own() -> None:
+    passed(exported("foreign:tiny", "--external-data-threshold", "1000", "--dim", "S=1:9:17"))
+    graph = onnx.load("out/model.onnx", load_external_data=False).graph
+    outside = [item for item in graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
+    assert outside
+    assert all(np.prod(item.dims) * 4 > 1000 for item in outside)
+    assert Path("out/model.onnx.data").stat().st_size >= sum(np.prod(item.dims) * 4 for item in outside)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype(dtype: str) -> None:
+    report = exported("foreign:tiny", "--dtype", dtype, "--dim", "S=1:9:17")
+    assert report["model"]["dtype"] == dtype
+    assert report["inputs"] == {"x": f"B,S,16:{dtype}"}
+    (target,) = report["targets"]
+    if dtype == "float16":
+        passed(report)
+    else:
+        assert target["verdict"] == "not run"
+        assert target["reason"].startswith("ONNX Runtime's CPU provider cannot run it: ")
+
+
+def test_a_tolerance_reaches_every_layer() -> None:
+    report = exported("foreign:tiny", "--tolerance", "0.25", "--dim", "S=1:9:17")
+    passed(report)
+    assert [layer["tolerance"] for layer in report["layers"]] == [0.25]
+
+
+def test_golden_inputs_lie_where_they_were_said_to() -> None:
+    exported("foreign:Tagger", "--input", "ids=B,S:int64<100", "--dim", "S=2:8:16", "--dim", "B=1:3:4")
+    with np.load("out/golden.npz") as golden:
+        ids = {name.split("/")[0]: golden[name] for name in golden if name.endswith("/input/ids")}
+    assert ids["shortest"].shape == (1, 2)
+    assert ids["odd"].shape == ids["outliers"].shape == (3, 7)
+    assert ids["longest"].shape[1] == 16
+    together = np.concatenate([values.ravel() for values in ids.values()])
+    assert 0 <= together.min() < 10
+    assert 90 <= together.max() < 100
