@@ -66,7 +66,7 @@ def save(
     }
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is a folder or a device; give a file")
+        raise CheckpointError(f"{path} cannot be written: it is a folder or a device; give a file")
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
         with open(temporary, "xb") as file:

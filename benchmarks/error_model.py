@@ -17,7 +17,6 @@ import click
 import torch
 from torch import Tensor
 
-import adaattn.ops  # registers the ops
 from adaattn.budget import Moments, ladder_table, plan_of, plan_within, rank_classes
 from adaattn.config import PRECISIONS, Budget
 

@@ -3,6 +3,8 @@
 A FunctionProto has neither optional inputs that every runtime understands nor types to branch on, so an op has one
 variant per kind of mask. Variants share their text. Low precisions are emulated in float32, as in the reference
 implementations, by operators that every opset from 18 on and every TensorRT knows; tests hold the two together.
+
+The file is long because it is three programs in ONNX's own text, read from top to bottom.
 """
 
 from __future__ import annotations

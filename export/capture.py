@@ -216,7 +216,7 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
 
 def _check_names(model: nn.Module, specs: Sequence[InputSpec]) -> None:
     parameters = inspect.signature(model.forward).parameters
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     shown = ", ".join(stars.get(parameter.kind, "") + name for name, parameter in parameters.items())
     takes = f"{type(model).__name__}.forward takes ({shown})"
     named = {name: parameter for name, parameter in parameters.items() if parameter.kind not in stars}

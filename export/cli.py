@@ -22,7 +22,7 @@ HELP = """Export MODEL to ONNX and TensorRT, and verify every artifact against e
 \b
 MODEL is one of
   model.pt                 saved by adaattn.save
-  program.pt2              saved by torch.export.save
+  program.pt2              saved by torch.export.save; trust its origin: torch runs code that such a file carries
   package.module:factory   a function without arguments that returns an nn.Module; with --weights
   pickled.pt               a pickled nn.Module, only with --allow-pickle
 

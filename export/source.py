@@ -9,6 +9,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -155,7 +156,7 @@ def _from_factory(name: str, weights: str | None) -> nn.Module:
         sys.path.remove(os.getcwd())
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} returned a {type(model).__name__}; it must return an nn.Module")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps takes inputs by their names
+    model = cast(nn.Module, getattr(model, "_orig_mod", model))  # what torch.compile wraps takes inputs by their names
     if weights is not None:
         _load_weights(model, Path(weights), name)
     return model

@@ -9,7 +9,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-import adaattn.ops
 from adaattn import budget
 from adaattn.budget import Moments
 from adaattn.config import Budget

@@ -45,7 +45,7 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs), []))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1:]}"
+        assert [element[0] for element in self.open[-1:]] == [tag], f"</{tag}> closes {self.open[-1:]}"
         self.open.pop()
 
     def handle_data(self, data: str) -> None:
@@ -170,7 +170,8 @@ def test_tables_and_figures_are_accessible(report: dict[str, Any]) -> None:
     ids = page.values("id")
     assert len(ids) == len(set(ids)), "ids repeat"
     figures = [attributes for tag, attributes, _ in page.elements if tag == "svg"]
-    assert len(figures) == 2 and all(figure["role"] == "img" for figure in figures)
+    assert len(figures) == 2
+    assert all(figure["role"] == "img" for figure in figures)
     assert set(page.values("aria-labelledby")) <= set(ids)
     assert {name[1:] for name in page.values("href") + page.values("xlink:href")} <= set(ids)
 
@@ -199,7 +200,8 @@ def test_names_are_escaped(report: dict[str, Any]) -> None:
     page = Page(render(spoilt))
     assert not {"script", "img"} & {tag for tag, _, _ in page.elements}
     assert not page.values("onerror")
-    assert NASTY in page.texts("h1")[0] and NASTY in page.texts("code")
+    assert NASTY in page.texts("h1")[0]
+    assert NASTY in page.texts("code")
 
 
 SHORT = ["warnings", "inputs", "dims", "targets", "layers", "versions", "command", "seconds"]
@@ -238,7 +240,8 @@ def test_numbers_that_cannot_be_drawn_are_printed(report: dict[str, Any], value:
     report["layers"][0]["rank"][0] = value
     page = Page(render(report))
     (row,) = [row for row in page.texts("tr") if row.startswith("z odd")]
-    assert row.split()[2:5] == [printed] * 3 and row.split()[6] == printed
+    assert row.split()[2:5] == [printed] * 3
+    assert row.split()[6] == printed
     assert any(text.endswith("Not drawn, being zero, NaN or infinite: 1.") for text in page.texts("figcaption"))
     over = any("head 0" in (a.get("title") or "") and "over" in (a["class"] or "") for _, a, _ in page.elements)
     assert over == (value != 0.0), "an error that is no number is no proof of staying within the tolerance"
