@@ -65,7 +65,17 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     return parts
 
 
-@click.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+class OneLineErrors(click.Command):
+    """Answers wrong arguments with one line, as it does a wrong model."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        try:
+            return super().parse_args(context, arguments)
+        except click.UsageError as error:
+            _fail(f"{error.format_message().rstrip('.')}; see --help", verbose=False)
+
+
+@click.command(cls=OneLineErrors, help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.argument("model")
 @click.option("--output", "-o", metavar="DIR", help="Folder for the artifacts.  [default: MODEL's name and -export]")
 @click.option("--force", is_flag=True, help="Replace DIR if an earlier export made it.")

@@ -90,13 +90,14 @@ def _run_child(job: Mapping[str, Any], job_file: Path, log: Path) -> None:
     job_file.write_text(json.dumps(job))
     try:
         with log.open("wb") as stream:
-            code = subprocess.run(
-                [sys.executable, "-m", __name__, str(job_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                check=False,
-            ).returncode
+            child = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(job_file)], stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+            )
+            try:
+                code = child.wait()
+            finally:  # interrupted: the child must be gone before its folder is
+                child.kill()
+                child.wait()
     finally:
         job_file.unlink(missing_ok=True)
     if code < 0:

@@ -29,6 +29,7 @@ def lower(
     program: torch.export.ExportedProgram,
     opset: int,
     dim_names: Mapping[str, str],
+    input_names: Sequence[str],
     output_names: Sequence[str],
     emit_plan: bool = False,
 ) -> ir.Model:
@@ -38,7 +39,7 @@ def lower(
         program: what torch.export captured.
         opset: 18 to 24.
         dim_names: for each symbol of the program the name that it gets.
-        output_names: names of the graph's outputs.
+        input_names, output_names: of the graph.
         emit_plan: add precision and rank of each planned attention as outputs, `LAYER.precision` and `LAYER.rank`.
 
     Raises:
@@ -58,6 +59,8 @@ def lower(
         raise ExportError(f"torch.onnx cannot translate the program: {_reason(error)}") from error
     assert exported is not None  # torch.onnx.export returns None only for TorchScript models
     model = exported.model
+    for value, name in zip(model.graph.inputs, input_names, strict=True):
+        value.name = name  # torch renames an input that is an output too
     _name_dims(model.graph, dim_names)
     planned = planned_nodes(model)
     for layer, node in planned.items():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaattn.attention.base import PlannedAttention
+from adaattn.config import Budget
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export import backends, engine, folder, golden, onnx, parity, summary
 from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs
@@ -132,6 +133,7 @@ def export(
         ExportError: the model cannot be captured or lowered.
     """
     options = options or Options()
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     specs, examples = _split_inputs(inputs or {})
     sizes = {name: Dimension.parse(name, text) for name, text in (dims or {}).items()}
     out = Path(output_dir)
@@ -233,12 +235,16 @@ def _capture(
 def _lower(captured: Captured, path: Path, options: Options) -> tuple[dict[str, tuple[str, str]], list[Path]]:
     """Write and check the ONNX file; for each planned layer the names of its precision and rank, and the files."""
     dim_names = {symbol: size.name for symbol, size in captured.dims.items()}
-    graph = onnx.lower(captured.program, options.chosen_opset(), dim_names, captured.output_names, options.emit_plan)
+    input_names = [item.name for item in captured.inputs]
+    graph = onnx.lower(
+        captured.program, options.chosen_opset(), dim_names, input_names, captured.output_names, options.emit_plan
+    )
     names = {layer: onnx.plan_names(node) for layer, node in onnx.planned_nodes(graph).items()}
     return names, onnx.save(graph, path, options.external_data_threshold)
 
 
 def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None:
+    Budget(tolerance)  # refuses what is out of range
     changed = 0
     for name, module in model.named_modules():
         if isinstance(module, PlannedAttention):
@@ -246,8 +252,6 @@ def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None
                 module.set_tolerance(tolerance)
                 changed += 1
             except ConfigError as error:
-                if not tolerance > 0:
-                    raise
                 notes.append(f"{name or type(module).__name__} keeps its plan: {error}")
     if not changed:
         raise ConfigError("--tolerance has nothing to act on: the model has no adaptive attention of this package")

@@ -85,7 +85,7 @@ def run(eager: Callable[..., Any], inputs: Mapping[str, Tensor], mode: PlanMode 
         else:
             with mode:
                 outputs = eager(**inputs)
-    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+    return [x.detach() for x in tree_leaves(outputs) if isinstance(x, Tensor)]
 
 
 def to_double(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import adaattn
+from adaattn.errors import ConfigError
 from adaattn.export import Options, Result, export
 from adaattn.export.onnx import planned_nodes
 
@@ -186,6 +187,31 @@ def test_need_weights_exports(tmp_path: Path) -> None:
 
     result = export(WithWeights(), {"x": f"B,S,{WIDTH}"}, tmp_path / "o", options=ONNX)
     assert result.passed, result.report["targets"][0]["reason"]
+
+
+class Returns(nn.Module):
+    """A model whose outputs are unusual: an input, a parameter, one call made twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = adaattn.AdaptiveAttention(WIDTH, HEADS)
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, self.gain, self.attention(x, x, x)[0] + self.attention(x, x, x)[0]
+
+
+def test_unusual_outputs(tmp_path: Path) -> None:
+    result = export(Returns(), {"x": f"B,S,{WIDTH}"}, tmp_path / "o", options=ONNX)
+    assert result.passed, result.report["targets"][0]["reason"]
+    names = [row["name"] for row in result.report["targets"][0]["outputs"] if row["case"] == "odd"]
+    assert names == ["output_0", "output_1", "output_2"]
+
+
+def test_a_model_that_fails_on_golden_inputs_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fails on the golden inputs"):
+        export(nn.Embedding(100, 8), {"input": "B,S:int64<200"}, tmp_path / "o", options=ONNX)
+    assert not (tmp_path / "o").exists()
 
 
 def test_layers_of_a_functional_model_get_numbers(tmp_path: Path) -> None:
