@@ -75,7 +75,9 @@ class OneLineErrors(click.Command):
             _fail(f"{error.format_message().rstrip('.')}; see --help", verbose=False)
 
 
-@click.command(cls=OneLineErrors, help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.command(
+    cls=OneLineErrors, help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
 @click.argument("model")
 @click.option("--output", "-o", metavar="DIR", help="Folder for the artifacts.  [default: MODEL's name and -export]")
 @click.option("--force", is_flag=True, help="Replace DIR if an earlier export made it.")

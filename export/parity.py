@@ -64,8 +64,8 @@ class Reference:
         except Exception as error:  # the user's own code
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in case.inputs.items())
             raise ConfigError(
-                f"the model fails on the golden inputs {case.name!r} ({shapes}): {type(error).__name__}: {error}; narrow "
-                "--dim, give integers their range as in ids=B,S:int64<30522, or pass --no-verify"
+                f"the model fails on the golden inputs {case.name!r} ({shapes}): {type(error).__name__}: {error}; "
+                "narrow --dim, give integers their range as in ids=B,S:int64<30522, or pass --no-verify"
             ) from error
         known = [error.rounding.nan_to_num(posinf=0.0) for error in mode.errors]  # inf: moments that overflowed
         rounding = max((float(x.max()) for x in known), default=0.0)
