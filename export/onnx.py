@@ -59,8 +59,8 @@ def lower(
         raise ExportError(f"torch.onnx cannot translate the program: {_reason(error)}") from error
     assert exported is not None  # torch.onnx.export returns None only for TorchScript models
     model = exported.model
-    for value, name in zip(model.graph.inputs, input_names, strict=True):
-        value.name = name  # torch renames an input that is an output too
+    for graph_input, name in zip(model.graph.inputs, input_names, strict=True):
+        graph_input.name = name  # torch renames an input that is an output too
     _name_dims(model.graph, dim_names)
     planned = planned_nodes(model)
     for layer, node in planned.items():
