@@ -31,7 +31,7 @@ types: install
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p adaattn
 
 test: lint types
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 demo: install
 	$(BIN)/python examples/demo_model.py build/demo/model.pt

@@ -17,6 +17,7 @@ import click
 import torch
 from torch import Tensor
 
+from adaattn import ops
 from adaattn.budget import Moments, ladder_table, plan_of, plan_within, rank_classes
 from adaattn.config import PRECISIONS, Budget
 
@@ -50,17 +51,16 @@ DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def _moments(q: Tensor, k: Tensor, v: Tensor) -> tuple[Moments, Moments, Moments]:
-    op = torch.ops.adaattn.token_moments
-    return Moments(*op(q, None, False)), Moments(*op(k, None, True)), Moments(*op(v, None, False))
+    return ops.token_moments(q), ops.token_moments(k, center=True), ops.token_moments(v)
 
 
 def _error(q: Tensor, k: Tensor, v: Tensor, precision: Tensor, rank: Tensor, scale: float) -> Tensor:
     """Measured relative error (B, H) at a plan."""
-    op = torch.ops.adaattn.adaptive_attention
     mean, peak = k.mean(2), v.abs().amax(2)
     full = torch.full_like(rank, q.shape[-1])
-    exact = op(q.double(), k.double(), v.double(), mean, peak, torch.zeros_like(precision), full, None, scale, False)
-    got = op(q, k, v, mean, peak, precision, rank, None, scale, False)
+    doubles = (q.double(), k.double(), v.double())
+    exact = ops.adaptive_attention(*doubles, mean, peak, torch.zeros_like(precision), full, scale=scale)
+    got = ops.adaptive_attention(q, k, v, mean, peak, precision, rank, scale=scale)
     return (got - exact).square().mean((2, 3)).sqrt() / exact.square().mean((2, 3)).sqrt()
 
 

@@ -38,6 +38,14 @@ def test_examples_run(script: str) -> None:
         assert heading in done.stdout
 
 
+@pytest.mark.parametrize("name", ["error_model", "export"])
+def test_benchmarks_run(name: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "at most" in done.stdout or "predicted" in done.stdout
+
+
 def test_files_that_the_readme_names_exist() -> None:
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"\]\(([^)#]+)\)", text):
