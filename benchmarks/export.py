@@ -130,6 +130,18 @@ def measure_runtime(tokens: int, width: int, heads: int, runs: int) -> dict[str,
     return {"ours": statistics.median(times[0][3:]), "plain": statistics.median(times[1][3:])}
 
 
+def help_over_import() -> float:
+    """Time of `adaattn-export --help` over that of `import torch`, whole processes."""
+    commands = [[sys.executable, "-m", "adaattn.export.cli", "--help"], [sys.executable, "-c", "import torch"]]
+    times: list[list[float]] = [[], []]
+    for _ in range(5):
+        for command, spent in zip(commands, times, strict=True):
+            start = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            spent.append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])
+
+
 def _peak() -> float:
     """Largest resident size so far, in bytes. (getrusage also counts the parent that a process was started from.)"""
     status = Path("/proc/self/status").read_text()
@@ -172,6 +184,8 @@ def main(quick: bool) -> None:
 
     run = _fresh(measure_runtime, 16 if quick else 512, 64 if quick else 384, 4 if quick else 12, 5 if quick else 200)
     rows.append(("ONNX Runtime time, dense module / torch's own export", run["ours"] / run["plain"], 1.05))
+
+    rows.append(("time of adaattn-export --help / import torch", help_over_import(), 0.16 / 2.2))
 
     for name, ratio, limit in rows:
         click.echo(f"{ratio:6.2f}   at most {limit:4.2f}   {name}")

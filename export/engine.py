@@ -125,7 +125,9 @@ def _child_build(job: Mapping[str, Any]) -> None:
     trt = importlib.import_module(job["package"])
     logger = trt.Logger(trt.Logger.INFO)
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    # Types as the graph has them; from TensorRT 11 on there is no other way, and no flag.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job["model"]):
         for index in range(parser.num_errors):

@@ -199,7 +199,7 @@ def _split_inputs(inputs: Mapping[str, str | Tensor]) -> tuple[list[InputSpec], 
             specs.append(InputSpec.parse(name, given))
         elif isinstance(given, Tensor):
             specs.append(InputSpec(name, tuple(given.shape), str(given.dtype).removeprefix("torch.")))
-            examples[name] = given
+            examples[name] = given.cpu()
         else:
             raise ConfigError(f"input {name!r} is a {type(given).__name__}; give a specification or a tensor")
     if examples and len(examples) < len(specs):
@@ -222,8 +222,9 @@ def _capture(
                 raise ConfigError(f"{name} cannot change a program that is captured already; capture it anew with it")
         _warn_of_weights({**model.state_dict, **model.constants}, notes)
         return capture_program(model, sizes), None
-    if options.dtype is not None or options.tolerance is not None or model.training:
-        model = copy.deepcopy(model).eval()  # the caller's stays as it is
+    elsewhere = any(x.device.type != "cpu" for x in model.state_dict().values() if isinstance(x, Tensor))
+    if options.dtype is not None or options.tolerance is not None or model.training or elsewhere:
+        model = copy.deepcopy(model).eval().cpu()  # the caller's stays as it is
     if options.dtype is not None:
         model = model.to(DTYPES[options.dtype])
     if options.tolerance is not None:
