@@ -57,7 +57,7 @@ def test_help_names_every_option_and_imports_nothing_heavy() -> None:
 
 def test_a_user_exports_a_model(model: Path, tmp_path: Path) -> None:
     process = start(model, "--target", "onnx", folder=tmp_path)
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     stages = [line.split()[0] for line in err.splitlines()]
     assert stages == ["import", "load", "capture", "onnx", "eager", "verify", "report"]
@@ -71,7 +71,7 @@ def test_a_user_exports_a_model(model: Path, tmp_path: Path) -> None:
 
 def test_torch_adds_nothing_to_the_one_line(model: Path, tmp_path: Path) -> None:
     process = start(model, "--input", "x=B,S,15", "-q", folder=tmp_path)
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err.count("\n")) == (2, "", 1)
     assert "x (B=3, S=4, 15:float32)" in err
     assert os.listdir(tmp_path) == []
@@ -90,7 +90,7 @@ def members(group: int) -> list[str]:
 
 def ended(process: subprocess.Popen[str], tmp_path: Path) -> None:
     """Assert that a process which was interrupted says so and leaves nothing, on the disk or running."""
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")
     assert err.splitlines()[-1] == INTERRUPTED
     assert "Traceback" not in err
