@@ -310,7 +310,8 @@ def _verify(
             backend = backends.onnxruntime_backend(staged / "model.onnx", plan_names)
         else:
             capabilities = options.compute_capabilities if name == "tensorrt-rtx" else ()
-            backend = backends.engine_backend(name, staged / f"{name}.engine", staged / f"{name}.log", capabilities)
+            log = staged / f"{name}.run.log"  # the builder's own is an artifact, and stays
+            backend = backends.engine_backend(name, staged / f"{name}.engine", log, capabilities)
         entry.update(parity.compare(reference, expected, backend))
     except backends.CannotRun as error:
         entry["reason"] = str(error)
