@@ -20,7 +20,7 @@ from torch import Tensor
 from adaattn.config import PRECISIONS, Budget
 
 RMS = 0.42  # rms of a rounding error, in units of the largest possible: averaged over a mantissa's range
-FP32_U, BF16_U, FP16_U, FP8_U = (RMS * 2.0**-bits for bits in (24, 8, 11, 4))
+FP32_U, BF16_U, FP16_U, FP8_U = (RMS * 2.0**-bits for bits in (21, 8, 11, 4))  # fp32's sums err 2³ times its operands
 FP16_STEP = 2.0**-24  # spacing of fp16's subnormal numbers
 FP8_STEP = 2.0**-9 / 448  # the same of fp8-e4m3, relative to the peak that is scaled to 448
 FP16_MAX, BF16_MAX = 65504.0, 3.3895e38
@@ -105,10 +105,14 @@ def energy(query: Moments, key: Moments, scale: float) -> Tensor:
 def noise(query: Moments, key: Moments, value: Moments, scale: float) -> Tensor:
     """Predicted squared error of each precision at full rank, shape (B, H, 5); inf where the values do not fit it.
 
-    The terms are those of the table in docs/error-model.md. The fp16 and fp8 rows also count what underflow adds,
-    a uniform error of one subnormal step.
+    The terms are those of the table in docs/error-model.md. The fp16 and fp8 rows also count what underflow adds: to
+    values, a uniform error of one subnormal step; to probabilities that one key makes small and alike, half a step.
     """
-    total = energy(query, key, scale).sum(-1)
+    # How far the mean query can put the loudest key of one dimension above all others. If that key has no value, they
+    # make the output: each errs by the rounding of this score, and its probability is exp(-gap) of the largest.
+    gap = (scale * query.mean * _per_query_head(key.channel_peak, query)).abs().amax(-1)
+    rarity2 = 3 * (2 * gap).exp()  # (½ step / exp(-gap))², in units of a uniform error's step²/12
+    total = energy(query, key, scale).sum(-1) + gap.square()
     q_power = query.second_moment.sum(-1)
     k_power = _per_query_head(key.second_moment.sum(-1), query)
     k_token_peak = _per_query_head(key.token_peak, query)
@@ -119,8 +123,8 @@ def noise(query: Moments, key: Moments, value: Moments, scale: float) -> Tensor:
     peak = torch.maximum(peak, v_peak)
 
     integer = (query.token_peak * k_power + k_token_peak * q_power) * (scale * scale / (12 * 127**2))
-    fp16_values = 2 * FP16_U**2 + (FP16_STEP**2 / 12) / v_power
-    fp8_values = 2 * FP8_U**2 + (FP8_STEP**2 / 12) * (v_peak2 / v_power)
+    fp16_values = 2 * FP16_U**2 + (FP16_STEP**2 / 12) * (1 / v_power + rarity2)
+    fp8_values = 2 * FP8_U**2 + (FP8_STEP**2 / 12) * (v_peak2 / v_power + rarity2)
     fp16_scores = 2 * FP16_U**2 * total + (scale * scale * FP16_STEP**2 / 12) * (q_power + k_power)
     relative = total + 1
     return torch.stack(
@@ -149,7 +153,7 @@ def plan_within(budget: Budget, table: Tensor, query: Moments, key: Moments, val
     """
     if torch.compiler.is_exporting():
         # One node instead of some eighty: exports are twice as fast, and a backend can fuse it.
-        return Plan(*torch.ops.adaattn.plan(*query[1:], *key[1:], *value[1:3], table, scale, budget.limit))
+        return Plan(*torch.ops.adaattn.plan(*query, *key[1:], *value[1:3], table, scale, budget.limit))
     return choose(query, key, value, table, scale, budget.limit)
 
 

@@ -1,9 +1,9 @@
-"""Measured error against predicted, and whether plans keep their tolerance, on distributions of many kinds.
+"""Measured error against predicted, head by head, and the safety factor that plans need to keep their tolerance.
 
-    python -m benchmarks.error_model [--quick]
+    python -m benchmarks.error_model [--tokens N] [--quick]
 
-Errors are those of the reference implementation against float64, head by head. Writes
-benchmarks/results/error_model.json.
+Each head is run in every precision at every class of rank by the reference implementation, and compared with float64.
+Writes benchmarks/results/error_model.json and docs/error-model.png, unless the sequences are of another length.
 """
 
 from __future__ import annotations
@@ -11,22 +11,50 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 from torch import Tensor
 
 from adaattn import ops
 from adaattn.budget import Moments, ladder_table, plan_of, plan_within, rank_classes
 from adaattn.config import PRECISIONS, Budget
+from adaattn.masks import attended_keys
 
-RESULTS = Path(__file__).parent / "results"
-HEADS = 8
+ROOT = Path(__file__).parents[1]
+RESULTS, PLOT = ROOT / "benchmarks" / "results" / "error_model.json", ROOT / "docs" / "error-model.png"
+QUANTILES = (0.01, 0.5, 0.9, 0.99, 0.999, 1.0)
+TOLERANCES = tuple(10 ** (n / 10) for n in range(-30, -9))  # ten a decade, from 1e-3 to 1e-1
+SAFETIES = tuple(n / 100 for n in range(50, 301))
+KEPT = 0.99  # share of heads that is to be within the tolerance
+TOKENS, HEAD_DIMS, HEADS = 1024, (32, 64, 128), 4  # heads of each size, distribution and mask
+COLORS = ("#222222", "#0072b2", "#56b4e9", "#e69f00", "#d55e00")  # of the precisions; told apart by the colour-blind
+
+Draw = Callable[..., Tensor]
 
 
 def _outliers(*shape: int) -> Tensor:
     return torch.randn(shape) + 10 * torch.randn(shape) * (torch.rand(shape) < 0.001)
+
+
+def _heavy(*shape: int) -> Tensor:
+    return torch.distributions.StudentT(3.0).sample(shape)
+
+
+def _loud(*shape: int) -> Tensor:
+    return 2 * torch.randn(shape)
+
+
+def _biased(*shape: int) -> Tensor:
+    return torch.randn(shape) + 10 * torch.randn(shape[-1])
+
+
+def _near_constant(*shape: int) -> Tensor:
+    return 0.7 + 0.01 * torch.randn(shape)
 
 
 def _channel_outliers(*shape: int) -> Tensor:
@@ -37,87 +65,223 @@ def _decaying(*shape: int) -> Tensor:
     return torch.randn(shape) * torch.logspace(0.3, -2.5, shape[-1])
 
 
-DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {
-    "normal": lambda *shape: torch.randn(shape),
-    "outliers": _outliers,
-    "peaked": lambda *shape: 2 * torch.randn(shape),
-    "biased": lambda *shape: torch.randn(shape) + 3,
-    "channel outliers": _channel_outliers,
-    "heavy tails": lambda *shape: torch.distributions.StudentT(4.0).sample(shape),
-    "uniform": lambda *shape: torch.rand(shape) * 2 - 1,
-    "decaying energy": _decaying,
-    "tiny": lambda *shape: 1e-3 * torch.randn(shape),
+def _tiny(*shape: int) -> Tensor:
+    return 1e-3 * torch.randn(shape)
+
+
+# Name: how q, k and v are drawn.
+DISTRIBUTIONS: dict[str, tuple[Draw, Draw, Draw]] = {
+    "normal": (torch.randn, torch.randn, torch.randn),
+    "heavy tails": (_heavy, _heavy, _heavy),
+    "outliers": (_outliers, _outliers, _outliers),
+    "peaked": (_loud, _loud, torch.randn),
+    "biased keys": (torch.randn, _biased, torch.randn),
+    "near constant": (_near_constant, _near_constant, _near_constant),
+    "channel outliers": (_channel_outliers, _channel_outliers, _channel_outliers),
+    "decaying energy": (_decaying, _decaying, _decaying),
+    "tiny": (_tiny, _tiny, _tiny),
 }
+ATTENDS = ("everywhere", "causal", "padding")
 
 
-def _moments(q: Tensor, k: Tensor, v: Tensor) -> tuple[Moments, Moments, Moments]:
-    return ops.token_moments(q), ops.token_moments(k, center=True), ops.token_moments(v)
+class Heads(NamedTuple):
+    """Heads of one size: their moments (n, 1, ...), and errors (n, precisions, classes of rank)."""
+
+    query: Moments
+    key: Moments
+    value: Moments
+    predicted: Tensor
+    measured: Tensor
 
 
-def _error(q: Tensor, k: Tensor, v: Tensor, precision: Tensor, rank: Tensor, scale: float) -> Tensor:
-    """Measured relative error (B, H) at a plan."""
-    mean, peak = k.mean(2), v.abs().amax(2)
-    full = torch.full_like(rank, q.shape[-1])
-    doubles = (q.double(), k.double(), v.double())
-    exact = ops.adaptive_attention(*doubles, mean, peak, torch.zeros_like(precision), full, scale=scale)
-    got = ops.adaptive_attention(q, k, v, mean, peak, precision, rank, scale=scale)
-    return (got - exact).square().mean((2, 3)).sqrt() / exact.square().mean((2, 3)).sqrt()
+def _exact(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """softmax(q kᵀ/√D) v in float64, whole, by nothing of ours."""
+    scores = q.double() @ k.double().mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v.double()
+
+
+def measure(draw: tuple[Draw, Draw, Draw], attends: str, tokens: int, head_dim: int) -> Heads:
+    """One head, by every precision and class of rank: these are its query heads, on one key and value."""
+    q, k, v = (one(1, 1, tokens, head_dim) for one in draw)
+    mask, causal = None, attends == "causal"
+    if attends == "padding":
+        mask = (torch.arange(tokens) < torch.randint(tokens // 4, tokens, ())).view(1, 1, 1, tokens)
+    allowed = torch.ones(tokens, tokens, dtype=torch.bool) if mask is None else mask
+    want = _exact(q, k, v, allowed.tril() if causal else allowed)
+
+    ranks = rank_classes(head_dim)
+    grid = torch.cartesian_prod(torch.arange(len(PRECISIONS)), torch.tensor(ranks)).int()
+    precision, rank = grid.T.unsqueeze(1)  # (1, steps) each
+    counted = attended_keys(mask, 1)
+    query, key = ops.token_moments(q), ops.token_moments(k, counted, center=True)
+    value = ops.token_moments(v, counted)
+    every = Moments(*(x.repeat_interleave(len(grid), 1) for x in query))
+    predicted = plan_of(precision, rank, every, key, value, head_dim**-0.5).predicted_error
+    assert predicted is not None
+    got = torch.cat(
+        [  # a precision at a time: larger temporaries would cost more time than the arithmetic
+            ops.adaptive_attention(
+                q.expand(-1, len(ranks), -1, -1), k, v, key.mean, value.channel_peak, *plan, mask, is_causal=causal
+            )
+            for plan in zip(precision.split(len(ranks), 1), rank.split(len(ranks), 1), strict=True)
+        ],
+        dim=1,
+    )
+    measured = (got - want).square().mean((2, 3)).sqrt() / want.square().mean((2, 3)).sqrt()
+    return Heads(query, key, value, *(x.view(1, len(PRECISIONS), len(ranks)) for x in (predicted, measured)))
+
+
+def together(heads: list[Heads]) -> Heads:
+    """Many heads of one size as one."""
+    moments = (Moments(*map(torch.cat, zip(*(head[i] for head in heads), strict=True))) for i in range(3))
+    return Heads(*moments, *(torch.cat([head[i] for head in heads]) for i in (3, 4)))
+
+
+def planned(sizes: dict[int, Heads], tolerance: float, safety: float) -> tuple[Tensor, Tensor]:
+    """Measured error of each head at its plan, and whether the plan is cheaper than fp32 at full rank."""
+    errors, cheaper = [], []
+    for head_dim, heads in sizes.items():
+        budget = Budget(tolerance, safety)
+        plan = plan_within(budget, ladder_table(budget, head_dim), *heads[:3], head_dim**-0.5)
+        column = torch.searchsorted(torch.tensor(rank_classes(head_dim)), plan.rank.flatten().long())
+        errors.append(heads.measured[torch.arange(len(column)), plan.precision.flatten().long(), column])
+        cheaper.append((plan.precision.flatten() != 0) | (plan.rank.flatten() < head_dim))
+    return torch.cat(errors), torch.cat(cheaper)
+
+
+def needed_safety(sizes: dict[int, Heads]) -> dict[str, float]:
+    """The least candidates that keep the share of heads, as every greater one does."""
+    kept = [
+        [(planned(sizes, tolerance, safety)[0] <= tolerance).double().mean() for tolerance in TOLERANCES]
+        for safety in track(SAFETIES, "safety factors", console=Console(stderr=True))
+    ]
+
+    def least(shares: list[Tensor]) -> float:
+        short = [i for i, share in enumerate(shares) if share < KEPT]
+        return SAFETIES[short[-1] + 1] if short else SAFETIES[0]
+
+    return {
+        "at every tolerance": least([min(shares) for shares in kept]),
+        "over all tolerances": least([torch.stack(shares).mean() for shares in kept]),
+    }
+
+
+def ratios(sizes: dict[int, Heads]) -> dict[str, list[float]]:
+    """Quantiles of measured over predicted error: of each precision at full rank, and of each cut at any precision."""
+    of_size = [heads.measured / heads.predicted for heads in sizes.values()]
+    parts = {name: [x[:, code, -1] for x in of_size] for code, name in enumerate(PRECISIONS)}
+    parts |= {f"rank {n + 1}/4": [x[:, :, n].flatten() for x in of_size] for n in range(3)}
+    levels = torch.tensor(QUANTILES, dtype=torch.float64)
+    # A precision that the values do not fit is predicted to err without bound: no plan takes it.
+    joined = {name: torch.cat(part).double() for name, part in parts.items()}
+    return {name: [_round(q) for q in x[x > 0].quantile(levels)] for name, x in joined.items()}
+
+
+def plans(sizes: dict[int, Heads]) -> list[dict[str, float]]:
+    """What plans of the default safety do, a row a tolerance."""
+    rows = []
+    for tolerance in TOLERANCES:
+        error, cheaper = planned(sizes, tolerance, Budget.safety)
+        rows.append(
+            {
+                "tolerance": _round(tolerance),
+                "heads over": int((error > tolerance).sum()),
+                "worst over tolerance": _round(error.max() / tolerance),
+                "share cheaper than fp32": _round(cheaper.double().mean()),
+            }
+        )
+    return rows
+
+
+def over_by_distribution(sizes: dict[int, Heads]) -> dict[str, int]:
+    """Plans of the default safety that miss their tolerance, over all of these; heads are in the order of the draws."""
+    over = sum((planned(sizes, tolerance, Budget.safety)[0] > tolerance).int() for tolerance in TOLERANCES)
+    assert isinstance(over, Tensor)
+    return dict(zip(DISTRIBUTIONS, over.view(len(sizes), len(DISTRIBUTIONS), -1).sum((0, 2)).tolist(), strict=True))
+
+
+def plot(sizes: dict[int, Heads]) -> None:
+    """Every head in every precision at every class of rank, measured over predicted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 5), sharex=True, sharey=True, layout="constrained")
+    ends = (1e-7, 1e1)
+    for axis, title, cut in zip(
+        axes, ("full rank", "rank cut to 1/4, 2/4, 3/4"), (slice(3, 4), slice(0, 3)), strict=True
+    ):
+        for code, name in enumerate(PRECISIONS):
+            x, y = (
+                torch.cat([pick(heads)[:, code, cut].flatten() for heads in sizes.values()])
+                for pick in (lambda heads: heads.predicted, lambda heads: heads.measured)
+            )
+            axis.scatter(x, y, s=5, color=COLORS[code], alpha=0.5, linewidths=0, label=name)
+        axis.plot(ends, ends, color="#777777", linewidth=0.8, label="measured = predicted")
+        safe = [Budget.safety * end for end in ends]
+        axis.plot(ends, safe, color="#777777", linewidth=0.8, linestyle="--", label=f"safety {Budget.safety:g}")
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, title=title, xlabel="predicted relative error")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("measured relative error")
+    axes[0].legend(frameon=False, markerscale=3)
+    figure.savefig(PLOT, dpi=90, metadata={"Software": None})  # the same file from the same numbers
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left", box=None)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _round(x: Any) -> float:
+    return float(f"{float(x):.3g}")
 
 
 @click.command(help=__doc__)
-@click.option("--quick", is_flag=True, help="Short sequences: shows that the script runs. Writes nothing.")
-def main(quick: bool) -> None:
+@click.option("--tokens", default=TOKENS, show_default=True, help="Length of the sequences.")
+@click.option("--quick", is_flag=True, help="Few short heads: shows that the script runs. Writes nothing.")
+def main(tokens: int, quick: bool) -> None:
     torch.manual_seed(0)
-    tokens = 64 if quick else 512
-    ratios: dict[str, list[float]] = {name: [] for name in (*PRECISIONS, "rank")}
-    tolerances: dict[float, dict[str, Any]] = {}
-    heads = over = cheaper = 0
-    for draw in DISTRIBUTIONS.values():
-        for head_dim in (64, 128):
-            q, k, v = (draw(1, HEADS, tokens, head_dim) for _ in range(3))
-            scale = head_dim**-0.5
-            moments = _moments(q, k, v)
-            for code, name in enumerate(PRECISIONS):
-                precision = torch.full((1, HEADS), code, dtype=torch.int32)
-                rank = torch.full_like(precision, head_dim)
-                predicted = plan_of(precision, rank, *moments, scale).predicted_error
-                assert predicted is not None
-                ratios[name] += (_error(q, k, v, precision, rank, scale) / predicted).flatten().tolist()
-            for width in rank_classes(head_dim)[:-1]:
-                precision = torch.zeros(1, HEADS, dtype=torch.int32)
-                rank = torch.full_like(precision, width)
-                predicted = plan_of(precision, rank, *moments, scale).predicted_error
-                assert predicted is not None
-                ratios["rank"] += (_error(q, k, v, precision, rank, scale) / predicted).flatten().tolist()
-            for tolerance in (1e-3, 5e-3, 1e-2, 5e-2):
-                budget = Budget(tolerance)
-                plan = plan_within(budget, ladder_table(budget, head_dim), *moments, scale)
-                measured = _error(q, k, v, plan.precision, plan.rank, scale)
-                row = tolerances.setdefault(tolerance, {"heads": 0, "over": 0, "cheaper": 0, "worst": 0.0})
-                row["heads"] += measured.numel()
-                row["over"] += int((measured > tolerance).sum())
-                row["cheaper"] += int(((plan.precision != 0) | (plan.rank < head_dim)).sum())
-                row["worst"] = max(row["worst"], float(measured.max()))
-    click.echo("measured / predicted error, least to greatest over heads")
-    for name, values in ratios.items():
-        click.echo(f"  {name:<9} {min(values):5.2f} to {max(values):5.2f}")
-    click.echo("plans, safety 1.25")
-    for tolerance, row in tolerances.items():
-        heads, over, cheaper = heads + row["heads"], over + row["over"], cheaper + row["cheaper"]
-        click.echo(
-            f"  tolerance {tolerance:.0e}: {row['over']} of {row['heads']} heads over it, worst {row['worst']:.1e}, "
-            f"{row['cheaper'] / row['heads']:.0%} cheaper than fp32"
-        )
-    click.echo(f"  in all: {over} of {heads} heads over, {cheaper / heads:.0%} cheaper than fp32")
-    if not quick:
-        RESULTS.mkdir(exist_ok=True)
-        content = {
-            "tokens": tokens,
-            "distributions": list(DISTRIBUTIONS),
-            "ratios": {name: [min(values), max(values)] for name, values in ratios.items()},
-            "plans": {str(tolerance): row for tolerance, row in tolerances.items()},
-        }
-        (RESULTS / "error_model.json").write_text(json.dumps(content, indent=1) + "\n")
+    tokens, head_dims, count = (32, (32,), 1) if quick else (tokens, HEAD_DIMS, HEADS)
+    cases = [(size, name, attends) for size in head_dims for name in DISTRIBUTIONS for attends in ATTENDS]
+    found: dict[int, list[Heads]] = {size: [] for size in head_dims}
+    for size, name, attends in track(cases, "heads", console=Console(stderr=True)):
+        found[size] += [measure(DISTRIBUTIONS[name], attends, tokens, size) for _ in range(count)]
+    sizes = {size: together(heads) for size, heads in found.items()}
+
+    content = {
+        "tokens": tokens,
+        "head dims": head_dims,
+        "distributions": list(DISTRIBUTIONS),
+        "attends": ATTENDS,
+        "heads": sum(len(heads.measured) for heads in sizes.values()),
+        "measured over predicted": {"quantiles": QUANTILES, **ratios(sizes)},
+        f"safety that keeps {KEPT:.0%} of heads": needed_safety(sizes),
+        "default safety": Budget.safety,
+        "plans": plans(sizes),
+        "plans over by distribution": over_by_distribution(sizes),
+    }
+    percent = [f"{100 * level:g} %" for level in QUANTILES]
+    show(
+        "measured / predicted error",
+        ["", *percent],
+        [[name, *(f"{x:.2f}" for x in values)] for name, values in ratios(sizes).items()],
+    )
+    show(
+        f"plans at safety {Budget.safety:g}",
+        list(content["plans"][0]),
+        [[f"{x:g}" for x in row.values()] for row in content["plans"]],
+    )
+    click.echo(f"plans over their tolerance: {content['plans over by distribution']}")
+    for where, safety in content[f"safety that keeps {KEPT:.0%} of heads"].items():
+        click.echo(f"{KEPT:.0%} of {content['heads']} heads keep the tolerance from safety {safety:g} on {where}")
+    if tokens == TOKENS:
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+        plot(sizes)
 
 
 if __name__ == "__main__":

@@ -284,6 +284,7 @@ def _plan() -> str:
     int8_noise = Constant <value_float: float = {1 / (12 * 127**2):.12e}> ()
     fp16_underflow = Constant <value_float: float = {budget.FP16_STEP**2 / 12:.12e}> ()
     fp8_underflow = Constant <value_float: float = {budget.FP8_STEP**2 / 12:.12e}> ()
+    three = Constant <value_float: float = 3.0> ()
     least_power = Constant <value_float: float = 1e-30> ()
     fp16_max = Constant <value_float: float = {budget.FP16_MAX}> ()
     bf16_max = Constant <value_float: float = {budget.BF16_MAX}> ()
@@ -299,9 +300,18 @@ def _plan() -> str:
     repeated_dims = Concat <axis: int = 0> (batch, heads, width)
     {per_head}
 
+    query_scaled = Mul(query_mean, scale_value)
+    gaps_signed = Mul(query_scaled, key_channel_peak_each)
+    gaps = Abs(gaps_signed)
+    gap = ReduceMax <keepdims: int = 0> (gaps, last_axis)
+    gap_twice = Add(gap, gap)
+    rarity = Exp(gap_twice)
+    rarity2 = Mul(rarity, three)
     products = Mul(query_second_moment, key_second_moment_each)
     energy = Mul(products, scale_square)
-    total = ReduceSum <keepdims: int = 0> (energy, last_axis)
+    energy_total = ReduceSum <keepdims: int = 0> (energy, last_axis)
+    gap_square = Mul(gap, gap)
+    total = Add(energy_total, gap_square)
     q_power = ReduceSum <keepdims: int = 0> (query_second_moment, last_axis)
     k_power = ReduceSum <keepdims: int = 0> (key_second_moment_each, last_axis)
     v_mean = ReduceMean <keepdims: int = 0> (value_second_moment_each, last_axis)
@@ -318,10 +328,13 @@ def _plan() -> str:
     steps = Add(q_steps, k_steps)
     integer_unit = Mul(scale_square, int8_noise)
     integer = Mul(steps, integer_unit)
-    fp16_floor = Div(fp16_underflow, v_power)
+    fp16_spread = Div(one, v_power)
+    fp16_steps = Add(fp16_spread, rarity2)
+    fp16_floor = Mul(fp16_steps, fp16_underflow)
     fp16_values = Add(fp16_floor, fp16_noise)
     fp8_spread = Div(v_peak2, v_power)
-    fp8_floor = Mul(fp8_spread, fp8_underflow)
+    fp8_steps = Add(fp8_spread, rarity2)
+    fp8_floor = Mul(fp8_steps, fp8_underflow)
     fp8_values = Add(fp8_floor, fp8_noise)
     fp16_relative = Mul(total, fp16_noise)
     powers = Add(q_power, k_power)
@@ -408,7 +421,7 @@ def body(name: str, opset: int) -> onnx.FunctionProto:
         text = _plan()
         inputs = ", ".join(
             f"{x}_{moment}"
-            for x, moments in (("query", _MOMENTS), ("key", _MOMENTS), ("value", _MOMENTS[:2]))
+            for x, moments in (("query", ("mean", *_MOMENTS)), ("key", _MOMENTS), ("value", _MOMENTS[:2]))
             for moment in moments
         )
         signature = f"<scale: float = 1.0, limit: float = 0.0, {_PLUGIN_ATTRIBUTES}> ({inputs}, ladder) => ({_PLAN})"

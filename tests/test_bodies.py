@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+import adaattn.ops  # noqa: F401 registers what torch.ops.adaattn names
 from adaattn import budget
 from adaattn.budget import Moments
 from adaattn.config import Budget
@@ -48,6 +49,9 @@ def draw(shape: tuple[int, ...], kind: str) -> torch.Tensor:
     x = torch.randn(shape)
     if kind == "outliers":
         x += 10 * torch.randn(shape) * (torch.rand(shape) < 0.01)
+    if kind == "sink":
+        x += 5
+        x[..., 0, :] += 12
     scale = {"tiny": 1e-20, "huge": 1e15}.get(kind, 1.0)
     return torch.full(shape, 0.7) if kind == "constant" else x * scale + (5 if kind == "biased" else 0)
 
@@ -74,7 +78,7 @@ def test_token_moments(opset: int, kind: str, shape: tuple[int, ...], center: bo
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * unit if unit == peak or center else 0.0)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "overflow", "zero"])
+@pytest.mark.parametrize("kind", [*KINDS, "sink", "overflow", "zero"])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-3, 1e-2, 1e-1])
 def test_plan(kind: str, heads: tuple[int, int], tolerance: float) -> None:
@@ -88,7 +92,7 @@ def test_plan(kind: str, heads: tuple[int, int], tolerance: float) -> None:
     moments = [
         Moments(*torch.ops.adaattn.token_moments(x, None, center)) for x, center in ((q, False), (k, True), (v, False))
     ]
-    inputs = [*moments[0][1:], *moments[1][1:], *moments[2][1:3], table]
+    inputs = [*moments[0], *moments[1][1:], *moments[2][1:3], table]
     got = run("plan", 22, {"scale": scale, "limit": options.limit}, inputs)
     want = budget.choose(*moments, table, scale, options.limit)
     assert torch.equal(got[0], want.precision)
@@ -101,7 +105,7 @@ def test_plan_op_is_the_plan_function() -> None:
     x = torch.randn(2, 3, 9, 16)
     table = budget.ladder_table(Budget(1e-2), 16)
     q, k, v = (Moments(*torch.ops.adaattn.token_moments(x, None, center)) for center in (False, True, False))
-    arguments = (*q[1:], *k[1:], *v[1:3], table, 0.25, 0.008)
+    arguments = (*q, *k[1:], *v[1:3], table, 0.25, 0.008)
     want = budget.choose(q, k, v, table, 0.25, 0.008)
     for ours, theirs in zip(torch.ops.adaattn.plan(*arguments), want, strict=True):
         assert torch.equal(ours, theirs)

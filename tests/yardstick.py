@@ -18,8 +18,8 @@ Array = NDArray[np.float64]
 MODEL = 3.0
 # It is first order in the noise: a prediction above this says no more than that the plan is no good.
 FIRST_ORDER = 0.5
-# Float32 sums of n terms err by up to n times the unit roundoff; no shape here is longer than 129. The fp32 row of the
-# error model counts the rounding of operands alone, so a float32 result may err by this much more.
+# Float32 sums of n terms err by up to n times the unit roundoff; no shape here is longer than 129. The error model
+# predicts what they typically err by, so a float32 result may err by this much more.
 SUMS = 129 * 2.0**-24
 # What the cast of the output to its own type adds: half a step, relative. The plan does not count it.
 OUTPUT = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -111,6 +111,15 @@ def _heavy(*shape: int) -> Tensor:
 
 
 Shape = tuple[int, int, int, int]
+
+
+def silent_sink(q: Shape, k: Shape, width: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """One key 12 above the others and with no value, as language models park their attention, in `width` dimensions."""
+    queries, keys, values = torch.zeros(q), torch.zeros(k), 1 + 0.1 * _normal(*k)
+    queries[..., :width], keys[..., 0, :width], values[..., 0, :] = (q[3] / width) ** 0.5, 12 * width**-0.5, 0
+    return queries, keys, values
+
+
 # Name: q, k and v from their shapes.
 DISTRIBUTIONS: dict[str, Callable[[Shape, Shape], tuple[Tensor, Tensor, Tensor]]] = {
     "normal": lambda q, k: (_normal(*q), _normal(*k), _normal(*k)),
@@ -122,6 +131,7 @@ DISTRIBUTIONS: dict[str, Callable[[Shape, Shape], tuple[Tensor, Tensor, Tensor]]
     "decaying": lambda q, k: (_normal(*q) * _decay(q), _normal(*k) * _decay(k), _normal(*k)),
     "correlated": lambda q, k: (_correlated(*q), _correlated(*k), _normal(*k)),
     "heavy tails": lambda q, k: (_heavy(*q), _heavy(*k), _heavy(*k)),
+    "silent sink": silent_sink,
     "tiny": lambda q, k: (1e-20 * _normal(*q), 1e-20 * _normal(*k), 1e-20 * _normal(*k)),
     "tiny values": lambda q, k: (_normal(*q), _normal(*k), 1e-20 * _normal(*k)),
     "huge": lambda q, k: (1e15 * _normal(*q), 1e15 * _normal(*k), 1e15 * _normal(*k)),

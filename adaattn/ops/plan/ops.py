@@ -13,6 +13,7 @@ from adaattn.budget import Moments, choose
 
 @torch.library.custom_op("adaattn::plan", mutates_args=())
 def plan(
+    query_mean: Tensor,
     query_second_moment: Tensor,
     query_channel_peak: Tensor,
     query_token_peak: Tensor,
@@ -25,8 +26,8 @@ def plan(
     scale: float,
     limit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    unused = query_second_moment  # the error model reads neither the means nor the value's token peaks
-    query = Moments(unused, query_second_moment, query_channel_peak, query_token_peak)
+    unused = query_second_moment  # the error model reads neither the other means nor the value's token peaks
+    query = Moments(query_mean, query_second_moment, query_channel_peak, query_token_peak)
     key = Moments(unused, key_second_moment, key_channel_peak, key_token_peak)
     value = Moments(unused, value_second_moment, value_channel_peak, unused)
     chosen = choose(query, key, value, ladder, scale, limit)
@@ -36,6 +37,7 @@ def plan(
 
 @plan.register_fake
 def _(
+    query_mean: Tensor,
     query_second_moment: Tensor,
     query_channel_peak: Tensor,
     query_token_peak: Tensor,
