@@ -32,6 +32,7 @@ def adaptive_attention(
     safety: float = Budget.safety,
     precisions: tuple[str, ...] = PRECISIONS,
     low_rank: bool = True,
+    impl: str = "auto",
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, each head as cheap as a tolerance allows.
 
@@ -43,6 +44,7 @@ def adaptive_attention(
         scale: softmax scale; 1/√D by default.
         tolerance: accepted relative error (root mean square) of the output of a head.
         safety, precisions, low_rank: see `adaattn.config.Budget`.
+        impl: "auto" (Triton on CUDA, else the reference), "reference" or "triton".
 
     Returns:
         (B, H, Sq, D), of the query's type. A query that may attend to nothing gives zeros.
@@ -68,7 +70,7 @@ def adaptive_attention(
     def make_plan(q: Moments, k: Moments, v: Moments) -> Plan:
         return plan_within(budget, table, q, k, v, scale)
 
-    return planned_attention(query, key, value, attn_mask, is_causal, scale, make_plan)[0]
+    return planned_attention(query, key, value, attn_mask, is_causal, scale, make_plan, impl)[0]
 
 
 def planned_attention(
@@ -79,16 +81,17 @@ def planned_attention(
     is_causal: bool,
     scale: float,
     make_plan: PlanMaker,
+    impl: str = "auto",
 ) -> tuple[Tensor, Plan]:
     """Statistics, plan, attention: operands (B, H, S, D) and a mask of four axes, already checked."""
     with torch.no_grad():  # a decision has no gradient
         keys = attended_keys(attn_mask, key.shape[1])
-        q = Moments(*moments_op(query, None, False))
-        k = Moments(*moments_op(key, keys, True))
-        v = Moments(*moments_op(value, keys, False))
+        q = Moments(*moments_op(query, None, False, impl))
+        k = Moments(*moments_op(key, keys, True, impl))
+        v = Moments(*moments_op(value, keys, False, impl))
         plan = make_plan(q, k, v)
     output = attention_op(
-        query, key, value, k.mean, v.channel_peak, plan.precision, plan.rank, attn_mask, scale, is_causal
+        query, key, value, k.mean, v.channel_peak, plan.precision, plan.rank, attn_mask, scale, is_causal, impl
     )
     return output, plan
 

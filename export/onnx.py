@@ -130,7 +130,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     domain = onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION)
     plugin = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
 
-    def token_moments(x: Any, key_mask: Any, center: bool) -> Any:
+    def token_moments(x: Any, key_mask: Any, center: bool, impl: str = "auto") -> Any:
         inputs = (x,) if key_mask is None else (x, key_mask)
         name = "token_moments" if key_mask is None else "token_moments_masked"
         return getattr(domain, name)(*inputs, center=int(center), **plugin)
@@ -146,7 +146,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         attn_mask: Any,
         scale: float,
         is_causal: bool,
-    ) -> Any:
+        impl: str = "auto",
+    ) -> Any:  # `impl` says who computes in eager mode
         inputs: tuple[Any, ...] = (query, key, value, key_mean, value_peak, precision, rank)
         name = "adaptive_attention"
         if attn_mask is not None:

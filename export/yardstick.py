@@ -60,10 +60,12 @@ class PlanMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._double:
             args, kwargs = tree_map(_as_double_dtype, (args, kwargs))
-        if func is torch.ops.adaattn.token_moments.default and self._nudge:
-            return tuple(self._nudged(x) for x in func(*args, **kwargs))
+        if func is torch.ops.adaattn.token_moments.default:
+            moments = func(*args[:3])  # without `impl`: in float64 only the reference runs
+            return tuple(self._nudged(x) for x in moments) if self._nudge else moments
         if func is not torch.ops.adaattn.adaptive_attention.default:
             return func(*args, **kwargs)
+        args = args[:10]
         if self._replay is not None:
             args = (*args[:5], *self._replay[len(self.plans)], *args[7:])
         self.plans.append((args[5], args[6]))

@@ -21,6 +21,7 @@ def adaptive_attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    impl: str = "auto",
 ) -> Tensor:
     """Attention in which each head follows its plan.
 
@@ -38,6 +39,7 @@ def adaptive_attention(
         attn_mask: (B or 1, H or 1, Sq or 1, Sk or 1), boolean (True attends) or added to the scores.
         scale: softmax scale; 1/√D by default.
         is_causal: query i attends to keys j ≤ i, aligned at the top left.
+        impl: "auto" (Triton on CUDA, else the reference), "reference" or "triton".
 
     Returns:
         (B, H, Sq, D), of the query's type.
@@ -51,6 +53,7 @@ def adaptive_attention(
     Raises:
         ShapeError: shapes that do not go together.
         DtypeError: types that do not go together.
+        ConfigError: an unknown `impl`, or "triton" where it cannot run.
     """
     check_attention_inputs(query, key, value, attn_mask)
     batch, heads, _, head_dim = query.shape
@@ -66,7 +69,7 @@ def adaptive_attention(
         if got.dtype != torch.int32:
             raise DtypeError(f"{name} is {got.dtype}; expected int32")
     scale = head_dim**-0.5 if scale is None else float(scale)
-    output: Tensor = op(query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal)
+    output: Tensor = op(query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal, impl)
     return output
 
 

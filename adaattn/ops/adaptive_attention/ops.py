@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adaattn.ops.adaptive_attention.impl import reference
+from adaattn.ops.dispatch import takes_triton
 
 
 @torch.library.custom_op("adaattn::adaptive_attention", mutates_args=())
@@ -22,10 +23,14 @@ def adaptive_attention(
     attn_mask: Tensor | None,
     scale: float,
     is_causal: bool,
+    impl: str = "auto",
 ) -> Tensor:
-    return reference.adaptive_attention(
-        query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal
-    )
+    run = reference.adaptive_attention
+    if takes_triton(impl, query):
+        from adaattn.ops.adaptive_attention.impl import triton
+
+        run = triton.adaptive_attention
+    return run(query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal)
 
 
 @adaptive_attention.register_fake
@@ -40,12 +45,13 @@ def _(
     attn_mask: Tensor | None,
     scale: float,
     is_causal: bool,
+    impl: str = "auto",
 ) -> Tensor:
     return query.new_empty(query.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, _, _, _, rank, attn_mask, ctx.scale, ctx.is_causal = inputs
+    query, key, value, _, _, _, rank, attn_mask, ctx.scale, ctx.is_causal, _ = inputs
     ctx.save_for_backward(query, key, value, rank, attn_mask)
 
 
@@ -80,8 +86,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         per_kv_head(grad_value).to(value.dtype),
         *(None,) * 4,
         grad_mask,
-        None,
-        None,
+        *(None,) * 3,
     )
 
 

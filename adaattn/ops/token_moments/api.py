@@ -10,13 +10,14 @@ from adaattn.errors import DtypeError, ShapeError
 from adaattn.ops.token_moments.ops import token_moments as op
 
 
-def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = False) -> Moments:
+def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = False, *, impl: str = "auto") -> Moments:
     """Mean, second moment and peaks of x over its tokens, in one pass.
 
     Args:
         x: (B, H, S, D), floating point.
         key_mask: boolean, broadcastable to (B, H, S); tokens where it is False do not count.
         center: whether second moment and peaks are about the mean.
+        impl: "auto" (Triton on CUDA, else the reference), "reference" or "triton".
 
     Returns:
         `mean`, `second_moment`, `channel_peak` (largest magnitude of a dimension), each (B, H, D), and `token_peak`
@@ -30,6 +31,7 @@ def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = Fals
     Raises:
         ShapeError: x is not 4-dimensional, or the mask is not 3-dimensional.
         DtypeError: x is not floating point, or the mask not boolean.
+        ConfigError: an unknown `impl`, or "triton" where it cannot run.
     """
     if x.dim() != 4:
         raise ShapeError(f"x has shape {tuple(x.shape)}; expected (batch, heads, tokens, head_dim)")
@@ -41,4 +43,4 @@ def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = Fals
         )
     if key_mask is not None and key_mask.dtype != torch.bool:
         raise DtypeError(f"key_mask is {key_mask.dtype}; expected bool, True where a token counts")
-    return Moments(*op(x, key_mask, center))
+    return Moments(*op(x, key_mask, center, impl))

@@ -7,16 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaattn.ops.dispatch import takes_triton
 from adaattn.ops.token_moments.impl import reference
 
 
 @torch.library.custom_op("adaattn::token_moments", mutates_args=())
-def token_moments(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def token_moments(
+    x: Tensor, key_mask: Tensor | None, center: bool, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if takes_triton(impl, x):
+        from adaattn.ops.token_moments.impl import triton
+
+        return triton.token_moments(x, key_mask, center)
     return reference.token_moments(x, key_mask, center)
 
 
 @token_moments.register_fake
-def _(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, key_mask: Tensor | None, center: bool, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, _, head_dim = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
     per_dim = [x.new_empty(batch, heads, head_dim, dtype=dtype) for _ in range(3)]
@@ -24,11 +31,13 @@ def _(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Tensor, Tensor,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, key_mask, ctx.center = inputs
+    x, key_mask, ctx.center, _ = inputs
     ctx.save_for_backward(x, key_mask, output[0])
 
 
-def _backward(ctx: Any, mean: Tensor, second: Tensor, channel: Tensor, token: Tensor) -> tuple[Tensor, None, None]:
+def _backward(
+    ctx: Any, mean: Tensor, second: Tensor, channel: Tensor, token: Tensor
+) -> tuple[Tensor, None, None, None]:
     """Gradient of the formula; that of a peak goes to the elements that reach it, in equal parts, as in `amax`."""
     x, key_mask, mean_of_x = ctx.saved_tensors
     y = x.to(mean.dtype)
@@ -48,7 +57,7 @@ def _backward(ctx: Any, mean: Tensor, second: Tensor, channel: Tensor, token: Te
     if ctx.center:
         grad = grad - (grad * attended).sum(dim=2, keepdim=True) / tokens
     grad = (grad + mean.unsqueeze(2) / tokens) * attended
-    return grad.to(x.dtype), None, None
+    return grad.to(x.dtype), None, None, None
 
 
 token_moments.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,246 @@
+"""Launches of the fused kernels of `adaptive_attention`: block sizes, scratch memory, arguments."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from adaattn.config import INT8, INT8_FP8, PRECISIONS
+from adaattn.ops.adaptive_attention.impl.kernels import ADDITIVE, BOOLEAN, PADDING, attend, pack
+from adaattn.ops.kernel_spec import TYPES, KernelSpec
+
+# Queries and keys of a block by architecture, largest head_dim and bits of the inputs: for fp32, for 16-bit operands as
+# they come or packed, for operands cast on the way, int8, int8_fp8. Each is the largest of those tried that keeps
+# everything in registers and lets tensor cores run without waiting (docs/kernels.md: what the compiler made of them).
+TILES = {
+    (80, 64, 16): ((128, 32), (128, 64), (128, 64), (128, 128), (128, 128)),
+    (80, 64, 32): ((32, 32), (128, 64), (128, 32), (128, 128), (128, 128)),
+    (80, 128, 16): ((128, 32), (128, 64), (128, 32), (128, 64), (128, 128)),
+    (80, 128, 32): ((32, 32), (128, 64), (128, 32), (128, 64), (128, 128)),
+    (80, 256, 16): ((64, 32), (64, 32), (64, 32), (64, 64), (64, 64)),
+    (80, 256, 32): ((32, 16), (64, 32), (64, 16), (64, 64), (64, 64)),
+    (90, 64, 16): ((128, 64), (128, 128), (128, 128), (128, 128), (128, 128)),
+    (90, 64, 32): ((128, 64), (128, 128), (128, 64), (128, 128), (128, 128)),
+    (90, 128, 16): ((128, 64), (128, 128), (128, 64), (128, 64), (128, 64)),
+    (90, 128, 32): ((128, 32), (128, 128), (128, 32), (128, 64), (128, 64)),
+    (90, 256, 16): ((128, 16), (128, 64), (64, 64), (128, 32), (64, 128)),
+    (90, 256, 32): ((32, 16), (128, 32), (64, 32), (64, 64), (64, 128)),
+    (100, 64, 16): ((128, 64), (128, 128), (128, 64), (128, 64), (128, 64)),
+    (100, 64, 32): ((64, 32), (128, 128), (128, 64), (128, 64), (128, 64)),
+    (100, 128, 16): ((128, 64), (128, 64), (128, 64), (128, 64), (128, 64)),
+    (100, 128, 32): ((64, 32), (128, 64), (128, 32), (128, 64), (128, 64)),
+    (100, 256, 16): ((128, 32), (128, 32), (64, 64), (128, 32), (64, 128)),
+    (100, 256, 32): ((32, 16), (128, 32), (64, 32), (64, 64), (64, 128)),
+}
+WARPS = 8
+INTERPRETED = (16, 32)  # small, so that small tests cross the edges of blocks
+
+PACKED = ("key8", "key_step", "value8", "key16", "value16")
+PACK_BLOCK = 64
+SIZES = ("heads", "kv_heads", "queries", "keys")
+STRIDES = tuple(f"{tensor}_{axis}" for tensor in "qkv" for axis in "bhsd")
+MASK_STRIDES = ("m_b", "m_h", "m_q", "m_k")
+
+
+def has_fp8(capability: int) -> bool:
+    """Whether tensor cores multiply e4m3 numbers; the interpreter, 0, emulates them."""
+    return capability == 0 or capability >= 89
+
+
+def tiles(
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: int,
+    mask: torch.dtype | None = None,
+    mask_of_queries: bool = False,
+    packed: bool = True,
+) -> list[tuple[int, int]]:
+    """Queries and keys of a block for each precision, in the order of PRECISIONS."""
+    if capability == 0:
+        return [INTERPRETED] * len(PRECISIONS)
+    family = capability // 10 * 10 if capability // 10 in (9, 10) else 80  # others multiply as sm_80 does
+    width = next(width for width in (64, 128, 256) if head_dim <= width)
+    fp32, plain, cast, int8, int8_fp8 = TILES[family, width, 32 if dtype == torch.float32 else 16]
+    if not packed:
+        int8 = int8_fp8 = (64, 32)
+    elif mask_of_queries and mask != torch.uint8:  # a block of it is as large as one of scores
+        cast, int8, int8_fp8 = (cast[0] // 2, 32), (int8[0], 16), (int8_fp8[0] // 2, 32)
+    rows = (fp32, plain if dtype == torch.bfloat16 else cast, plain, int8, int8_fp8)
+    return [(m, n if mask is None or n <= 32 else n // 2) for m, n in rows]  # masks take registers too
+
+
+def padded(keys: Any) -> Any:
+    """Tokens for which packed e4m3 values have room."""
+    return (keys + PADDING.value - 1) // PADDING.value * PADDING.value
+
+
+@functools.cache
+def attend_spec(
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: int,
+    *,
+    causal: bool = False,
+    mask: torch.dtype | None = None,
+    mask_of_queries: bool = False,
+    packed: bool = True,
+    rows: tuple[int, ...] = tuple(range(len(PRECISIONS))),
+) -> KernelSpec:
+    """The launch of `attend`.
+
+    Args:
+        dtype: of query, key, value and output.
+        capability: architecture, 90 for sm_90; 0 for Triton's interpreter.
+        mask: type of the mask, uint8 for a boolean one; None without.
+        mask_of_queries: whether the mask differs from query to query.
+        packed: whether `pack` ran before.
+        rows: precision codes to compile; heads of others must not occur, save int8_fp8, which then runs as int8.
+    """
+    if not has_fp8(capability):
+        rows = tuple(row for row in rows if row != INT8_FP8)
+    blocks = tiles(dtype, head_dim, capability, mask, mask_of_queries, packed)
+    program = max(blocks[row][0] for row in rows)
+    kind = f"*{TYPES[dtype]}"
+    return KernelSpec(
+        attend,
+        {
+            **dict.fromkeys(("query", "key", "value"), kind),
+            **dict.fromkeys(("key_mean", "value_peak"), "*fp32"),
+            **dict.fromkeys(("precision", "rank"), "*i32"),
+            "mask": None if mask is None else f"*{TYPES[mask]}",
+            **(_packed_types(dtype, capability) if packed else dict.fromkeys(PACKED)),
+            **dict.fromkeys((*SIZES, *STRIDES, *MASK_STRIDES), "i32"),
+            "scale": "fp32",
+            "output": kind,
+        },
+        {
+            "DIM": head_dim,
+            "CAUSAL": causal,
+            "MASK": 0 if mask is None else BOOLEAN.value if mask == torch.uint8 else ADDITIVE.value,
+            "MASK_OF_QUERIES": mask_of_queries,
+            "PACKED": packed,
+            "ROWS": rows,
+            "PROGRAM": program,
+            "BLOCK_M": tuple(min(m, program) for m, _ in blocks),
+            "BLOCK_N": tuple(n for _, n in blocks),
+            "STAGES": tuple(1 if n == 16 else 2 for _, n in blocks),
+        },
+        lambda v: v["batch"] * v["heads"] * ((v["queries"] + program - 1) // program),
+        warps=WARPS,
+        known=_known(head_dim),
+    )
+
+
+@functools.cache
+def pack_spec(dtype: torch.dtype, head_dim: int, capability: int) -> KernelSpec:
+    """The launch of `pack`."""
+    return KernelSpec(
+        pack,
+        {
+            **dict.fromkeys(("key", "value"), f"*{TYPES[dtype]}"),
+            **dict.fromkeys(("key_mean", "value_peak"), "*fp32"),
+            "precision": "*i32",
+            **dict.fromkeys(("heads", "kv_heads", "keys", *STRIDES[4:]), "i32"),
+            **_packed_types(dtype, capability),
+        },
+        {"DIM": head_dim, "BLOCK": PACK_BLOCK},
+        lambda v: v["batch"] * v["kv_heads"] * (padded(v["keys"]) // PACK_BLOCK),
+        warps=4,
+        known=_known(head_dim),
+    )
+
+
+def adaptive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    value_peak: Tensor,
+    precision: Tensor,
+    rank: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    """Attention in which each head follows its plan; see `adaattn.ops.adaptive_attention`."""
+    if scale < 0:  # the kernel takes the largest product for the largest score
+        query, scale = -query, -scale
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    capability = _capability(query.device)
+    mask = None if attn_mask is None else attn_mask.expand(batch, heads, queries, keys)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    output = query.new_empty(query.shape)
+    values: dict[str, Any] = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_mean": key_mean.float().contiguous(),
+        "value_peak": value_peak.float().contiguous(),
+        "precision": precision.contiguous(),
+        "rank": rank.contiguous(),
+        "mask": mask,
+        **dict.fromkeys(PACKED),
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "queries": queries,
+        "keys": keys,
+        **dict(zip(STRIDES, (*query.stride(), *key.stride(), *value.stride()), strict=True)),
+        **dict(zip(MASK_STRIDES, (0,) * 4 if mask is None else mask.stride(), strict=True)),
+        "scale": scale,
+        "output": output,
+    }
+    spec = attend_spec(
+        query.dtype,
+        head_dim,
+        capability,
+        causal=is_causal,
+        mask=None if mask is None else mask.dtype,
+        mask_of_queries=attn_mask is not None and attn_mask.shape[2] > 1,
+        packed=queries > tiles(query.dtype, head_dim, capability)[INT8][0],  # one block rounds no key twice
+    )
+    with torch.cuda.device_of(query):
+        if spec.constants["PACKED"]:
+            packing = pack_spec(query.dtype, head_dim, capability)
+            tokens = {"key_step": (keys,), "value8": (padded(keys), head_dim)}
+            for name, dtype in _scratch(query.dtype, capability).items():
+                shape = tokens.get(name, (keys, head_dim))
+                values[name] = query.new_empty(batch, kv_heads, *shape, dtype=dtype)
+            packing.launch(values)
+        spec.launch(values)
+    return output
+
+
+def _scratch(dtype: torch.dtype, capability: int) -> dict[str, torch.dtype]:
+    """What `pack` writes: fp16 copies only of other types, e4m3 where it can be multiplied."""
+    types = {"key8": torch.int8, "key_step": torch.float32}
+    if has_fp8(capability):
+        types["value8"] = torch.float8_e4m3fn
+    if dtype != torch.float16:
+        types.update(key16=torch.float16, value16=torch.float16)
+    return types
+
+
+def _packed_types(dtype: torch.dtype, capability: int) -> dict[str, str | None]:
+    scratch = _scratch(dtype, capability)
+    return {name: f"*{TYPES[scratch[name]]}" if name in scratch else None for name in PACKED}
+
+
+def _known(head_dim: int) -> dict[str, int]:
+    """What holds for contiguous operands."""
+    aligned = {name: 16 for name in STRIDES if not name.endswith("_d")} if head_dim % 16 == 0 else {}
+    return {**aligned, "q_d": 1, "k_d": 1, "v_d": 1, "m_k": 1}
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    if triton.knobs.runtime.interpret:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

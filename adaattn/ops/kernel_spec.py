@@ -1,0 +1,72 @@
+"""A kernel launch, described once: eager mode, cross-compilation, plugins and benchmarks read the same description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A Triton kernel, its arguments and how it is launched.
+
+    Example:
+        >>> spec = attend_spec(torch.float16, 128, capability=90)  # doctest: +SKIP
+        >>> spec.compile(90).metadata.shared  # doctest: +SKIP
+        163840
+    """
+
+    kernel: Any
+    arguments: Mapping[str, str | None]
+    """Run-time arguments in the kernel's order with Triton's types, `"*fp16"`; None for a pointer that is left out."""
+    constants: Mapping[str, Any]
+    """Compile-time arguments."""
+    grid: Callable[[Mapping[str, Any]], Any]
+    """Number of programs, from the scalar arguments by +, * and // alone, so that it may be traced."""
+    warps: int
+    known: Mapping[str, int]
+    """What compilation ahead may take for granted: 1 for a scalar that is 1, 16 for one that 16 divides."""
+
+    def launch(self, values: Mapping[str, Any]) -> None:
+        """Runs the kernel on tensors and numbers, named as in `arguments`."""
+        ordered = [values[name] for name in self.arguments]
+        self.kernel[(self.grid(values),)](*ordered, **self.constants, num_warps=self.warps, enable_fp_fusion=True)
+
+    def compile(self, capability: int) -> Any:
+        """The compiled kernel for an architecture (90: sm_90), with `asm["ptx"]`, `asm["cubin"]` and `metadata`.
+
+        Needs no GPU. Pointers are taken to be aligned to 16 bytes.
+        """
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature: dict[str, str] = {}
+        constants = dict(self.constants)
+        attributes = {}
+        for index, name in enumerate(self.kernel.arg_names):
+            kind = self.arguments.get(name)
+            if name in constants or kind is None or self.known.get(name) == 1:
+                signature[name] = "constexpr"
+                constants.setdefault(name, self.known.get(name))
+                continue
+            signature[name] = kind
+            if kind.startswith("*") or self.known.get(name) == 16:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        options = {"num_warps": self.warps, "enable_fp_fusion": True}
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
