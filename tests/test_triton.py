@@ -155,6 +155,16 @@ def test_any_scale(scale: float) -> None:
     assert (yardstick.error(ours, want.double())[full_fp32] < 1e-6).all()
 
 
+def test_ranks_beyond_the_head_dim_leave_no_head_unwritten() -> None:
+    q, k, v = draw("normal", (1, 20, 5, 9, 16), torch.float32)
+    precision, rank = every_plan(1, 16)
+    beyond = torch.where(rank == 16, 99, torch.where(rank == 4, 0, rank))
+    operands = on_device(q, k, v, k.mean(2), v.abs().amax(2), precision, beyond)
+    ours = ops.adaptive_attention(*operands, impl="triton").cpu()
+    want = ops.adaptive_attention(*operands, impl="reference").cpu()
+    assert (yardstick.error(ours, want.double()) < 0.05).all()
+
+
 LAYOUTS = {
     "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "dimensions before tokens": lambda x: x.mT.contiguous().mT,

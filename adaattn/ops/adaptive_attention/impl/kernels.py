@@ -404,10 +404,11 @@ def attend(
     b, h = tl.cast(head // heads, tl.int64), head % heads
     g = h // (heads // kv_heads)
     of_kv = b * kv_heads + g
-    code = tl.load(precision + head)
-    if not has(ROWS, INT8_FP8_ROW):
-        code = tl.minimum(code, INT8_ROW)
-    r = tl.load(rank + head)
+    # Whatever the plan says, some loop serves every head.
+    LAST: tl.constexpr = INT8_FP8_ROW if has(ROWS, INT8_FP8_ROW) else INT8_ROW
+    code = tl.minimum(tl.maximum(tl.load(precision + head), FP32_ROW), LAST)
+    r = tl.minimum(tl.load(rank + head), DIM)
+    width = tl.maximum(r, 1)
 
     query += b * q_b + tl.cast(h, tl.int64) * q_h
     key += b * k_b + tl.cast(g, tl.int64) * k_h
@@ -430,7 +431,7 @@ def attend(
                 elif ROW >= FP16_ROW and query.dtype.element_ty != tl.float16:
                     v, t, e = value16 + of_kv * keys * DIM, DIM, 1
             for Q in tl.static_range(1, 5):
-                if (code == ROW) & (r > rank_class(DIM, Q - 1)) & (r <= rank_class(DIM, Q)):
+                if (code == ROW) & (width > rank_class(DIM, Q - 1)) & (width <= rank_class(DIM, Q)):
                     for part in range(PROGRAM // BLOCK_M[ROW]):
                         _attend(
                             query, k, v, key_mean, value_peak, steps, mask, output, r,
