@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := cpu,tensorrt-rtx,test
 
-.PHONY: help install test lint types demo bench clean
+.PHONY: help install test lint types demo bench gpu gpu-wheels clean
 
 help:
 	@echo "make install  a virtual environment in .venv with all that installs without a GPU"
 	@echo "make test     lint, types and tests"
 	@echo "make demo     build a model, export it, show the verdicts"
 	@echo "make bench    what an export costs; writes benchmarks/results/export.json"
+	@echo "make gpu      on a GPU machine, in its own Python: GPU tests, parity, attention benchmark"
 
 install: .venv/installed
 
@@ -40,5 +41,22 @@ demo: install
 bench: install
 	$(BIN)/python -m benchmarks.export
 
+# Takes torch and triton from PYTHON, and what else is missing from wheels/, where `make gpu-wheels` put it: the machine
+# may have no network, and its Python may be older or newer than the one here.
+gpu:
+	rm -rf build/gpu && mkdir -p build/gpu docs
+	@if [ -d wheels ]; then $(PYTHON) -m pip install --quiet --no-index --no-deps --target build/gpu wheels/*.whl; fi
+	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target build/gpu .
+	ln -s $(CURDIR)/tests $(CURDIR)/benchmarks $(CURDIR)/docs $(CURDIR)/examples $(CURDIR)/pyproject.toml build/gpu/
+	cd build/gpu && PYTHONPATH=. $(PYTHON) -m pytest -p no:cacheprovider --numprocesses auto $(GPU_TESTS)
+	cd build/gpu && PYTHONPATH=. $(PYTHON) -m benchmarks.attention
+
+GPU_TESTS := tests/test_triton.py tests/test_parity.py tests/test_engine.py
+GPU_PYTHON ?= 3.12
+
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+		--dest wheels -c constraints.txt polygraphy setuptools
+
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build wheels *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -68,7 +68,7 @@ def adaptive_attention(
     table = ladder_table_for(budget, query.shape[-1], query.device)
 
     def make_plan(q: Moments, k: Moments, v: Moments) -> Plan:
-        return plan_within(budget, table, q, k, v, scale)
+        return plan_within(budget, table, q, k, v, scale, impl)
 
     return planned_attention(query, key, value, attn_mask, is_causal, scale, make_plan, impl)[0]
 

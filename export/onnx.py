@@ -156,7 +156,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return getattr(domain, name)(*inputs, scale=scale, is_causal=int(is_causal), **plugin)
 
     def plan(*inputs: Any) -> Any:
-        *tensors, scale, limit = inputs
+        tensors, (scale, limit) = inputs[:10], inputs[10:12]
         return domain.plan(*tensors, scale=scale, limit=limit, **plugin)
 
     ops = torch.ops.adaattn

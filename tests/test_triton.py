@@ -12,8 +12,8 @@ from torch import Tensor
 
 import adaattn
 from adaattn import ops
-from adaattn.budget import Moments, plan_of, rank_classes
-from adaattn.config import FP32, INT8, PRECISIONS
+from adaattn.budget import Moments, ladder_table, plan_of, plan_within, rank_classes
+from adaattn.config import FP32, INT8, PRECISIONS, Budget
 from adaattn.errors import ConfigError
 from adaattn.masks import attended_keys
 
@@ -203,6 +203,23 @@ def test_moments_are_those_of_the_attended_tokens(
     for ours, exact in zip(got, want, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.cpu().double(), exact, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("distribution", yardstick.DISTRIBUTIONS)
+def test_plans_are_those_of_the_budget(distribution: str) -> None:
+    q, k, v = (x.float() for x in yardstick.DISTRIBUTIONS[distribution]((2, 6, 33, 20), (2, 2, 40, 20)))
+    moments = [ops.token_moments(q), ops.token_moments(k, center=True), ops.token_moments(v)]
+    on = [Moments(*on_device(*x)) for x in moments]
+    for tolerance, precisions in product((1e-4, 1e-2, 0.1), (PRECISIONS, ("int8_fp8", "bf16"))):
+        budget = Budget(tolerance, precisions=precisions)
+        table = ladder_table(budget, 20)
+        ours = plan_within(budget, table.to(DEVICE), *on, 20**-0.5, "triton")
+        want = plan_within(budget, table, *moments, 20**-0.5)
+        same = (ours.precision.cpu() == want.precision) & (ours.rank.cpu() == want.rank)
+        errors = torch.stack([x.predicted_error.cpu() for x in (ours, want)])
+        torch.testing.assert_close(errors[0][same], errors[1][same], rtol=1e-5, atol=0)
+        # Only a step on the edge of the limit may be taken by one of the two.
+        assert (same | ((errors.amax(0) / budget.limit - 1).abs() < 1e-5)).all()
 
 
 def test_one_call_from_statistics_to_output() -> None:

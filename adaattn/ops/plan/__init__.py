@@ -1,1 +1,1 @@
-"""The choice of a plan as one node of an exported program."""
+"""The choice of a plan as one op."""

@@ -1,7 +1,4 @@
-"""Registration of `adaattn::plan`: `adaattn.budget.choose`, for programs that are exported.
-
-Eager mode and torch.compile run the arithmetic itself, which a compiler fuses.
-"""
+"""Registration of `adaattn::plan`: `adaattn.budget.choose` as one node of a program, and one kernel of a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adaattn.budget import Moments, choose
+from adaattn.ops.dispatch import takes_triton
 
 
 @torch.library.custom_op("adaattn::plan", mutates_args=())
@@ -25,7 +23,15 @@ def plan(
     ladder: Tensor,
     scale: float,
     limit: float,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if takes_triton(impl, query_mean):
+        from adaattn.ops.plan.impl import triton
+
+        of_query = (query_mean, query_second_moment, query_channel_peak, query_token_peak)
+        of_key = (key_second_moment, key_channel_peak, key_token_peak)
+        moments = (*of_query, *of_key, value_second_moment, value_channel_peak)
+        return triton.choose(moments, ladder, scale, limit)
     unused = query_second_moment  # the error model reads neither the other means nor the value's token peaks
     query = Moments(query_mean, query_second_moment, query_channel_peak, query_token_peak)
     key = Moments(unused, key_second_moment, key_channel_peak, key_token_peak)
@@ -49,6 +55,7 @@ def _(
     ladder: Tensor,
     scale: float,
     limit: float,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = query_token_peak
     return (
