@@ -31,7 +31,7 @@ from adaattn.config import PRECISIONS
 from adaattn.ops.adaptive_attention.impl.triton import attend_spec, has_fp8, pack_spec
 from adaattn.ops.kernel_spec import KernelSpec
 from adaattn.ops.plan.impl.triton import plan_spec
-from adaattn.ops.token_moments.impl.triton import finish_spec, reduce_spec
+from adaattn.ops.token_moments.impl.triton import finish_spec, moments_spec, reduce_spec
 
 RESULTS = Path(__file__).parent / "results" / "static.json"
 MARKS = ("<!-- what benchmarks.static wrote -->", "<!-- its end -->")
@@ -81,6 +81,8 @@ class Case:
         if self.name == "pack":
             return pack_spec(dtype, self.head_dim, self.capability)
         if self.name == "moments":
+            return moments_spec(dtype, self.head_dim, True, True)
+        if self.name == "reduce":
             return reduce_spec(dtype, self.head_dim, True, True)
         if self.name == "finish":
             return finish_spec(self.head_dim)
@@ -126,6 +128,7 @@ def cases(capability: int, head_dims: tuple[int, ...]) -> Iterator[Case]:
             yield Case(ALL, capability, head_dim, inputs, MULTIPLIED["int8"])
             yield Case("pack", capability, head_dim, inputs)
             yield Case("moments", capability, head_dim, inputs)
+            yield Case("reduce", capability, head_dim, inputs)
         yield Case("finish", capability, head_dim, "float32")
         yield Case("plan", capability, head_dim, "float32")
 

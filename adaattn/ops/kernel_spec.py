@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class KernelSpec:
 
     kernel: Any
     arguments: Mapping[str, str | None]
-    """Run-time arguments in the kernel's order with Triton's types, `"*fp16"`; None for a pointer that is left out."""
+    """Run-time arguments in the kernel's order with Triton's types, `"*fp16"`; None for one that is left out."""
     constants: Mapping[str, Any]
     """Compile-time arguments."""
     grid: Callable[[Mapping[str, Any]], Any]
@@ -43,13 +43,24 @@ class KernelSpec:
 
     def launch(self, values: Mapping[str, Any]) -> None:
         """Runs the kernel on tensors and numbers, named as in `arguments`."""
-        ordered = [values[name] for name in self.arguments]
+        ordered = [None if kind is None else values[name] for name, kind in self.arguments.items()]
         self.kernel[(self.grid(values),)](*ordered, **self.constants, num_warps=self.warps, enable_fp_fusion=True)
 
-    def compile(self, capability: int) -> Any:
+    def bound(self, **values: Any) -> KernelSpec:
+        """The same launch with some of its scalars fixed at compile time."""
+        return replace(self, constants={**self.constants, **values})
+
+    @property
+    def parameters(self) -> list[str]:
+        """The arguments that are left when it is compiled ahead, in order."""
+        fixed = {name for name, value in self.known.items() if value == 1} | self.constants.keys()
+        return [name for name, kind in self.arguments.items() if kind is not None and name not in fixed]
+
+    def compile(self, capability: int, ptx_version: int | None = None) -> Any:
         """The compiled kernel for an architecture (90: sm_90), with `asm["ptx"]`, `asm["cubin"]` and `metadata`.
 
-        Needs no GPU. Pointers are taken to be aligned to 16 bytes.
+        Needs no GPU. Pointers are taken to be aligned to 16 bytes. `ptx_version` (84: 8.4) is the newest PTX that the
+        driver to come takes; the compiler's own by default.
         """
         import triton
         from triton.backends.compiler import GPUTarget
@@ -58,15 +69,16 @@ class KernelSpec:
         signature: dict[str, str] = {}
         constants = dict(self.constants)
         attributes = {}
+        parameters = self.parameters
         for index, name in enumerate(self.kernel.arg_names):
-            kind = self.arguments.get(name)
-            if name in constants or kind is None or self.known.get(name) == 1:
+            if name not in parameters:
                 signature[name] = "constexpr"
                 constants.setdefault(name, self.known.get(name))
                 continue
+            kind = str(self.arguments[name])
             signature[name] = kind
             if kind.startswith("*") or self.known.get(name) == 16:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
-        options = {"num_warps": self.warps, "enable_fp_fusion": True}
+        options = {"num_warps": self.warps, "enable_fp_fusion": True, "ptx_version": ptx_version}
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -36,6 +36,7 @@ TILES = {
     (100, 256, 16): ((128, 32), (128, 32), (64, 64), (128, 32), (64, 128)),
     (100, 256, 32): ((32, 16), (128, 32), (64, 32), (64, 64), (64, 128)),
 }
+SMALL_TILES = {64: (64, 32), 128: (64, 16), 256: (32, 16)}
 WARPS = 8
 INTERPRETED = (16, 32)  # small, so that small tests cross the edges of blocks
 
@@ -63,7 +64,7 @@ def tiles(
     if capability == 0:
         return [INTERPRETED] * len(PRECISIONS)
     family = capability // 10 * 10 if capability // 10 in (9, 10) else 80  # others multiply as sm_80 does
-    width = next(width for width in (64, 128, 256) if head_dim <= width)
+    width = _width(head_dim)
     fp32, plain, cast, int8, int8_fp8 = TILES[family, width, 32 if dtype == torch.float32 else 16]
     if not packed:
         int8 = int8_fp8 = (64, 32)
@@ -71,6 +72,10 @@ def tiles(
         cast, int8, int8_fp8 = (cast[0] // 2, 32), (int8[0], 16), (int8_fp8[0] // 2, 32)
     rows = (fp32, plain if dtype == torch.bfloat16 else cast, plain, int8, int8_fp8)
     return [(m, n if mask is None or n <= 32 else n // 2) for m, n in rows]  # masks take registers too
+
+
+def _width(head_dim: int) -> int:
+    return next(width for width in (64, 128, 256) if head_dim <= width)
 
 
 def padded(keys: Any) -> Any:
@@ -88,6 +93,7 @@ def attend_spec(
     mask: torch.dtype | None = None,
     mask_of_queries: bool = False,
     packed: bool = True,
+    small: bool = False,
     rows: tuple[int, ...] = tuple(range(len(PRECISIONS))),
 ) -> KernelSpec:
     """The launch of `attend`.
@@ -98,11 +104,15 @@ def attend_spec(
         mask: type of the mask, uint8 for a boolean one; None without.
         mask_of_queries: whether the mask differs from query to query.
         packed: whether `pack` ran before.
+        small: whether shared memory has to stay within 48 KiB, which every launcher grants.
         rows: precision codes to compile; heads of others must not occur, save int8_fp8, which then runs as int8.
     """
     if not has_fp8(capability):
         rows = tuple(row for row in rows if row != INT8_FP8)
-    blocks = tiles(dtype, head_dim, capability, mask, mask_of_queries, packed)
+    if small:
+        blocks = [SMALL_TILES[_width(head_dim)]] * len(PRECISIONS)
+    else:
+        blocks = tiles(dtype, head_dim, capability, mask, mask_of_queries, packed)
     program = max(blocks[row][0] for row in rows)
     kind = f"*{TYPES[dtype]}"
     return KernelSpec(
@@ -113,7 +123,8 @@ def attend_spec(
             **dict.fromkeys(("precision", "rank"), "*i32"),
             "mask": None if mask is None else f"*{TYPES[mask]}",
             **(_packed_types(dtype, capability) if packed else dict.fromkeys(PACKED)),
-            **dict.fromkeys((*SIZES, *STRIDES, *MASK_STRIDES), "i32"),
+            **dict.fromkeys((*SIZES, *STRIDES), "i32"),
+            **dict.fromkeys(MASK_STRIDES, None if mask is None else "i32"),
             "scale": "fp32",
             "output": kind,
         },
@@ -127,7 +138,7 @@ def attend_spec(
             "PROGRAM": program,
             "BLOCK_M": tuple(min(m, program) for m, _ in blocks),
             "BLOCK_N": tuple(n for _, n in blocks),
-            "STAGES": tuple(1 if n == 16 else 2 for _, n in blocks),
+            "STAGES": tuple(1 if n == 16 or small else 2 for _, n in blocks),
         },
         lambda v: v["batch"] * v["heads"] * ((v["queries"] + program - 1) // program),
         warps=WARPS,
@@ -192,7 +203,7 @@ def adaptive_attention(
         "queries": queries,
         "keys": keys,
         **dict(zip(STRIDES, (*query.stride(), *key.stride(), *value.stride()), strict=True)),
-        **dict(zip(MASK_STRIDES, (0,) * 4 if mask is None else mask.stride(), strict=True)),
+        **({} if mask is None else dict(zip(MASK_STRIDES, mask.stride(), strict=True))),
         "scale": scale,
         "output": output,
     }

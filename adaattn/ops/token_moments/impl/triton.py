@@ -1,7 +1,8 @@
-"""The fused kernel of `token_moments`: x is read once, twice where it is centred.
+"""The fused kernels of `token_moments`: x is read once, twice where it is centred.
 
-Its tokens are split into chunks, so that one long sequence fills a GPU as well as many short ones; `finish` adds the
-chunks up in order, and equal inputs give equal plans.
+Where heads are many, `moments` serves one head a program. Where they are few, their tokens are split into chunks, so
+that one long sequence fills a GPU too: `reduce` sums each, and `finish` adds the chunks up in order, so that equal
+inputs give equal plans.
 """
 
 from __future__ import annotations
@@ -17,34 +18,22 @@ from adaattn.ops.kernel_spec import TYPES, KernelSpec
 
 PROGRAMS = 1024  # what fills the largest GPU several times over
 LEAST_TOKENS = 256  # of a chunk: fewer would make the partial sums a traffic of their own
+OUTPUTS = ("mean", "second_moment", "channel_peak", "token_peak")
+STRIDES, MASK_STRIDES = ("x_b", "x_h", "x_s", "x_d"), ("m_b", "m_h", "m_s")
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "chunk", "m_b", "m_h", "m_s"])
-def reduce(
-    x, mask, center, heads, tokens, chunk, x_b, x_h, x_s, x_d, m_b, m_h, m_s, partial,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of one chunk of a head: Σx, Σ(x−c)², max|x−c| per dimension, then Σ max_d (x−c)² and the number of tokens."""
-    chunks = tl.cdiv(tokens, chunk)
-    head = tl.program_id(0) // chunks
-    first = tl.program_id(0) % chunks * chunk
-    b, h = tl.cast(head // heads, tl.int64), tl.cast(head % heads, tl.int64)
+@triton.jit
+def _sums(x, x_s, x_d, mask, m_s, about, first, end, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the tokens from `first` to `end`: Σx, Σ(x−c)², max|x−c| per dimension, Σ max_d (x−c)² and their number."""
     dim = tl.arange(0, WIDTH)
-    about = tl.zeros([WIDTH], tl.float32)
-    if center is not None:
-        about = tl.load(center + head * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0)
-    x += b * x_b + h * x_h
-    if mask is not None:
-        mask += b * m_b + h * m_h
-
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     squares = tl.zeros([BLOCK, WIDTH], tl.float32)
     peak = tl.zeros([BLOCK, WIDTH], tl.float32)
     token = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
-    for start in range(first, tl.minimum(first + chunk, tokens), BLOCK):
+    for start in range(first, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        counts = (row < tokens) & (row < first + chunk)
+        counts = row < end
         if mask is not None:
             counts = counts & (tl.load(mask + tl.cast(row, tl.int64) * m_s, mask=counts, other=0) != 0)
         inside = counts[:, None] & (dim < HEAD_DIM)[None, :]
@@ -57,13 +46,59 @@ def reduce(
         largest = tl.max(tl.abs(y), 1)
         token += largest * largest
         count += counts.to(tl.float32)
+    return tl.sum(total, 0), tl.sum(squares, 0), tl.max(peak, 0), tl.sum(token, 0), tl.sum(count, 0)
 
+
+@triton.jit(do_not_specialize=["heads", "tokens"])
+def moments(
+    x, mask, heads, tokens, x_b, x_h, x_s, x_d, m_b, m_h, m_s, mean, second_moment, channel_peak, token_peak,
+    CENTER: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The moments of a head."""
+    head = tl.cast(tl.program_id(0), tl.int64)
+    b, h = head // heads, head % heads
+    x += b * x_b + h * x_h
+    if mask is not None:
+        mask += b * m_b + h * m_h
+    dim = tl.arange(0, WIDTH)
+    about = tl.zeros([WIDTH], tl.float32)
+    total, squares, peak, token, count = _sums(x, x_s, x_d, mask, m_s, about, 0, tokens, HEAD_DIM, WIDTH, BLOCK)
+    count = tl.maximum(count, 1.0)
+    about = total / count
+    if CENTER:
+        _, squares, peak, token, _ = _sums(x, x_s, x_d, mask, m_s, about, 0, tokens, HEAD_DIM, WIDTH, BLOCK)
+    at = head * HEAD_DIM + dim
+    tl.store(mean + at, about, mask=dim < HEAD_DIM)
+    tl.store(second_moment + at, squares / count, mask=dim < HEAD_DIM)
+    tl.store(channel_peak + at, peak, mask=dim < HEAD_DIM)
+    tl.store(token_peak + head, token / count)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "chunk"])
+def reduce(
+    x, mask, center, heads, tokens, chunk, x_b, x_h, x_s, x_d, m_b, m_h, m_s, partial,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sums of a chunk of a head."""
+    chunks = tl.cdiv(tokens, chunk)
+    head = tl.program_id(0) // chunks
+    first = tl.program_id(0) % chunks * chunk
+    b, h = tl.cast(head // heads, tl.int64), tl.cast(head % heads, tl.int64)
+    dim = tl.arange(0, WIDTH)
+    about = tl.zeros([WIDTH], tl.float32)
+    if center is not None:
+        about = tl.load(center + tl.cast(head, tl.int64) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0)
+    x += b * x_b + h * x_h
+    if mask is not None:
+        mask += b * m_b + h * m_h
+    end = tl.minimum(first + chunk, tokens)
+    total, squares, peak, token, count = _sums(x, x_s, x_d, mask, m_s, about, first, end, HEAD_DIM, WIDTH, BLOCK)
     partial += tl.cast(tl.program_id(0), tl.int64) * (3 * HEAD_DIM + 2)
-    tl.store(partial + dim, tl.sum(total, 0), mask=dim < HEAD_DIM)
-    tl.store(partial + HEAD_DIM + dim, tl.sum(squares, 0), mask=dim < HEAD_DIM)
-    tl.store(partial + 2 * HEAD_DIM + dim, tl.max(peak, 0), mask=dim < HEAD_DIM)
-    tl.store(partial + 3 * HEAD_DIM, tl.sum(token, 0))
-    tl.store(partial + 3 * HEAD_DIM + 1, tl.sum(count, 0))
+    tl.store(partial + dim, total, mask=dim < HEAD_DIM)
+    tl.store(partial + HEAD_DIM + dim, squares, mask=dim < HEAD_DIM)
+    tl.store(partial + 2 * HEAD_DIM + dim, peak, mask=dim < HEAD_DIM)
+    tl.store(partial + 3 * HEAD_DIM, token)
+    tl.store(partial + 3 * HEAD_DIM + 1, count)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -92,32 +127,44 @@ def finish(partial, chunks, mean, second_moment, channel_peak, token_peak, HEAD_
     tl.store(token_peak + head, token / count)
 
 
+def moments_spec(dtype: torch.dtype, head_dim: int, masked: bool, center: bool) -> KernelSpec:
+    """One program a head, for a type and head dimension."""
+    return KernelSpec(
+        moments,
+        {
+            **_operands(dtype, masked),
+            **_scalars(("heads", "tokens"), masked),
+            **dict.fromkeys(OUTPUTS, "*fp32"),
+        },
+        {"CENTER": center, **_block(head_dim)},
+        lambda v: v["batch"] * v["heads"],
+        warps=4,
+        known=_known(head_dim),
+    )
+
+
 def reduce_spec(dtype: torch.dtype, head_dim: int, masked: bool, center: bool) -> KernelSpec:
-    """The pass over x, for a type and head dimension."""
-    scalars = ("heads", "tokens", "chunk", "x_b", "x_h", "x_s", "x_d", "m_b", "m_h", "m_s")
-    width = triton.next_power_of_2(head_dim)
+    """One program a chunk of a head."""
     return KernelSpec(
         reduce,
         {
-            "x": f"*{TYPES[dtype]}",
-            "mask": "*u8" if masked else None,
+            **_operands(dtype, masked),
             "center": "*fp32" if center else None,
-            **dict.fromkeys(scalars, "i32"),
+            **_scalars(("heads", "tokens", "chunk"), masked),
             "partial": "*fp32",
         },
-        {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK": max(1, 4096 // width)},  # 32 elements a thread
+        _block(head_dim),
         lambda v: v["batch"] * v["heads"] * ((v["tokens"] + v["chunk"] - 1) // v["chunk"]),
         warps=4,
-        known={"x_d": 1, **({"x_b": 16, "x_h": 16, "x_s": 16} if head_dim % 16 == 0 else {})},
+        known=_known(head_dim),
     )
 
 
 def finish_spec(head_dim: int) -> KernelSpec:
     """The sum over chunks."""
-    outputs = ("mean", "second_moment", "channel_peak", "token_peak")
     return KernelSpec(
         finish,
-        {"partial": "*fp32", "chunks": "i32", **dict.fromkeys(outputs, "*fp32")},
+        {"partial": "*fp32", "chunks": "i32", **dict.fromkeys(OUTPUTS, "*fp32")},
         {"HEAD_DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim)},
         lambda v: v["batch"] * v["heads"],
         warps=1,
@@ -125,16 +172,28 @@ def finish_spec(head_dim: int) -> KernelSpec:
     )
 
 
+def _operands(dtype: torch.dtype, masked: bool) -> dict[str, str | None]:
+    return {"x": f"*{TYPES[dtype]}", "mask": "*u8" if masked else None}
+
+
+def _scalars(sizes: tuple[str, ...], masked: bool) -> dict[str, str | None]:
+    return {**dict.fromkeys((*sizes, *STRIDES), "i32"), **dict.fromkeys(MASK_STRIDES, "i32" if masked else None)}
+
+
+def _block(head_dim: int) -> dict[str, int]:
+    width = triton.next_power_of_2(head_dim)
+    return {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK": max(1, 4096 // width)}  # 32 elements a thread
+
+
+def _known(head_dim: int) -> dict[str, int]:
+    return {"x_d": 1, **({"x_b": 16, "x_h": 16, "x_s": 16} if head_dim % 16 == 0 else {})}
+
+
 def token_moments(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """mean, second moment and peak per dimension, mean squared peak per token; see `adaattn.ops.token_moments`."""
     batch, heads, tokens, head_dim = x.shape
-    chunks = min(triton.cdiv(PROGRAMS, batch * heads), triton.cdiv(tokens, LEAST_TOKENS))
-    chunk = triton.cdiv(tokens, chunks)
-    chunks = triton.cdiv(tokens, chunk)
-    partial = x.new_empty(batch * heads * chunks, 3 * head_dim + 2, dtype=torch.float32)
     per_dim = [x.new_empty(batch, heads, head_dim, dtype=torch.float32) for _ in range(3)]
-    outputs = dict(zip(("mean", "second_moment", "channel_peak"), per_dim, strict=True))
-    outputs["token_peak"] = x.new_empty(batch, heads, dtype=torch.float32)
+    outputs = (per_dim[0], per_dim[1], per_dim[2], x.new_empty(batch, heads, dtype=torch.float32))
     mask = None if key_mask is None else key_mask.expand(batch, heads, tokens).view(torch.uint8)
     values: dict[str, Any] = {
         "x": x,
@@ -142,14 +201,19 @@ def token_moments(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Ten
         "batch": batch,
         "heads": heads,
         "tokens": tokens,
-        "chunk": chunk,
-        **dict(zip(("x_b", "x_h", "x_s", "x_d"), x.stride(), strict=True)),
-        **dict(zip(("m_b", "m_h", "m_s"), (0, 0, 0) if mask is None else mask.stride(), strict=True)),
-        "partial": partial,
-        "chunks": chunks,
-        **outputs,
+        **dict(zip(STRIDES, x.stride(), strict=True)),
+        **({} if mask is None else dict(zip(MASK_STRIDES, mask.stride(), strict=True))),
+        **dict(zip(OUTPUTS, outputs, strict=True)),
     }
-    for about in (None, outputs["mean"]) if center else (None,):
-        reduce_spec(x.dtype, head_dim, mask is not None, about is not None).launch({**values, "center": about})
-        finish_spec(head_dim).launch(values)
-    return per_dim[0], per_dim[1], per_dim[2], outputs["token_peak"]
+    chunks = min(triton.cdiv(PROGRAMS, batch * heads), triton.cdiv(tokens, LEAST_TOKENS))
+    with torch.cuda.device_of(x):
+        if chunks == 1:
+            moments_spec(x.dtype, head_dim, mask is not None, center).launch(values)
+            return outputs
+        values["chunk"] = triton.cdiv(tokens, chunks)
+        values["chunks"] = triton.cdiv(tokens, values["chunk"])
+        values["partial"] = x.new_empty(batch * heads * values["chunks"], 3 * head_dim + 2, dtype=torch.float32)
+        for about in (None, outputs[0]) if center else (None,):
+            reduce_spec(x.dtype, head_dim, mask is not None, about is not None).launch({**values, "center": about})
+            finish_spec(head_dim).launch(values)
+    return outputs
