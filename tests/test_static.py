@@ -34,10 +34,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-sm_{case[1]}")
-def test_kernels_fit_and_reach_the_tensor_cores(case: tuple[object, ...]) -> None:
+def _run(code: str, case: tuple[object, ...]) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, repr(case)],
+        [sys.executable, "-c", code, repr(case)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
@@ -45,7 +44,19 @@ def test_kernels_fit_and_reach_the_tensor_cores(case: tuple[object, ...]) -> Non
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    complaints, instructions, scratch = json.loads(done.stdout)
+    return done.stdout
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-sm_{case[1]}")
+def test_kernels_fit_and_reach_the_tensor_cores(case: tuple[object, ...]) -> None:
+    complaints, instructions, scratch = json.loads(_run(COMPILE, case))
     assert complaints == []
     assert bool(instructions) == (case[0] not in ("pack", "moments", "reduce", "finish", "plan"))
     assert scratch == 0  # a kernel that a plugin carries may ask for none
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_small_tiles_need_no_more_shared_memory_than_every_launcher_grants(head_dim: int) -> None:
+    case = ("fp32", 80, head_dim, "float32", (), (("rows", (0,)), ("small", True), ("packed", False)))
+    code = COMPILE.split("got, metadata")[0] + "print(case.spec().compile(80).metadata.shared)"
+    assert int(_run(code, case)) <= 48 << 10

@@ -36,7 +36,8 @@ TILES = {
     (100, 256, 16): ((128, 32), (128, 32), (64, 64), (128, 32), (64, 128)),
     (100, 256, 32): ((32, 16), (128, 32), (64, 32), (64, 64), (64, 128)),
 }
-SMALL_TILES = {64: (64, 32), 128: (64, 16), 256: (32, 16)}
+# Within 48 KiB of shared memory: for fp32, and for the other rows.
+SMALL_TILES = {64: ((32, 16), (64, 32)), 128: ((32, 16), (64, 32)), 256: ((16, 16), (32, 32))}
 WARPS = 8
 INTERPRETED = (16, 32)  # small, so that small tests cross the edges of blocks
 
@@ -110,7 +111,8 @@ def attend_spec(
     if not has_fp8(capability):
         rows = tuple(row for row in rows if row != INT8_FP8)
     if small:
-        blocks = [SMALL_TILES[_width(head_dim)]] * len(PRECISIONS)
+        fp32, others = SMALL_TILES[_width(head_dim)]
+        blocks = [fp32, *[others] * (len(PRECISIONS) - 1)]
     else:
         blocks = tiles(dtype, head_dim, capability, mask, mask_of_queries, packed)
     program = max(blocks[row][0] for row in rows)
@@ -123,8 +125,7 @@ def attend_spec(
             **dict.fromkeys(("precision", "rank"), "*i32"),
             "mask": None if mask is None else f"*{TYPES[mask]}",
             **(_packed_types(dtype, capability) if packed else dict.fromkeys(PACKED)),
-            **dict.fromkeys((*SIZES, *STRIDES), "i32"),
-            **dict.fromkeys(MASK_STRIDES, None if mask is None else "i32"),
+            **dict.fromkeys((*SIZES, *STRIDES, *MASK_STRIDES), "i32"),
             "scale": "fp32",
             "output": kind,
         },
@@ -203,7 +204,7 @@ def adaptive_attention(
         "queries": queries,
         "keys": keys,
         **dict(zip(STRIDES, (*query.stride(), *key.stride(), *value.stride()), strict=True)),
-        **({} if mask is None else dict(zip(MASK_STRIDES, mask.stride(), strict=True))),
+        **dict(zip(MASK_STRIDES, (0,) * 4 if mask is None else mask.stride(), strict=True)),
         "scale": scale,
         "output": output,
     }
