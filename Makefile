@@ -11,6 +11,7 @@ help:
 	@echo "make demo     build a model, export it, show the verdicts"
 	@echo "make bench    what an export costs; writes benchmarks/results/export.json"
 	@echo "make gpu      on a GPU machine, in its own Python: GPU tests, parity, attention benchmark"
+	@echo "make gpu-wheels  what make gpu installs there where it has no network"
 
 install: .venv/installed
 

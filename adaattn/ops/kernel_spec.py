@@ -36,7 +36,7 @@ class KernelSpec:
     constants: Mapping[str, Any]
     """Compile-time arguments."""
     grid: Callable[[Mapping[str, Any]], Any]
-    """Number of programs, from the scalar arguments by +, * and // alone, so that it may be traced."""
+    """Number of programs, from the scalar arguments by +, -, * and // alone, so that it may be traced."""
     warps: int
     known: Mapping[str, int]
     """What compilation ahead may take for granted: 1 for a scalar that is 1, 16 for one that 16 divides."""

@@ -14,8 +14,9 @@ from adaattn.ops.adaptive_attention.impl.kernels import ADDITIVE, BOOLEAN, PADDI
 from adaattn.ops.kernel_spec import TYPES, KernelSpec
 
 # Queries and keys of a block by architecture, largest head_dim and bits of the inputs: for fp32, for 16-bit operands as
-# they come or packed, for operands cast on the way, int8, int8_fp8. Each is the largest of those tried that keeps
-# everything in registers and lets tensor cores run without waiting (docs/kernels.md: what the compiler made of them).
+# they come or packed, for operands cast on the way, int8, int8_fp8. Each is the largest of those tried that lets
+# tensor cores run without waiting and, alone on sm_80 to sm_90, keeps everything in registers (docs/kernels.md has what
+# the compiler made of them, and where it spills).
 TILES = {
     (80, 64, 16): ((128, 32), (128, 64), (128, 64), (128, 128), (128, 128)),
     (80, 64, 32): ((32, 32), (128, 64), (128, 32), (128, 128), (128, 128)),
