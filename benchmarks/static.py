@@ -2,11 +2,10 @@
 
     python -m benchmarks.static [--arch 90] [--head-dim 128] [--write]
 
-Cross-compiles the specifications of `attend`, one precision at a time and, as eager mode launches it, all together, and
-of the kernels around it. Reads registers, spills, shared memory and tensor-core instructions from the machine code, and
-how many programs fit on a multiprocessor. Exits with 1 where a kernel spills, does not fit or misses its tensor cores;
-all precisions together may put scalars away between their loops. `--write` keeps the numbers in
-benchmarks/results/static.json and the tables in docs/kernels.md.
+Cross-compiles every launch of eager mode: of `attend`, with the precisions that share a kernel, and of the kernels
+around it. Reads registers, spills, shared memory and tensor-core instructions from the machine code, and how many
+programs fit on a multiprocessor. Exits with 1 where a kernel spills, does not fit or misses its tensor cores. `--write`
+keeps the numbers in benchmarks/results/static.json and the tables in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import torch
 from rich.progress import Progress
 
 from adaattn.config import PRECISIONS
-from adaattn.ops.adaptive_attention.impl.triton import attend_spec, has_fp8, pack_spec
+from adaattn.ops.adaptive_attention.impl.triton import attend_spec, launches, pack_spec
 from adaattn.ops.kernel_spec import KernelSpec
 from adaattn.ops.plan.impl.triton import plan_spec
 from adaattn.ops.token_moments.impl.triton import finish_spec, moments_spec, reduce_spec
@@ -39,7 +38,6 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
 TENSOR_CORES = re.compile(r"\b(HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|UTC\w*MMA)\b")
 LABEL, JUMP = re.compile(r"^\s*(\.L_x_\d+):"), re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 LOCAL = re.compile(r"\b(LDL|STL)\b")
-ALL = "all precisions"
 
 
 @dataclass(frozen=True)
@@ -116,16 +114,15 @@ def cases(capability: int, head_dims: tuple[int, ...]) -> Iterator[Case]:
     }
     for head_dim in head_dims:
         for inputs in ("float16", "bfloat16", "float32"):
-            for code, precision in enumerate(PRECISIONS):
-                if precision == "int8_fp8" and not has_fp8(capability):
+            for variant, options in variants.items():
+                if variant and (head_dim != 128 or (inputs != "float16" and variant != ", causal")):
                     continue
-                for variant, options in variants.items():
-                    if variant and (inputs != "float16" or head_dim != 128):
-                        continue
-                    options = {**options, "rows": (code,)}
-                    wants = MULTIPLIED[precision]
-                    yield Case(f"{precision}{variant}", capability, head_dim, inputs, wants, tuple(options.items()))
-            yield Case(ALL, capability, head_dim, inputs, MULTIPLIED["int8"])
+                of_queries = "mask_of_queries" in options
+                for rows in launches(getattr(torch, inputs), head_dim, capability, of_queries):
+                    name = "all precisions" if len(rows) > 1 else PRECISIONS[rows[0]]
+                    wants = tuple(sorted({kind for row in rows for kind in MULTIPLIED[PRECISIONS[row]]}))
+                    options = {**options, "rows": rows}
+                    yield Case(f"{name}{variant}", capability, head_dim, inputs, wants, tuple(options.items()))
             yield Case("pack", capability, head_dim, inputs)
             yield Case("moments", capability, head_dim, inputs)
             yield Case("reduce", capability, head_dim, inputs)
@@ -176,7 +173,7 @@ def complaints(case: Case, got: Measured) -> list[str]:
     """What misses its target."""
     limits = ARCHITECTURES[case.capability]
     said = []
-    if got.spilled and case.name != ALL:
+    if got.spilled:
         said.append(f"spills {got.spilled} bytes")
     if got.spills_in_loops:
         said.append(f"goes for what it spilled {got.spills_in_loops} times within loops")

@@ -25,7 +25,7 @@ class KernelSpec:
     """A Triton kernel, its arguments and how it is launched.
 
     Example:
-        >>> spec = attend_spec(torch.float16, 128, capability=90)  # doctest: +SKIP
+        >>> spec = attend_spec(torch.float16, 128, capability=90, rows=(0, 1, 2, 3, 4))  # doctest: +SKIP
         >>> spec.compile(90).metadata.shared  # doctest: +SKIP
         163840
     """

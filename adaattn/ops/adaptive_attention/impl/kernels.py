@@ -56,11 +56,6 @@ def rank_class(head_dim, quarters):
 
 
 @triton.constexpr_function
-def cdiv(width, piece):
-    return -(-width // piece)
-
-
-@triton.constexpr_function
 def has(rows, row):
     return row in rows
 
@@ -93,26 +88,21 @@ def _packed_value(start, row, column, DIM: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    base, start, stride, step, end, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr
-):
+def _tile(base, start, stride, step, end, FIRST, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr):
     """Rows from `start` and columns from FIRST of a matrix of `end` rows and DIM columns; zeros outside it."""
     row = tl.arange(0, ROWS)[:, None]
     column = FIRST + tl.arange(0, WIDTH)[None, :]
     if base.dtype.element_ty == tl.float8e4nv:
         at = base + _packed_value(start, row, column, DIM)
-        x = tl.load(at, mask=column < DIM) if FIRST + WIDTH > DIM else tl.load(at)
+        x = tl.load(at, mask=column < DIM)
     else:
         at = base + tl.cast(start, tl.int64) * stride + (row * stride + column * step)
-        inside = start + row < end
-        if FIRST + WIDTH > DIM:
-            inside = inside & (column < DIM)
-        x = tl.load(at, mask=inside, other=0)
+        x = tl.load(at, mask=(start + row < end) & (column < DIM), other=0)
     return x
 
 
 @triton.jit
-def _vector(base, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+def _vector(base, FIRST, WIDTH: tl.constexpr, DIM: tl.constexpr):
     column = FIRST + tl.arange(0, WIDTH)
     return tl.load(base + column, mask=column < DIM, other=0)
 
@@ -120,7 +110,7 @@ def _vector(base, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
 @triton.jit
 def _centred(
     base, start, stride, step, end, mean,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    FIRST, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     x = _tile(base, start, stride, step, end, FIRST, WIDTH, DIM, ROWS).to(tl.float32)
     return x - _vector(mean, FIRST, WIDTH, DIM)[None, :]
@@ -169,7 +159,7 @@ def _key_step(key, start, k_s, k_d, keys, key_mean, DIM: tl.constexpr, ROWS: tl.
 @triton.jit
 def _keys(
     key, start, k_s, k_d, keys, key_mean, k_step,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.constexpr,
+    FIRST, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     if key.dtype.element_ty == TYPE and TYPE != tl.float32:
         x = _tile(key, start, k_s, k_d, keys, FIRST, WIDTH, DIM, ROWS)
@@ -198,7 +188,7 @@ def _values(
 @triton.jit
 def _queries(
     query, start, q_s, q_d, queries, rank,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    FIRST, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Zero from the rank on, by the load alone: what follows a load can be multiplied from shared memory."""
     row = tl.arange(0, ROWS)[:, None]
@@ -329,9 +319,9 @@ def _attend(
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if QK == tl.int8 else tl.float32)
         if QK == tl.float32:
             # Both halves of a tf32x3 operand live in registers: q comes anew, some dimensions at a time.
-            for piece in tl.static_range(cdiv(WIDTH, 32)):
-                q = _queries(query, first_query, q_s, q_d, queries, rank, piece * 32, SOME, DIM, BLOCK_M)
-                k = _keys(key, start, k_s, k_d, keys, key_mean, k_step, piece * 32, SOME, DIM, BLOCK_N, QK)
+            for first in tl.range(0, WIDTH, SOME, num_stages=1, loop_unroll_factor=4 if WIDTH <= 128 else 1):
+                q = _queries(query, first_query, q_s, q_d, queries, rank, first, SOME, DIM, BLOCK_M)
+                k = _keys(key, start, k_s, k_d, keys, key_mean, k_step, first, SOME, DIM, BLOCK_N, QK)
                 scores = _product(q, k, scores)
         else:
             k1 = _keys(key, start, k_s, k_d, keys, key_mean, k_step, 0, K1, DIM, BLOCK_N, QK)
@@ -392,10 +382,14 @@ def attend(
     query, key, value, key_mean, value_peak, precision, rank, mask, key8, key_step, value8, key16, value16,
     heads, kv_heads, queries, keys, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, m_b, m_h, m_q, m_k,
     scale, output,
-    DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_OF_QUERIES: tl.constexpr, PACKED: tl.constexpr,
-    ROWS: tl.constexpr, PROGRAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_OF_QUERIES: tl.constexpr,
+    PACKED: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, PROGRAM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one block of queries of one head, by the head's plan. ROWS are the precisions compiled in."""
+    """Attention of one block of queries of one head, by the head's plan.
+
+    Of heads whose precision is not among ROWS, which another launch serves, nothing is written.
+    """
     blocks = tl.cdiv(queries, PROGRAM)
     block = tl.program_id(0) % blocks
     if CAUSAL:
@@ -405,10 +399,11 @@ def attend(
     g = h // (heads // kv_heads)
     of_kv = b * kv_heads + g
     # Whatever the plan says, some loop serves every head.
-    LAST: tl.constexpr = INT8_FP8_ROW if has(ROWS, INT8_FP8_ROW) else INT8_ROW
+    LAST: tl.constexpr = INT8_FP8_ROW if FP8 else INT8_ROW
     code = tl.minimum(tl.maximum(tl.load(precision + head), FP32_ROW), LAST)
     r = tl.minimum(tl.load(rank + head), DIM)
-    width = tl.maximum(r, 1)
+    quarters = tl.cdiv(tl.maximum(r, 1) * 4, DIM)
+    path = code * 4 + quarters  # one number, since what is compared lives in registers
 
     query += b * q_b + tl.cast(h, tl.int64) * q_h
     key += b * k_b + tl.cast(g, tl.int64) * k_h
@@ -431,7 +426,7 @@ def attend(
                 elif ROW >= FP16_ROW and query.dtype.element_ty != tl.float16:
                     v, t, e = value16 + of_kv * keys * DIM, DIM, 1
             for Q in tl.static_range(1, 5):
-                if (code == ROW) & (width > rank_class(DIM, Q - 1)) & (width <= rank_class(DIM, Q)):
+                if path == ROW * 4 + Q:
                     for part in range(PROGRAM // BLOCK_M[ROW]):
                         _attend(
                             query, k, v, key_mean, value_peak, steps, mask, output, r,

@@ -20,8 +20,8 @@ from adaattn.ops.kernel_spec import TYPES, KernelSpec
 TILES = {
     (80, 64, 16): ((128, 32), (128, 64), (128, 64), (128, 128), (128, 128)),
     (80, 64, 32): ((32, 32), (128, 64), (128, 32), (128, 128), (128, 128)),
-    (80, 128, 16): ((128, 32), (128, 64), (128, 32), (128, 64), (128, 128)),
-    (80, 128, 32): ((32, 32), (128, 64), (128, 32), (128, 64), (128, 128)),
+    (80, 128, 16): ((128, 32), (128, 64), (128, 32), (128, 64), (128, 64)),
+    (80, 128, 32): ((32, 32), (128, 64), (128, 32), (128, 64), (128, 64)),
     (80, 256, 16): ((64, 32), (64, 32), (64, 32), (64, 64), (64, 64)),
     (80, 256, 32): ((32, 16), (64, 32), (64, 16), (64, 64), (64, 64)),
     (90, 64, 16): ((128, 64), (128, 128), (128, 128), (128, 128), (128, 128)),
@@ -31,11 +31,11 @@ TILES = {
     (90, 256, 16): ((128, 16), (128, 64), (64, 64), (128, 32), (64, 128)),
     (90, 256, 32): ((32, 16), (128, 32), (64, 32), (64, 64), (64, 128)),
     (100, 64, 16): ((128, 64), (128, 128), (128, 64), (128, 64), (128, 64)),
-    (100, 64, 32): ((64, 32), (128, 128), (128, 64), (128, 64), (128, 64)),
+    (100, 64, 32): ((64, 64), (128, 128), (128, 64), (128, 64), (128, 64)),
     (100, 128, 16): ((128, 64), (128, 64), (128, 64), (128, 64), (128, 64)),
     (100, 128, 32): ((64, 32), (128, 64), (128, 32), (128, 64), (128, 64)),
-    (100, 256, 16): ((128, 32), (128, 32), (64, 64), (128, 32), (64, 128)),
-    (100, 256, 32): ((32, 16), (128, 32), (64, 32), (64, 64), (64, 128)),
+    (100, 256, 16): ((128, 32), (64, 64), (64, 64), (128, 32), (64, 128)),
+    (100, 256, 32): ((64, 32), (128, 32), (64, 32), (64, 64), (64, 128)),
 }
 # Within 48 KiB of shared memory: for fp32, and for the other rows.
 SMALL_TILES = {64: ((32, 16), (64, 32)), 128: ((32, 16), (64, 32)), 256: ((16, 16), (32, 32))}
@@ -43,7 +43,7 @@ WARPS = 8
 INTERPRETED = (16, 32)  # small, so that small tests cross the edges of blocks
 
 PACKED = ("key8", "key_step", "value8", "key16", "value16")
-PACK_BLOCK = 64
+PACK_BLOCK = 32
 SIZES = ("heads", "kv_heads", "queries", "keys")
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in "qkv" for axis in "bhsd")
 MASK_STRIDES = ("m_b", "m_h", "m_q", "m_k")
@@ -70,10 +70,22 @@ def tiles(
     fp32, plain, cast, int8, int8_fp8 = TILES[family, width, 32 if dtype == torch.float32 else 16]
     if not packed:
         int8 = int8_fp8 = (64, 32)
-    elif mask_of_queries and mask != torch.uint8:  # a block of it is as large as one of scores
-        cast, int8, int8_fp8 = (cast[0] // 2, 32), (int8[0], 16), (int8_fp8[0] // 2, 32)
-    rows = (fp32, plain if dtype == torch.bfloat16 else cast, plain, int8, int8_fp8)
+    rows = [fp32, plain if dtype == torch.bfloat16 else cast, plain, int8, int8_fp8]
+    if mask_of_queries and mask != torch.uint8:  # a block of it is as large as one of scores
+        return [(min(m, 64), min(n, 32)) for m, n in rows]
     return [(m, n if mask is None or n <= 32 else n // 2) for m, n in rows]  # masks take registers too
+
+
+def launches(
+    dtype: torch.dtype, head_dim: int, capability: int, mask_of_queries: bool = False
+) -> tuple[tuple[int, ...], ...]:
+    """The precisions of each launch: all in one, or one in each where together they would need too many registers.
+
+    A launch whose precision no head has costs little but the start of its programs.
+    """
+    codes = tuple(code for code in range(len(PRECISIONS)) if code != INT8_FP8 or has_fp8(capability))
+    together = capability <= 90 and head_dim <= 128 and dtype != torch.float32 and not mask_of_queries
+    return (codes,) if together else tuple((code,) for code in codes)
 
 
 def _width(head_dim: int) -> int:
@@ -96,7 +108,7 @@ def attend_spec(
     mask_of_queries: bool = False,
     packed: bool = True,
     small: bool = False,
-    rows: tuple[int, ...] = tuple(range(len(PRECISIONS))),
+    rows: tuple[int, ...],
 ) -> KernelSpec:
     """The launch of `attend`.
 
@@ -107,10 +119,8 @@ def attend_spec(
         mask_of_queries: whether the mask differs from query to query.
         packed: whether `pack` ran before.
         small: whether shared memory has to stay within 48 KiB, which every launcher grants.
-        rows: precision codes to compile; heads of others must not occur, save int8_fp8, which then runs as int8.
+        rows: precision codes of the heads that it serves; int8_fp8 runs as int8 where it cannot be multiplied.
     """
-    if not has_fp8(capability):
-        rows = tuple(row for row in rows if row != INT8_FP8)
     if small:
         fp32, others = SMALL_TILES[_width(head_dim)]
         blocks = [fp32, *[others] * (len(PRECISIONS) - 1)]
@@ -136,6 +146,7 @@ def attend_spec(
             "MASK": 0 if mask is None else BOOLEAN.value if mask == torch.uint8 else ADDITIVE.value,
             "MASK_OF_QUERIES": mask_of_queries,
             "PACKED": packed,
+            "FP8": has_fp8(capability),
             "ROWS": rows,
             "PROGRAM": program,
             "BLOCK_M": tuple(min(m, program) for m, _ in blocks),
@@ -209,24 +220,28 @@ def adaptive_attention(
         "scale": scale,
         "output": output,
     }
-    spec = attend_spec(
-        query.dtype,
-        head_dim,
-        capability,
-        causal=is_causal,
-        mask=None if mask is None else mask.dtype,
-        mask_of_queries=attn_mask is not None and attn_mask.shape[2] > 1,
-        packed=queries > tiles(query.dtype, head_dim, capability)[INT8][0],  # one block rounds no key twice
-    )
+    packed = queries > tiles(query.dtype, head_dim, capability)[INT8][0]  # one block rounds no key twice
+    mask_of_queries = attn_mask is not None and attn_mask.shape[2] > 1
     with torch.cuda.device_of(query):
-        if spec.constants["PACKED"]:
+        if packed:
             packing = pack_spec(query.dtype, head_dim, capability)
             tokens = {"key_step": (keys,), "value8": (padded(keys), head_dim)}
             for name, dtype in _scratch(query.dtype, capability).items():
                 shape = tokens.get(name, (keys, head_dim))
                 values[name] = query.new_empty(batch, kv_heads, *shape, dtype=dtype)
             packing.launch(values)
-        spec.launch(values)
+        for rows in launches(query.dtype, head_dim, capability, mask_of_queries):
+            spec = attend_spec(
+                query.dtype,
+                head_dim,
+                capability,
+                causal=is_causal,
+                mask=None if mask is None else mask.dtype,
+                mask_of_queries=mask_of_queries,
+                packed=packed,
+                rows=rows,
+            )
+            spec.launch(values)
     return output
 
 
