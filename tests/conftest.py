@@ -1,9 +1,21 @@
-"""Every test draws the same random numbers, whichever others ran before it."""
+"""Every test draws the same random numbers, whichever others ran before it; some run only when asked for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="all combinations of options, not only a cover of them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--thorough"):
+        skip = pytest.mark.skip(reason="pairs of its options are covered by others; --thorough runs it too")
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)
