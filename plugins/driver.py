@@ -1,0 +1,47 @@
+"""What the CUDA driver of this machine says of itself and its GPU; without torch, whose build may know no CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+
+
+@functools.cache
+def _driver() -> Any:
+    """The driver's library, None where there is none."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        return library if library.cuInit(0) == 0 else None
+    return None
+
+
+def capability(device: int = 0) -> int | None:
+    """Architecture of a GPU, 90 for compute capability 9.0; None without one."""
+    driver = _driver()
+    if driver is None:
+        return None
+    found, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    asked = (
+        driver.cuDeviceGet(ctypes.byref(found), device),
+        driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, found),
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, found),
+    )
+    return None if any(asked) else 10 * major.value + minor.value
+
+
+def ptx_version() -> int | None:
+    """The newest PTX that the driver takes, 84 for 8.4; None without a driver."""
+    driver, cuda = _driver(), ctypes.c_int()
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(cuda)):
+        return None
+    major, minor = cuda.value // 1000, cuda.value % 1000 // 10
+    if major >= 13:
+        return 90 + 10 * (major - 13) + minor
+    # From CUDA's release notes: 12.5 and 12.6 both brought PTX 8.5.
+    return 80 + minor - (minor >= 6) if major == 12 else 70 + minor

@@ -1,0 +1,173 @@
+"""Our ops as Python plugins of TensorRT: a builder embeds their kernels, and the engine needs neither Python nor us.
+
+    import adaattn.plugins.tensorrt
+    adaattn.plugins.tensorrt.register()  # then parse the ONNX file and build
+
+`aot_impl` is what goes into an engine; `impl`, for a network created with PREFER_JIT_PYTHON_PLUGINS, calls the ops of
+this Python process, which may use scratch memory and several launches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from adaattn.errors import ConfigError, TargetError
+from adaattn.plugins import NAMESPACE, driver
+from adaattn.plugins.ptx import Entry, entry
+from adaattn.plugins.variants import VARIANTS, Launch, Node, Variant
+
+TYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "BOOL": torch.bool,
+}
+"""TensorRT's names of types."""
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+
+def register(capability: int | None = None, ptx_version: int | None = None) -> None:
+    """Register all our ops with `tensorrt.plugin`, under the namespace that exported nodes carry.
+
+    Args:
+        capability: architecture of the engine to come, 90 for sm_90; by default that of the first GPU.
+        ptx_version: newest PTX that the driver of the engine to come takes, 84 for 8.4; by default that of this driver.
+
+    Raises:
+        TargetError: TensorRT is missing or too old for plugins that are compiled ahead, or there is no GPU to ask.
+    """
+    try:
+        import tensorrt.plugin as trtp
+    except ImportError as error:
+        raise TargetError(f"tensorrt.plugin does not import ({error}): pip install 'adaattn[tensorrt]'") from error
+    if not hasattr(trtp, "aot_impl"):
+        raise TargetError("this TensorRT has no plugins compiled ahead; they came with 10.9")
+    capability = capability or driver.capability()
+    if capability is None:
+        raise TargetError("no GPU to compile the plugins for: the CUDA driver shows none; name its architecture")
+    ptx_version = ptx_version or driver.ptx_version()
+    for variant in VARIANTS.values():
+        if not hasattr(getattr(trtp.op, NAMESPACE, None), variant.name):
+            _register(trtp, variant, capability, ptx_version)
+
+
+def _register(trtp: Any, variant: Variant, capability: int, ptx_version: int | None) -> None:
+    import tensorrt as trt
+
+    name, desc, tensor = f"{NAMESPACE}::{variant.name}", trtp.TensorDesc, trtp.Tensor
+    arrays = {float: np.typing.NDArray[np.float32], int: np.typing.NDArray[np.int32]}
+    attributes = {key: arrays[kind] for key, kind in variant.attributes.items()}
+    count, outputs = len(variant.inputs), tuple[(desc,) * len(variant.outputs)]  # type: ignore[misc]
+
+    def tensors(kind: Any) -> dict[str, Any]:
+        return dict.fromkeys(variant.inputs, kind)
+
+    def described(*inputs: Any, **_: Any) -> tuple[Any, ...]:
+        types = {key: _dtype(variant, key, x.dtype) for key, x in zip(variant.inputs, inputs, strict=True)}
+        first = next(iter(types.values()))
+        shapes = variant.output_shapes({key: x.shape_expr for key, x in zip(variant.inputs, inputs, strict=True)})
+        wanted = (getattr(trt.DataType, _NAMES[dtype or first]) for dtype in variant.outputs.values())
+        return tuple(trtp.from_shape_expr(tuple(s), dtype) for s, dtype in zip(shapes, wanted, strict=True))
+
+    def choices(*given: Any) -> list[Any]:
+        """The types that the network has; TensorRT times the tactics."""
+        combination = trtp.AutoTuneCombination()
+        for place, x in enumerate((*given[:count], *given[-1])):
+            combination.pos([place], x.dtype.name)
+        combination.tactics(list(variant.tactics))
+        return [combination]
+
+    def ahead(*given: Any) -> tuple[str, str, Any, Any]:
+        *operands, _, tactic = given
+        launch = _launch(variant, operands[:count], operands[count:], capability, tactic)
+        kernel = compiled(launch, capability, ptx_version)
+        parameters = trtp.KernelLaunchParams(
+            grid_x=launch.programs, block_x=kernel.threads, shared_mem=kernel.shared_bytes
+        )
+        integers = tuple(trtp.SymInt32(size) for size in launch.integers)
+        return kernel.name, kernel.ptx, parameters, trtp.SymIntExprs.from_tuple(integers)
+
+    def at_once(*given: Any) -> None:
+        *operands, results, stream = given
+        numbers = [kind(x[0]) for kind, x in zip(variant.attributes.values(), operands[count:], strict=True)]
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+            for result, got in zip(results, variant.run(*map(_on_gpu, operands[:count]), *numbers), strict=True):
+                _on_gpu(result).copy_(got)
+
+    trtp.register(name)(_signed(described, {**tensors(desc), **attributes}, outputs))
+    trtp.autotune(name)(_signed(choices, {**tensors(desc), "outputs": outputs}, list[trtp.AutoTuneCombination]))
+    returned = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
+    ahead_takes = {**tensors(desc), **attributes, "outputs": outputs, "tactic": int}
+    trtp.aot_impl(name)(_signed(ahead, ahead_takes, returned))
+    results = tuple[(tensor,) * len(variant.outputs)]  # type: ignore[misc]
+    trtp.impl(name)(_signed(at_once, {**tensors(tensor), **attributes, "outputs": results, "stream": int}, None))
+
+
+def _signed(function: Callable[..., Any], parameters: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
+    """TensorRT reads names and types of arguments, which here come from the table."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named = [inspect.Parameter(name, kind, annotation=annotation) for name, annotation in parameters.items()]
+    function.__signature__ = inspect.Signature(named, return_annotation=returns)  # type: ignore[attr-defined]
+    return function
+
+
+def _dtype(variant: Variant, name: str, given: Any) -> torch.dtype:
+    dtype = TYPES.get(given.name)
+    if dtype not in variant.inputs[name]:
+        takes = ", ".join(_NAMES[x] for x in variant.inputs[name])
+        raise ConfigError(f"{name} of {variant.name} is {given.name}; the plugin takes {takes}")
+    return dtype
+
+
+def _launch(variant: Variant, inputs: Sequence[Any], attributes: Sequence[Any], capability: int, tactic: int) -> Launch:
+    named = dict(zip(variant.inputs, inputs, strict=True))
+    values = zip(variant.attributes.items(), attributes, strict=True)
+    return variant.launch(
+        Node(
+            {name: _dtype(variant, name, x.dtype) for name, x in named.items()},
+            {name: tuple(x.shape_expr) for name, x in named.items()},
+            {name: kind(value[0]) for (name, kind), value in values},
+            capability,
+            tactic,
+        )
+    )
+
+
+_compiled: dict[Any, Entry] = {}
+
+
+def compiled(launch: Launch, capability: int, ptx_version: int | None) -> Entry:
+    """The kernel of a launch; a builder asks for one several times."""
+    spec = launch.spec
+    key = (spec.kernel, *map(_frozen, (spec.arguments, spec.constants, spec.known)), capability, ptx_version)
+    if key not in _compiled:
+        _compiled[key] = entry(spec, capability, ptx_version)
+    return _compiled[key]
+
+
+def _frozen(x: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(x.items())
+
+
+class _Memory:
+    """A tensor of TensorRT as torch takes it; integers stand for the types that the protocol does not know."""
+
+    def __init__(self, tensor: Any) -> None:
+        size = TYPES[tensor.dtype.name].itemsize
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": f"<i{size}" if size > 1 else "|i1",
+            "data": (tensor.data_ptr, False),
+            "version": 3,
+        }
+
+
+def _on_gpu(tensor: Any) -> torch.Tensor:
+    return torch.as_tensor(_Memory(tensor), device="cuda").view(TYPES[tensor.dtype.name])
