@@ -48,7 +48,7 @@ def register(capability: int | None = None, ptx_version: int | None = None) -> N
     except ImportError as error:
         raise TargetError(f"tensorrt.plugin does not import ({error}): pip install 'adaattn[tensorrt]'") from error
     if not hasattr(trtp, "aot_impl"):
-        raise TargetError("this TensorRT has no plugins compiled ahead; they came with 10.9")
+        raise TargetError("this TensorRT is too old for Python plugins that are compiled ahead: upgrade it")
     capability = capability or driver.capability()
     if capability is None:
         raise TargetError("no GPU to compile the plugins for: the CUDA driver shows none; name its architecture")
@@ -106,7 +106,7 @@ def _register(trtp: Any, variant: Variant, capability: int, ptx_version: int | N
     returned = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
     ahead_takes = {**tensors(desc), **attributes, "outputs": outputs, "tactic": int}
     trtp.aot_impl(name)(_signed(ahead, ahead_takes, returned))
-    results = tuple[(tensor,) * len(variant.outputs)]  # type: ignore[misc]
+    results = tuple[(tensor,) * len(variant.outputs)]  # type: ignore[misc, valid-type]
     trtp.impl(name)(_signed(at_once, {**tensors(tensor), **attributes, "outputs": results, "stream": int}, None))
 
 

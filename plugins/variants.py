@@ -95,65 +95,89 @@ def _strides(shape: Shape) -> list[Size]:
     return [0 if constant(size) == 1 else stride for size, stride in zip(shape, strides, strict=True)]
 
 
-def _head_dim(shape: Shape) -> int:
-    head_dim = constant(shape[-1])
-    if head_dim is None or not 0 < head_dim <= LARGEST_HEAD_DIM:
-        said = "dynamic" if head_dim is None else head_dim
+def head_dim(shape: Shape) -> int:
+    """The last dimension, which a kernel is compiled for."""
+    width = constant(shape[-1])
+    if width is None or not 0 < width <= LARGEST_HEAD_DIM:
+        said = "dynamic" if width is None else width
         raise ConfigError(f"head_dim is {said}; the plugins take a fixed one of at most {LARGEST_HEAD_DIM}")
-    return head_dim
+    return width
 
 
-def _moments(node: Node) -> Launch:
-    x, mask = node.shapes["x"], node.shapes.get("key_mask")
-    sizes: dict[str, Size] = {"batch": x[0], "heads": x[1], "tokens": x[2]}
+def moments_sizes(shapes: Mapping[str, Shape]) -> dict[str, Size]:
+    """Integer arguments of the kernels of `token_moments`."""
+    x, mask = shapes["x"], shapes.get("key_mask")
+    sizes = {"batch": x[0], "heads": x[1], "tokens": x[2]}
     sizes |= dict(zip(("x_b", "x_h", "x_s", "x_d"), _strides(x), strict=True))
-    if mask is not None:
-        sizes |= dict(zip(("m_b", "m_h", "m_s"), _strides(mask), strict=True))
-    center = bool(node.attributes["center"])
-    return Launch(moments_spec(node.types["x"], _head_dim(x), mask is not None, center), sizes)
+    return sizes if mask is None else sizes | dict(zip(("m_b", "m_h", "m_s"), _strides(mask), strict=True))
 
 
-def _plan(node: Node) -> Launch:
-    query, key = node.shapes["query_mean"], node.shapes["key_second_moment"]
-    spec = plan_spec(_head_dim(query)).bound(scale=node.attributes["scale"], limit=node.attributes["limit"])
-    return Launch(spec, {"batch": query[0], "heads": query[1], "kv_heads": key[1], "steps": node.shapes["ladder"][1]})
+def plan_sizes(shapes: Mapping[str, Shape]) -> dict[str, Size]:
+    """Integer arguments of the kernel of `plan`."""
+    query, key = shapes["query_mean"], shapes["key_second_moment"]
+    return {"batch": query[0], "heads": query[1], "kv_heads": key[1], "steps": shapes["ladder"][1]}
 
 
-def _attention(node: Node) -> Launch:
-    query, key, mask = node.shapes["query"], node.shapes["key"], node.shapes.get("attn_mask")
-    scale, dtype, head_dim = node.attributes["scale"], node.types["query"], _head_dim(query)
-    if scale < 0:
-        raise ConfigError(f"scale is {scale}; the plugins take one of at least 0: put the sign into the queries")
-    mask_type = node.types.get("attn_mask")
+def attention_sizes(shapes: Mapping[str, Shape]) -> dict[str, Size]:
+    """Integer arguments of the kernels of `adaptive_attention`."""
+    query, key, mask = shapes["query"], shapes["key"], shapes.get("attn_mask")
+    sizes = {"batch": query[0], "heads": query[1], "kv_heads": key[1], "queries": query[2], "keys": key[2]}
+    for letter, shape in zip("qkv", (query, key, shapes["value"]), strict=True):
+        sizes |= dict(zip((f"{letter}_{axis}" for axis in "bhsd"), _strides(shape), strict=True))
+    of_mask = (0, 0, 0, 0) if mask is None else _strides(mask)
+    return sizes | dict(zip(("m_b", "m_h", "m_q", "m_k"), of_mask, strict=True))
+
+
+def attention_spec(node: Node, rows: tuple[int, ...], packed: bool, small: bool = False) -> KernelSpec:
+    """The kernel of a node for some precisions, its scale left open."""
+    mask, mask_type = node.shapes.get("attn_mask"), node.types.get("attn_mask")
+    types = {node.types[name] for name in ("query", "key", "value")}
+    if len(types) > 1:
+        raise ConfigError(f"query, key and value are of types {types}; the plugins take one type for the three")
     spec = attend_spec(
-        dtype,
-        head_dim,
+        node.types["query"],
+        head_dim(node.shapes["query"]),
         node.capability,
         causal=bool(node.attributes["is_causal"]),
         mask=torch.uint8 if mask_type == torch.bool else mask_type,
         mask_of_queries=mask is not None and constant(mask[2]) != 1,
-        packed=False,  # TensorRT gives a kernel no scratch memory
-        small=node.tactic == 2,
-        rows=tuple(itertools.chain(*launches(dtype, head_dim, node.capability))),
-    ).bound(scale=scale)
-    sizes: dict[str, Size] = {"batch": query[0], "heads": query[1], "kv_heads": key[1]}
-    sizes |= {"queries": query[2], "keys": key[2]}
-    for letter, shape in zip("qkv", (query, key, node.shapes["value"]), strict=True):
-        sizes |= dict(zip((f"{letter}_{axis}" for axis in "bhsd"), _strides(shape), strict=True))
-    of_mask = (0, 0, 0, 0) if mask is None else _strides(mask)
-    sizes |= dict(zip(("m_b", "m_h", "m_q", "m_k"), of_mask, strict=True))
+        packed=packed,
+        small=small,
+        rows=rows,
+    )
     if mask is not None and constant(mask[3]) == 1:
-        spec = spec.bound(m_k=0)  # one column for all keys
-    return Launch(spec, sizes)
+        return spec.bound(m_k=0)  # one column for all keys
+    return spec
+
+
+def _moments(node: Node) -> Launch:
+    x, masked, center = node.shapes["x"], "key_mask" in node.shapes, bool(node.attributes["center"])
+    return Launch(moments_spec(node.types["x"], head_dim(x), masked, center), moments_sizes(node.shapes))
+
+
+def _plan(node: Node) -> Launch:
+    spec = plan_spec(head_dim(node.shapes["query_mean"]))
+    return Launch(spec.bound(**{name: node.attributes[name] for name in ("scale", "limit")}), plan_sizes(node.shapes))
+
+
+def _attention(node: Node) -> Launch:
+    scale = node.attributes["scale"]
+    if scale < 0:
+        raise ConfigError(f"scale is {scale}; the plugins take one of at least 0: put the sign into the queries")
+    rows = tuple(itertools.chain(*launches(node.types["query"], head_dim(node.shapes["query"]), node.capability)))
+    # All in one kernel, and nothing packed: TensorRT gives an embedded kernel one launch and no scratch memory.
+    spec = attention_spec(node, rows, packed=False, small=node.tactic == 2)
+    return Launch(spec.bound(scale=scale), attention_sizes(node.shapes))
 
 
 def _run_moments(*given: Any) -> Sequence[Tensor]:
-    *tensors, center = given
-    return ops.token_moments(*tensors, center=bool(center), impl="triton")
+    x, *mask, center = given
+    return ops.token_moments(x, mask[0] if mask else None, bool(center), impl="triton")
 
 
 def _run_plan(*given: Any) -> Sequence[Tensor]:
-    return ops.plan(*given, "triton")
+    chosen: Sequence[Tensor] = ops.plan(*given, "triton")
+    return chosen
 
 
 def _run_attention(*given: Any) -> Sequence[Tensor]:

@@ -224,12 +224,9 @@ def adaptive_attention(
     mask_of_queries = attn_mask is not None and attn_mask.shape[2] > 1
     with torch.cuda.device_of(query):
         if packed:
-            packing = pack_spec(query.dtype, head_dim, capability)
-            tokens = {"key_step": (keys,), "value8": (padded(keys), head_dim)}
-            for name, dtype in _scratch(query.dtype, capability).items():
-                shape = tokens.get(name, (keys, head_dim))
-                values[name] = query.new_empty(batch, kv_heads, *shape, dtype=dtype)
-            packing.launch(values)
+            for name, (shape, dtype) in scratch(query.dtype, head_dim, capability, batch, kv_heads, keys).items():
+                values[name] = query.new_empty(shape, dtype=dtype)
+            pack_spec(query.dtype, head_dim, capability).launch(values)
         for rows in launches(query.dtype, head_dim, capability, mask_of_queries):
             spec = attend_spec(
                 query.dtype,
@@ -245,19 +242,22 @@ def adaptive_attention(
     return output
 
 
-def _scratch(dtype: torch.dtype, capability: int) -> dict[str, torch.dtype]:
-    """What `pack` writes: fp16 copies only of other types, e4m3 where it can be multiplied."""
-    types = {"key8": torch.int8, "key_step": torch.float32}
+def scratch(
+    dtype: torch.dtype, head_dim: int, capability: int, batch: Any, kv_heads: Any, keys: Any
+) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+    """Shapes and types of what `pack` writes: fp16 copies only of other types, e4m3 where it can be multiplied."""
+    tokens = (batch, kv_heads, keys)
+    shapes = {"key8": ((*tokens, head_dim), torch.int8), "key_step": (tokens, torch.float32)}
     if has_fp8(capability):
-        types["value8"] = torch.float8_e4m3fn
+        shapes["value8"] = ((batch, kv_heads, padded(keys), head_dim), torch.float8_e4m3fn)
     if dtype != torch.float16:
-        types.update(key16=torch.float16, value16=torch.float16)
-    return types
+        shapes.update(dict.fromkeys(("key16", "value16"), ((*tokens, head_dim), torch.float16)))
+    return shapes
 
 
 def _packed_types(dtype: torch.dtype, capability: int) -> dict[str, str | None]:
-    scratch = _scratch(dtype, capability)
-    return {name: f"*{TYPES[scratch[name]]}" if name in scratch else None for name in PACKED}
+    written = scratch(dtype, 0, capability, 0, 0, 0)
+    return {name: f"*{TYPES[written[name][1]]}" if name in written else None for name in PACKED}
 
 
 def _known(head_dim: int) -> dict[str, int]:
