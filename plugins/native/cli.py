@@ -1,0 +1,72 @@
+"""The command `adaattn-plugins`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from adaattn.errors import AdaAttnError
+from adaattn.plugins.native import build as builder
+from adaattn.plugins.native.program import common_kinds, kinds
+
+
+@click.group()
+@click.version_option(package_name="adaattn")
+def main() -> None:
+    """AdaAttn's TensorRT plugins as a shared library, for trtexec, C++, Triton Inference Server and ONNX Runtime.
+
+    An engine built from Python needs none of this: its kernels are embedded in it.
+    """
+
+
+@main.command()
+@click.argument("models", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--arch", default="", help="Architectures, such as 80,89,90,120; by default that of this machine's GPU.")
+@click.option("--tensorrt-include", type=click.Path(file_okay=False, path_type=Path), help="Where NvInfer.h is.")
+@click.option("--cuda-include", type=click.Path(file_okay=False, path_type=Path), help="Where cuda_runtime_api.h is.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The library; by default in a cache.")
+@click.option("--force", is_flag=True, help="Build it though the cache has it.")
+def build(
+    models: tuple[Path, ...],
+    arch: str,
+    tensorrt_include: Path | None,
+    cuda_include: Path | None,
+    output: Path | None,
+    force: bool,
+) -> None:
+    """Build the plugins that the nodes of ONNX files need, and print the path of the library.
+
+    \b
+    adaattn-plugins build export/model.onnx --arch 90
+    trtexec --onnx=export/model.onnx --staticPlugins=$(adaattn-plugins build export/model.onnx)
+
+    Each kind of node (type, head_dim, causality, form of the mask) is compiled for each architecture, which takes some
+    minutes. Without a model: fp16, head_dim 64 and 128, without a mask and with one of padding.
+    """
+    console = Console(stderr=True)
+    try:
+        wanted = list(dict.fromkeys(kind for model in models for kind in kinds(model))) if models else common_kinds()
+        architectures = builder.architectures(arch)
+        place = output or builder.cache(wanted, architectures)
+        if output is not None or force or not place.exists():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            with Progress(*columns, console=console) as progress:
+                task = progress.add_task("kernels", total=None)
+                builder.library(
+                    wanted,
+                    architectures,
+                    place,
+                    builder.tensorrt_headers(tensorrt_include),
+                    cuda_include,
+                    lambda done, of: progress.update(task, completed=done, total=of),
+                )
+    except AdaAttnError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(place)
+
+
+if __name__ == "__main__":
+    main()

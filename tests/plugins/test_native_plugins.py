@@ -1,0 +1,213 @@
+"""The native library: built from an exported model, loaded by a registry, driven as TensorRT drives it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yardstick
+from torch import Tensor
+
+import adaattn
+from adaattn.errors import ConfigError, TargetError
+from adaattn.export import Options, export
+from adaattn.plugins import driver
+from adaattn.plugins.native import build as builder
+from adaattn.plugins.native.program import common_kinds, kinds
+from adaattn.plugins.variants import VARIANTS
+
+HERE = Path(__file__).parent
+CAPABILITY = driver.capability()
+TYPES = {torch.float32: 0, torch.int32: 3, torch.bool: 4}
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+
+@pytest.fixture(scope="module")
+def headers(pytestconfig: pytest.Config) -> Path:
+    """TensorRT's: those that the environment names, or those that a wheel happens to carry."""
+    named = os.environ.get("TENSORRT_INCLUDE")
+    if named:
+        return Path(named)
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("tensorrt-headers")
+    include = folder / "kernel_lens" / "include" / "tensorrt"
+    if not include.is_dir():
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "kernel-lens==2.0.1"]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("no TensorRT headers: set TENSORRT_INCLUDE, or let pip reach kernel-lens")
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            wheel.extractall(folder)
+    return include
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    encoder = adaattn.Encoder(32, 2, ("adaptive",), causal=True)
+    folder = tmp_path_factory.mktemp("model") / "out"
+    inputs = {"x": "B,S,32", "attention_mask": "B,S:bool"}
+    export(encoder, inputs, folder, options=Options(targets=("onnx",), opset=23))
+    return folder / "model.onnx"
+
+
+def adaattn_plugins(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "adaattn.plugins.native.cli", *map(str, arguments)],
+        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def library(model: Path, headers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("library") / "libadaattn_plugins.so"
+    arch = ("--arch", CAPABILITY or 80)
+    command = ("build", model, *arch, "--tensorrt-include", headers, "--output", path)
+    done = adaattn_plugins(*command, CXXFLAGS="-Werror")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(path)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing else is left
+    return path
+
+
+@pytest.fixture(scope="module")
+def tensorrt(headers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in for TensorRT in C++."""
+    path = tmp_path_factory.mktemp("driver") / "driver"
+    include = ("-isystem", headers, "-isystem", builder.cuda_headers())
+    flags = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
+    subprocess.run(["g++", *flags, *include, HERE / "driver.cpp", "-ldl", "-o", path], check=True)
+    return path
+
+
+def test_a_plugin_answers_all_that_tensorrt_asks(library: Path, tensorrt: Path) -> None:
+    done = subprocess.run([tensorrt, library], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "all as expected\n"), done.stderr
+
+
+REGISTRY = """
+import sys
+import tensorrt_rtx as trt
+
+class Log(trt.ILogger):
+    def log(self, severity, message):
+        print(message, flush=True)
+
+log = Log()
+registry = trt.get_plugin_registry()
+assert registry.load_library(sys.argv[1]) is not None
+print("creators", *sorted(c.name for c in registry.all_creators if c.plugin_namespace == "adaattn"), flush=True)
+builder = trt.Builder(log)
+network = builder.create_network()  # a parser does not keep it
+parser = trt.OnnxParser(network, log)
+parser.parse_from_file(sys.argv[2])  # TensorRT-RTX takes no plugins, and ends the process when it has made some
+"""
+
+
+def alone(model: Path, op: str, path: Path) -> Path:
+    """The first node of an op as a model of its own, with the body that every exported file has of it."""
+    import onnx
+
+    whole = onnx.load(model)
+    node = next(node for node in whole.graph.node if node.op_type == op)
+    known = {value.name: value for value in (*whole.graph.value_info, *whole.graph.input)}
+    outputs = [known[name] for name in node.output]
+    graph = onnx.helper.make_graph([node], op, [known[name] for name in node.input], outputs)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=whole.opset_import, functions=whole.functions), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("op", "fields"),
+    [("token_moments_masked", "center 1"), ("adaptive_attention_masked", "scale 0.25, is_causal 1")],
+)
+def test_a_registry_loads_the_library_and_a_parser_gives_nodes_to_it(
+    op: str, fields: str, library: Path, model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    command = [sys.executable, "-c", REGISTRY, library, alone(model, op, tmp_path / "model.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    (names,) = [line.split()[1:] for line in said.splitlines() if line.startswith("creators")]
+    assert names == sorted(VARIANTS)
+    assert f"AdaAttn: {op} created, {fields}\n" in said
+
+
+def test_a_model_without_our_ops_and_one_that_no_kernel_fits_are_refused(tmp_path: Path) -> None:
+    import onnx
+
+    def saved(*nodes: onnx.NodeProto, head_dim: int) -> Path:
+        x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["B", 2, "S", head_dim])
+        y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y])), tmp_path / "m.onnx")
+        return tmp_path / "m.onnx"
+
+    with pytest.raises(ConfigError, match="has no op of ours"):
+        kinds(saved(onnx.helper.make_node("Relu", ["x"], ["y"]), head_dim=16))
+    ours = onnx.helper.make_node("token_moments", ["x"], ["y"], domain="adaattn", center=0)
+    with pytest.raises(ConfigError, match="head_dim is 320"):
+        kinds(saved(ours, head_dim=320))
+    hidden = onnx.helper.make_node("token_moments", ["z"], ["y"], domain="adaattn", center=0)
+    with pytest.raises(ConfigError, match="nothing says what type and shape z of token_moments has"):
+        kinds(saved(hidden, head_dim=16))
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TargetError, match=r"holds no NvInfer.h: give --tensorrt-include"):
+        builder.library(common_kinds(), [80], tmp_path / "l.so", tmp_path)
+    (tmp_path / "NvInfer.h").touch()
+    with pytest.raises(TargetError, match=r"holds no cuda_runtime_api.h: install triton"):
+        builder.library(common_kinds(), [80], tmp_path / "l.so", tmp_path, tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(TargetError, match="no C\\+\\+ compiler"):
+        builder.library(common_kinds(), [80], tmp_path / "l.so", tmp_path)
+    for text, said in (("eighty", "'eighty'; give numbers"), ("75,90", "sm_75 is too old")):
+        with pytest.raises(TargetError, match=said):
+            builder.architectures(text)
+    if CAPABILITY is None:
+        with pytest.raises(TargetError, match="no GPU to build for: give --arch"):
+            builder.architectures("")
+
+
+def test_a_library_is_kept_for_its_content() -> None:
+    some, fewer = common_kinds(), common_kinds()[1:]
+    assert builder.cache(some, [80, 90]) == builder.cache(some[::-1], [90, 80])
+    assert builder.cache(some, [80]) != builder.cache(fewer, [80])
+
+
+@pytest.mark.skipif(CAPABILITY is None, reason="the CUDA driver shows no GPU")
+def test_enqueue_computes_the_op(library: Path, tensorrt: Path, tmp_path: Path) -> None:
+    q, k, v = (torch.randn(2, 2, tokens, 16) for tokens in (300, 300, 300))
+    mask = torch.rand(2, 1, 1, 300) < 0.7
+    precision = torch.tensor([[0, 3], [1, 4]], dtype=torch.int32)
+    rank = torch.tensor([[16, 16], [12, 5]], dtype=torch.int32)
+    inputs = (q, k, v, k.mean(2), v.abs().amax(2), precision, rank, mask)
+    lines = ["op adaptive_attention_masked", "attribute scale f 0.25", "attribute is_causal i 1"]
+
+    def line(what: str, x: Tensor, name: str) -> str:
+        return f"{what} {TYPES[x.dtype]} {tmp_path / name} {' '.join(map(str, x.shape))}"
+
+    for place, x in enumerate(inputs):
+        (tmp_path / f"input{place}").write_bytes(x.contiguous().numpy().tobytes())
+        lines.append(line("input", x, f"input{place}"))
+    lines.append(line("output", q, "output"))
+    (tmp_path / "manifest").write_text("\n".join(lines))
+    checker = shutil.which("compute-sanitizer")
+    command = [checker, "--error-exitcode", "1"] if checker else []
+    done = subprocess.run(
+        [*command, tensorrt, library, tmp_path / "manifest"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = torch.frombuffer(bytearray((tmp_path / "output").read_bytes()), dtype=torch.float32).view(q.shape)
+    want = adaattn.ops.adaptive_attention(*inputs, scale=0.25, is_causal=True, impl="reference")
+    error = yardstick.error(output, want.double())
+    assert (error < 0.05).all()
+    assert error[0, 0] < 1e-6
