@@ -14,28 +14,27 @@ from adaattn.ops.adaptive_attention.impl.kernels import ADDITIVE, BOOLEAN, PADDI
 from adaattn.ops.kernel_spec import TYPES, KernelSpec
 
 # Queries and keys of a block by architecture, largest head_dim and bits of the inputs: for fp32, for 16-bit operands as
-# they come or packed, for operands cast on the way, int8, int8_fp8. Each is the largest of those tried that lets
-# tensor cores run without waiting and, alone on sm_80 to sm_90, keeps everything in registers (docs/kernels.md has what
-# the compiler made of them, and where it spills).
+# they come or packed, for operands cast on the way, int8, int8_fp8. Each is the largest of those tried that lets tensor
+# cores run without waiting and keeps everything in registers; docs/kernels.md has what the compiler made of them.
 TILES = {
     (80, 64, 16): ((128, 32), (128, 64), (128, 64), (128, 128), (128, 128)),
     (80, 64, 32): ((32, 32), (128, 64), (128, 32), (128, 128), (128, 128)),
-    (80, 128, 16): ((128, 32), (128, 64), (128, 32), (128, 64), (128, 64)),
-    (80, 128, 32): ((32, 32), (128, 64), (128, 32), (128, 64), (128, 64)),
+    (80, 128, 16): ((64, 32), (128, 32), (128, 32), (128, 64), (128, 64)),
+    (80, 128, 32): ((32, 16), (128, 32), (64, 32), (128, 64), (128, 64)),
     (80, 256, 16): ((64, 32), (64, 32), (64, 32), (64, 64), (64, 64)),
     (80, 256, 32): ((32, 16), (64, 32), (64, 16), (64, 64), (64, 64)),
     (90, 64, 16): ((128, 64), (128, 128), (128, 128), (128, 128), (128, 128)),
     (90, 64, 32): ((128, 64), (128, 128), (128, 64), (128, 128), (128, 128)),
     (90, 128, 16): ((128, 64), (128, 128), (128, 64), (128, 64), (128, 64)),
     (90, 128, 32): ((128, 32), (128, 128), (128, 32), (128, 64), (128, 64)),
-    (90, 256, 16): ((128, 16), (128, 64), (64, 64), (128, 32), (64, 128)),
+    (90, 256, 16): ((128, 16), (128, 32), (64, 64), (128, 32), (64, 128)),
     (90, 256, 32): ((32, 16), (128, 32), (64, 32), (64, 64), (64, 128)),
     (100, 64, 16): ((128, 64), (128, 128), (128, 64), (128, 64), (128, 64)),
     (100, 64, 32): ((64, 64), (128, 128), (128, 64), (128, 64), (128, 64)),
     (100, 128, 16): ((128, 64), (128, 64), (128, 64), (128, 64), (128, 64)),
     (100, 128, 32): ((64, 32), (128, 64), (128, 32), (128, 64), (128, 64)),
     (100, 256, 16): ((128, 32), (64, 64), (64, 64), (128, 32), (64, 128)),
-    (100, 256, 32): ((64, 32), (128, 32), (64, 32), (64, 64), (64, 128)),
+    (100, 256, 32): ((64, 16), (64, 64), (64, 32), (64, 64), (64, 128)),
 }
 # Within 48 KiB of shared memory: for fp32, and for the other rows.
 SMALL_TILES = {64: ((32, 16), (64, 32)), 128: ((32, 16), (64, 32)), 256: ((16, 16), (32, 32))}
@@ -68,12 +67,15 @@ def tiles(
     family = capability // 10 * 10 if capability // 10 in (9, 10) else 80  # others multiply as sm_80 does
     width = _width(head_dim)
     fp32, plain, cast, int8, int8_fp8 = TILES[family, width, 32 if dtype == torch.float32 else 16]
-    if not packed:
-        int8 = int8_fp8 = (64, 32)
     rows = [fp32, plain if dtype == torch.bfloat16 else cast, plain, int8, int8_fp8]
+    if not packed:  # keys and values are rounded in registers, for a few queries
+        rows = [(min(m, 64), min(n, 64)) for m, n in rows[:3]] + [(64, 32)] * 2
+    if mask is None:
+        return rows
     if mask_of_queries and mask != torch.uint8:  # a block of it is as large as one of scores
-        return [(min(m, 64), min(n, 32)) for m, n in rows]
-    return [(m, n if mask is None or n <= 32 else n // 2) for m, n in rows]  # masks take registers too
+        most = {80: [(64, 32)] * 5, 90: [(128, 32)] * 3 + [(128, 16), (64, 32)], 100: [(64, 64)] * 5}[family]
+        return [(min(m, wide), min(n, deep)) for (m, n), (wide, deep) in zip(rows, most, strict=True)]
+    return [(m, n // 2 if n > 32 and family != 100 else n) for m, n in rows]  # it takes registers too
 
 
 def launches(
