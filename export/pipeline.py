@@ -289,7 +289,8 @@ def _target(name: str, files: Sequence[Path]) -> dict[str, Any]:
 def _build(target: str, staged: Path, captured: Captured, options: Options) -> dict[str, Any]:
     path, log = staged / f"{target}.engine", staged / f"{target}.log"
     try:
-        engine.build(target, staged / "model.onnx", path, log, _profile(captured), options.compute_capabilities)
+        build = engine.BuildOptions(compute_capabilities=options.compute_capabilities)
+        engine.engine_from_onnx(staged / "model.onnx", target, path, [_profile(captured)], build, log)
     except TargetError as error:
         path.unlink(missing_ok=True)
         return _target(target, [log] if log.exists() else []) | {"verdict": "failed", "reason": str(error)}

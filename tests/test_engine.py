@@ -85,7 +85,7 @@ def test_the_log_says_which_node_is_refused(tmp_path: Path) -> None:
     graph = '<ir_version: 10, opset_import: ["" : 18]> g (float[3,4] x) => (int64[2,N] y) { y = NonZero(x) }'
     onnx.save(onnx.parser.parse_model(graph), model)
     with pytest.raises(TargetError, match="NonZero"):
-        engine.build("tensorrt-rtx", model, tmp_path / "e.engine", tmp_path / "e.log", {"x": ((3, 4),) * 3})
+        engine.engine_from_onnx(model, "tensorrt-rtx", tmp_path / "e.engine", [{"x": ((3, 4),) * 3}])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an engine runs only on a GPU")
