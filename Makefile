@@ -52,12 +52,12 @@ gpu:
 	cd build/gpu && PYTHONPATH=. $(PYTHON) -m pytest -p no:cacheprovider --numprocesses auto $(GPU_TESTS)
 	cd build/gpu && PYTHONPATH=. $(PYTHON) -m benchmarks.attention
 
-GPU_TESTS := tests/test_triton.py tests/test_parity.py tests/test_engine.py
+GPU_TESTS := tests/test_triton.py tests/plugins tests/test_parity.py tests/test_engine.py
 GPU_PYTHON ?= 3.12
 
 gpu-wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
-		--dest wheels -c constraints.txt polygraphy setuptools
+		--dest wheels -c constraints.txt polygraphy setuptools tensorrt-cu13-bindings
 
 clean:
 	rm -rf .venv build wheels *.egg-info .mypy_cache .pytest_cache .ruff_cache

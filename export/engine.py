@@ -127,6 +127,8 @@ def engine_from_onnx(
     if not installed(target):
         raise TargetError(f"{PACKAGES[target]} is not installed: {INSTALL[target]}")
     rtx = target == "tensorrt-rtx"
+    if rtx and options.timing_cache is not None:
+        raise ConfigError("tensorrt-rtx has no timing cache: it times nothing until it runs")
     wanted = asdict(options) | {"plugins": "none" if rtx else options.plugins}
     job = {
         **{name: str(value) if isinstance(value, Path) else value for name, value in wanted.items()},

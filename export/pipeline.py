@@ -294,7 +294,7 @@ def _build(target: str, staged: Path, captured: Captured, options: Options) -> d
     except TargetError as error:
         path.unlink(missing_ok=True)
         return _target(target, [log] if log.exists() else []) | {"verdict": "failed", "reason": str(error)}
-    return _target(target, [path, log])
+    return _target(target, [path, engine.sidecar(path), log])
 
 
 def _verify(

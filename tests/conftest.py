@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import interpreter  # noqa: F401 - before any test imports a kernel
 import pytest
 import torch
 

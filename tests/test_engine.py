@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import adaattn
-from adaattn.errors import TargetError
+from adaattn.errors import ConfigError, TargetError
 from adaattn.export import Options, engine, export
 
 pytestmark = pytest.mark.skipif(not engine.installed("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
@@ -26,6 +26,7 @@ MODULES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "random": (adaattn.AdaptiveRankAttention, {"rank_estimation_method": "random"}),
     "both, grouped keys, causal": (adaattn.AdaptiveAttention, {"num_kv_heads": 2, "causal": True}),
 }
+ONNX = Options(("onnx",), opset=22, verify=False)
 INPUTS = {"query": "B,S,64", "key": "B,K,64", "value": "B,K,64"}
 
 
@@ -86,6 +87,42 @@ def test_the_log_says_which_node_is_refused(tmp_path: Path) -> None:
     onnx.save(onnx.parser.parse_model(graph), model)
     with pytest.raises(TargetError, match="NonZero"):
         engine.engine_from_onnx(model, "tensorrt-rtx", tmp_path / "e.engine", [{"x": ((3, 4),) * 3}])
+
+
+def test_an_engine_says_what_it_is(tmp_path: Path) -> None:
+    made = export(adaattn.Encoder(64, 4, ("adaptive",)), {"x": "B,S,64"}, tmp_path / "out", options=ONNX)
+    profiles = [{"x": ((1, 1, 64), (1, size, 64), (2, 4 * size, 64))} for size in (8, 32)]
+    steps: list[tuple[str, int, int]] = []
+    options = engine.BuildOptions(compute_capabilities=("8.9",), optimization_level=1, workspace=256)
+    file = tmp_path / "model.engine"
+    about = engine.engine_from_onnx(
+        made.directory / "model.onnx", "tensorrt-rtx", file, profiles, options, on_progress=lambda *x: steps.append(x)
+    )
+    assert sorted(path.name for path in tmp_path.glob("model.*")) == ["model.engine", "model.engine.json", "model.log"]
+    assert about["compute_capabilities"] == ["8.9"]
+    assert [x["shape"] for x in about["inputs"]] == [[-1, -1, 64]]
+    assert [each["x"][2] for each in about["profiles"]] == [[2, 32, 64], [2, 128, 64]]
+    assert len(about["ops"]) == 5  # moments of q, k and v, the plan, and the layer that is named after its module
+    assert set(about["ops"].values()) <= {"body", "unknown"}
+    assert steps
+    assert all(0 < step <= of for _, step, of in steps)
+
+
+def test_options_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
+    for given, said in (
+        ({"plugins": "rust"}, "plugins is 'rust'"),
+        ({"plugins": "native"}, "adaattn-plugins build"),
+        ({"hardware_compatible": True}, "hardware_compatible needs plugins='none'"),
+        ({"optimization_level": 6}, "choose 0 to 5"),
+        ({"workspace": 0}, "give MiB"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            engine.BuildOptions(**given)
+    with pytest.raises(ConfigError, match="target 'openvino' is unknown"):
+        engine.engine_from_onnx(tmp_path / "m.onnx", "openvino", tmp_path / "m.engine", [])
+    options = engine.BuildOptions(timing_cache=tmp_path / "cache")
+    with pytest.raises(ConfigError, match="tensorrt-rtx has no timing cache"):
+        engine.engine_from_onnx(tmp_path / "m.onnx", "tensorrt-rtx", tmp_path / "m.engine", [], options)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an engine runs only on a GPU")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import product
 
-import interpreter  # noqa: F401 - sets Triton up before a kernel is defined
 import pytest
 import torch
 import yardstick

@@ -88,6 +88,13 @@ def tensorrt(headers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_the_example_of_deployment_compiles(headers: Path) -> None:
+    include = ("-isystem", headers, "-isystem", builder.cuda_headers())
+    source = HERE.parent.parent / "examples" / "deploy" / "main.cpp"
+    flags = ("-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only")
+    subprocess.run(["g++", *flags, *include, source], check=True)
+
+
 def test_a_plugin_answers_all_that_tensorrt_asks(library: Path, tensorrt: Path) -> None:
     done = subprocess.run([tensorrt, library], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "all as expected\n"), done.stderr

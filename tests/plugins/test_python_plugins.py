@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import interpreter  # noqa: F401 - sets Triton up before a kernel is defined
 import player
 import pytest
 import torch
