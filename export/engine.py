@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX engines, built and run in a child process: their builders can end the process they are in.
 
-The two packages share one API, so one piece of code serves both. This file is also the child:
-`python -m adaattn.export.engine JOB.json`.
+The two packages share one API, so one piece of code serves both. This file is also the child, `python -m
+adaattn.export.engine JOB.json`, and long by it: the two halves speak through one job and are read together.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaattn.errors import ConfigError, TargetError
+from adaattn.export.folder import write_whole
 from adaattn.plugins import NAMESPACE
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class BuildOptions:
         version_compatible: later versions of TensorRT shall run the engine.
         hardware_compatible: GPUs of other architectures, Ampere and newer, shall run it; without plugins.
         weight_streaming: weights may stay in host memory; the runtime decides.
-        strip_weights: leave weights out, to be refitted from the ONNX file.
+        strip_weights: leave weights out, to be refitted from the ONNX file; `open_runtime` does not do that.
 
     Raises:
         ConfigError: options that do not go together.
@@ -234,10 +235,10 @@ def _child_build(job: Mapping[str, Any]) -> None:
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         sys.exit(1)
-    _replace(Path(job["engine"]), serialized)
+    write_whole(Path(job["engine"]), serialized)
     if cache is not None:
-        _replace(Path(job["timing_cache"]), cache.serialize())
-    _replace(Path(job["sidecar"]), json.dumps(_described(trt, logger, network, serialized, job), indent=1).encode())
+        write_whole(Path(job["timing_cache"]), cache.serialize())
+    write_whole(Path(job["sidecar"]), json.dumps(_described(trt, logger, network, serialized, job), indent=1).encode())
 
 
 def _take_plugins(trt: Any, job: Mapping[str, Any]) -> None:
@@ -324,16 +325,6 @@ def _monitor(trt: Any, pipe: int) -> Any:
     return Monitor()
 
 
-def _replace(path: Path, content: Any) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.write_bytes(content)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def _described(trt: Any, logger: Any, network: Any, serialized: Any, job: Mapping[str, Any]) -> dict[str, Any]:
     """The sidecar."""
 
@@ -366,7 +357,9 @@ def _ops(trt: Any, logger: Any, serialized: Any, model: str) -> dict[str, str]:
 
     graph = onnx.load(model, load_external_data=False).graph
     names = [node.name for node in graph.node if node.domain == NAMESPACE]
-    opened = trt.Runtime(logger).deserialize_cuda_engine(serialized) if names else None
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = True  # what a version-compatible engine carries, which was built just now
+    opened = runtime.deserialize_cuda_engine(serialized) if names else None
     if opened is None:  # there is no GPU for it here
         return dict.fromkeys(names, "unknown")
     listed = opened.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)

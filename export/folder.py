@@ -14,6 +14,22 @@ from adaattn.errors import ConfigError
 MARKER = "manifest.json"  # a folder that holds one was written by an export
 
 
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """A single file, in the same manner.
+
+    Raises:
+        ConfigError: the path is a folder or a device, which must not be replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} cannot be written: it is a folder or a device; give a file")
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_bytes(content)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def check(out: Path, force: bool) -> None:
     """Raises ConfigError where the folder cannot be written, or must not be replaced."""
     for folder in (out, *out.parents):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def main(
     import numpy as np
 
     from adaattn.errors import AdaAttnError
+    from adaattn.export.folder import write_whole
     from adaattn.export.runtime import open_runtime
 
     random = np.random.default_rng(seed)
@@ -63,11 +65,13 @@ def main(
                 arrays[name] = _array(name, given, model.inputs[name].dtype, random)
             found = model(**arrays)
             timing = model.measure(calls, **arrays) if timed else None
+        if output is not None:
+            archive = io.BytesIO()
+            np.savez(archive, **found)
+            write_whole(output, archive.getbuffer())
     except AdaAttnError as error:
         click.echo(f"adaattn-run: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
-    if output is not None:
-        _save(output, found)
     rows: list[dict[str, Any]] = [
         {"name": name, "type": str(x.dtype), "shape": list(x.shape), "mean": _mean(x), "finite": _finite(x)}
         for name, x in found.items()
@@ -103,18 +107,6 @@ def _array(name: str, given: str, dtype: str, random: Any) -> Any:
     if dtype == "bfloat16":
         raise click.UsageError(f"{name} is bfloat16, which numpy has no type for: use open_runtime with torch tensors")
     return random.standard_normal(shape).astype(dtype)
-
-
-def _save(path: Path, arrays: dict[str, Any]) -> None:
-    import numpy as np
-
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with new.open("wb") as file:
-            np.savez(file, **arrays)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _mean(x: Any) -> float:

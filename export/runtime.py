@@ -225,12 +225,16 @@ class EngineRuntime(Runtime):
         built, here = self._about["compute_capabilities"], ".".join(map(str, torch.cuda.get_device_capability()))
         if here not in built and not self._about["options"]["hardware_compatible"]:
             raise TargetError(f"{path.name} is built for compute capability {', '.join(built)}; this GPU has {here}")
+        if self._about["options"]["strip_weights"]:
+            raise TargetError(f"{path.name} was built without weights: refit it from the ONNX file, or build it anew")
         trt = importlib.import_module(package)
         self._logger = trt.Logger(trt.Logger.WARNING)
         library = self._about["options"]["plugin_library"]
         if library is not None and trt.get_plugin_registry().load_library(library) is None:
             raise TargetError(f"TensorRT {trt.__version__} does not load the plugins {library}")
         self._runtime = trt.Runtime(self._logger)
+        # A version-compatible engine carries code for the host: open only engines whose origin you trust.
+        self._runtime.engine_host_code_allowed = self._about["options"]["version_compatible"]
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             version = self._about["versions"][package]

@@ -107,6 +107,9 @@ def test_the_command(exported: tuple[torch.nn.Module, Path], tmp_path: Path) -> 
         np.testing.assert_array_equal(next(iter(kept.values())), output)
     found = run(main, [str(exported[1]), "--input", "x=1,5,32", "--time", "--calls", "2", "--json"])
     assert json.loads(found.stdout)["milliseconds"]["calls"] == 2
+    refused = run(main, [str(exported[1]), "--input", "x=1,5,32", "-o", "/dev/null"])
+    assert (refused.exit_code, Path("/dev/null").is_char_device()) == (2, True)
+    assert "it is a folder or a device" in refused.output
     for given, said in (
         ("z=1,5,32", "'z=1,5,32' is no input"),
         ("x=one", "x=one: give @FILE.npy, or sizes"),

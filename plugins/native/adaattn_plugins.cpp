@@ -2,7 +2,8 @@
 //
 // What the ops are, which kernels there are and with what they are launched is generated (plugins.inc), from the table
 // that eager mode and the Python plugins read too. The CUDA driver is opened when it is first needed: the library loads
-// on a machine without one.
+// on a machine without one. One long file, since a library with one class needs no header of its own: what is generated,
+// messages, the driver, a call, the plugin, the doors.
 
 #include <NvInfer.h>
 #include <NvInferRuntime.h>

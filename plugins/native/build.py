@@ -20,7 +20,7 @@ from adaattn.errors import TargetError
 from adaattn.ops.dispatch import OLDEST_ARCHITECTURE
 from adaattn.ops.kernel_spec import KernelSpec
 from adaattn.plugins import driver
-from adaattn.plugins.native.program import Kind, Program, Symbol, program, rank, text_of
+from adaattn.plugins.native.program import Kind, Program, Symbol, axes, program, text_of
 from adaattn.plugins.ptx import LEAST_PTX, Entry, entry
 from adaattn.plugins.variants import VARIANTS, Variant
 
@@ -77,6 +77,8 @@ def library(
             raise TargetError(f"{place} holds no {header}: {_MISSING[header]}")
     if shutil.which("g++") is None and shutil.which("c++") is None:
         raise TargetError("no C++ compiler: apt install g++ (and cmake, or do without)")
+    if output.exists() and not output.is_file():
+        raise TargetError(f"{output} cannot be written: it is a folder or a device; give a file")
     programs = [program(kind, arch) for arch in sorted(architectures) for kind in kinds]
     places = {
         _key(step.spec, each.capability): (each.kind, each.capability, number)
@@ -275,7 +277,7 @@ def _function(place: int, kernels: Sequence[int], each: Program) -> str:
 def _op(variant: Variant) -> str:
     """A row of OPS: shapes of outputs are read off by running them on symbols."""
     names = list(variant.inputs)
-    ranks = [rank(name) for name in names]
+    ranks = [axes(name) for name in names]
     shapes = {
         name: [Symbol(f"{{{place}, {axis}}}") for axis in range(count)]
         for place, (name, count) in enumerate(zip(names, ranks, strict=True))

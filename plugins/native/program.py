@@ -54,7 +54,7 @@ def text_of(size: Any) -> str:
     return size.text if isinstance(size, Symbol) else str(size)
 
 
-def rank(name: str) -> int:
+def axes(name: str) -> int:
     """Dimensions of an input: tokens of heads, heads with or without their dimensions, masks, the ladder of a plan."""
     if name in ("x", "query", "key", "value", "attn_mask"):
         return 4
@@ -170,10 +170,10 @@ def program(kind: Kind, capability: int) -> Program:
     names = tuple(VARIANTS[kind.op].inputs)
     shapes: dict[str, list[Any]] = {}
     for place, name in enumerate(names):
-        shapes[name] = [Symbol(f"call.size({place}, {axis})") for axis in range(rank(name))]
+        shapes[name] = [Symbol(f"call.size({place}, {axis})") for axis in range(axes(name))]
         if name.endswith("mask"):
             shapes[name] = [1 if one else size for one, size in zip(kind.ones, shapes[name], strict=True)]
-        elif rank(name) > 2:
+        elif axes(name) > 2:
             shapes[name][-1] = kind.head_dim
     attributes = {} if kind.flag_name is None else {kind.flag_name: kind.flag}
     node = Node(dict(zip(names, kind.types, strict=True)), shapes, attributes, capability, tactic=1)

@@ -222,7 +222,8 @@ def adaptive_attention(
         "scale": scale,
         "output": output,
     }
-    packed = queries > tiles(query.dtype, head_dim, capability)[INT8][0]  # one block rounds no key twice
+    # One block of queries rounds no key twice.
+    packed = queries > tiles(query.dtype, head_dim, capability, packed=False)[INT8][0]
     mask_of_queries = attn_mask is not None and attn_mask.shape[2] > 1
     with torch.cuda.device_of(query):
         if packed:
