@@ -57,7 +57,7 @@ GPU_PYTHON ?= 3.12
 
 gpu-wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
-		--dest wheels -c constraints.txt polygraphy setuptools tensorrt-cu13-bindings
+		--dest wheels -c constraints.txt polygraphy setuptools tensorrt-cu13-bindings kernel-lens==2.0.1
 
 clean:
 	rm -rf .venv build wheels *.egg-info .mypy_cache .pytest_cache .ruff_cache

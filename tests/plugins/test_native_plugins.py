@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -28,22 +29,22 @@ TYPES = {torch.float32: 0, torch.int32: 3, torch.bool: 4}
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 
-@pytest.fixture(scope="module")
-def headers(pytestconfig: pytest.Config) -> Path:
+@pytest.fixture(scope="session")
+def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """TensorRT's: those that the environment names, or those that a wheel happens to carry."""
     named = os.environ.get("TENSORRT_INCLUDE")
     if named:
         return Path(named)
-    assert pytestconfig.cache is not None
-    folder = pytestconfig.cache.mkdir("tensorrt-headers")
-    include = folder / "kernel_lens" / "include" / "tensorrt"
-    if not include.is_dir():
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "kernel-lens==2.0.1"]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("no TensorRT headers: set TENSORRT_INCLUDE, or let pip reach kernel-lens")
-        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-            wheel.extractall(folder)
-    return include
+    carried = importlib.util.find_spec("kernel_lens")  # by `make gpu-wheels`
+    if carried is not None and carried.origin is not None:
+        return Path(carried.origin).parent / "include" / "tensorrt"
+    folder = tmp_path_factory.mktemp("headers")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "kernel-lens==2.0.1"]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no TensorRT headers: set TENSORRT_INCLUDE, or let pip reach kernel-lens")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder)
+    return folder / "kernel_lens" / "include" / "tensorrt"
 
 
 @pytest.fixture(scope="module")
