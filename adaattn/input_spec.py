@@ -42,6 +42,11 @@ class Dimension:
     def __str__(self) -> str:
         return f"{self.min}:{self.opt}:{self.max}"
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether it is named like one: B… or N…"""
+        return self.name[0] in "BNbn"
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -88,4 +93,5 @@ class InputSpec:
 
 def default_dimension(name: str) -> Dimension:
     """Sizes of a dimension that nobody described: a batch (B…, N…) of 1 to 8, anything else 1 to 512."""
-    return Dimension(name, 1, 1, 8) if name[0] in "BNbn" else Dimension(name, 1, 128, 512)
+    usual = Dimension(name, 1, 128, 512)
+    return Dimension(name, 1, 1, 8) if usual.is_batch else usual

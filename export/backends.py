@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -69,8 +70,12 @@ def onnxruntime_backend(path: Path, plan_names: PlanNames) -> Backend:
     return backend
 
 
-def engine_backend(target: str, path: Path, log: Path, compute_capabilities: Sequence[str]) -> Backend:
+def engine_backend(path: Path, log: Path, about: Mapping[str, Any]) -> Backend:
     """An engine on the GPU of this machine.
+
+    Args:
+        log: of the runs.
+        about: what the engine's sidecar says.
 
     Raises:
         CannotRun: there is no GPU that the engine was built for.
@@ -78,11 +83,11 @@ def engine_backend(target: str, path: Path, log: Path, compute_capabilities: Seq
     if not torch.cuda.is_available():
         raise CannotRun("built, not run: torch sees no GPU on this machine")
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    if compute_capabilities and capability not in compute_capabilities:
+    if capability not in about["compute_capabilities"] and not about["options"]["hardware_compatible"]:
         raise CannotRun(f"built, not run: this GPU has compute capability {capability}")
 
     def backend(case: Case) -> tuple[Mapping[str, Tensor], Sequence[PlanPair] | None]:
-        return engine.run(target, path, log, case.inputs), None
+        return engine.run(about["target"], path, log, case.inputs), None
 
     return backend
 

@@ -17,6 +17,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+PATH = click.Path(dir_okay=False, path_type=Path)
 HELP = """Export MODEL to ONNX and TensorRT, and verify every artifact against eager PyTorch.
 
 \b
@@ -28,6 +29,8 @@ MODEL is one of
 
 The output folder gets model.onnx (it runs in stock ONNX Runtime), an engine for each TensorRT target, golden.npz
 (inputs and their float64 outputs), report.html, report.json and manifest.json. It appears only when all is done.
+The target triton adds a model repository of Triton Inference Server: of the tensorrt engine where that is a target too,
+else of model.onnx.
 
 \b
 Examples
@@ -35,6 +38,7 @@ Examples
   adaattn-export model.pt --dim "S=1:128:4096" --tolerance 1e-2 --output out
   adaattn-export shop.models:ranker --weights ranker.safetensors --input "x=B,S,512" --input "mask=B,S:bool"
   adaattn-export model.pt --target onnx --json | jq .verdict
+  adaattn-export model.pt --target tensorrt --target triton --profile B=1:1:1 --profile B=2:8:8
 
 \b
 Exit status
@@ -56,6 +60,12 @@ def _assignments(context: click.Context, parameter: click.Parameter, values: tup
     return found
 
 
+def _profiles(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[dict[str, str], ...]:
+    return tuple(_assignments(context, parameter, tuple(value.split(","))) for value in values)
+
+
 def _list(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     if value is None:
         return None
@@ -65,8 +75,29 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
     return parts
 
 
-class OneLineErrors(click.Command):
-    """Answers wrong arguments with one line, as it does a wrong model."""
+SECTIONS = {
+    "Model": ("inputs", "dims", "dtype", "tolerance", "weights", "allow_pickle"),
+    "Artifacts": ("targets", "output", "force", "opset", "emit_plan", "external_data_threshold", "no_verify"),
+    "Engines": (
+        *("compute_capabilities", "profiles", "plugins", "plugin_library", "workspace", "optimization_level"),
+        *("timing_cache", "version_compatible", "hardware_compatible", "weight_streaming", "strip_weights"),
+    ),
+}
+
+
+class ExportCommand(click.Command):
+    """Answers wrong arguments with one line, as it does a wrong model; its help has sections."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        title = {name: title for title, names in SECTIONS.items() for name in names}
+        found: dict[str, list[tuple[str, str]]] = {name: [] for name in (*SECTIONS, "Other")}
+        for parameter in self.get_params(context):
+            record = parameter.get_help_record(context)
+            if record is not None and isinstance(parameter, click.Option):
+                found[title.get(str(parameter.name), "Other")].append(record)
+        for name, records in found.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         try:
@@ -76,7 +107,7 @@ class OneLineErrors(click.Command):
 
 
 @click.command(
-    cls=OneLineErrors, help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+    cls=ExportCommand, help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
 )
 @click.argument("model")
 @click.option("--output", "-o", metavar="DIR", help="Folder for the artifacts.  [default: MODEL's name and -export]")
@@ -96,14 +127,14 @@ class OneLineErrors(click.Command):
     multiple=True,
     metavar="NAME=MIN:OPT:MAX",
     callback=_assignments,
-    help="Sizes of a dynamic dimension, also TensorRT's profile.  [default: 1:1:8 for B… and N…, else 1:128:512]",
+    help="Sizes of a dynamic dimension, also the engines' profile.  [default: 1:1:8 for B… and N…, else 1:128:512]",
 )
 @click.option(
     "--target",
     "targets",
     multiple=True,
-    type=click.Choice(["onnx", "tensorrt-rtx", "tensorrt"]),
-    help="What to make; repeatable.  [default: onnx and every target whose package is installed]",
+    type=click.Choice(["onnx", "tensorrt-rtx", "tensorrt", "triton"]),
+    help="What to make; repeatable.  [default: onnx and every TensorRT that is installed]",
 )
 @click.option(
     "--compute-capability",
@@ -112,6 +143,30 @@ class OneLineErrors(click.Command):
     callback=_list,
     help="GPUs that the tensorrt-rtx engine is built for, ahead of time.  [default: 8.6,8.9,12.0]",
 )
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="NAME=MIN:OPT:MAX,...",
+    callback=_profiles,
+    help="A profile that is narrower in these dimensions; repeatable.  [default: one, of all sizes]",
+)
+@click.option(
+    "--plugins",
+    type=click.Choice(["python", "native", "none"]),
+    help="What computes our ops in a tensorrt engine: python embeds their kernels, native takes them from a library, "
+    "none compiles their bodies.  [default: python]",
+)
+@click.option("--plugin-library", type=PATH, help="For --plugins native: what adaattn-plugins build printed.")
+@click.option("--workspace", type=click.IntRange(min=1), metavar="MIB", help="Largest scratch memory of an engine.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fast, 5 makes the fastest engine.")
+@click.option("--timing-cache", type=PATH, help="Of tensorrt: read where it exists, and written; builds get faster.")
+@click.option("--version-compatible", is_flag=True, help="Later versions of TensorRT shall run the engine.")
+@click.option(
+    "--hardware-compatible", is_flag=True, help="Other GPUs, Ampere and newer, shall too; with --plugins none."
+)
+@click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory where the GPU's is too small.")
+@click.option("--strip-weights", is_flag=True, help="Leave weights out of engines; they are taken from model.onnx.")
 @click.option("--opset", type=click.IntRange(18, 24), help="ONNX opset.  [default: the newest that all targets take]")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert the model first.")
 @click.option("--tolerance", type=float, help="Relative error that adaptive attention may make, such as 1e-2.")
@@ -162,21 +217,24 @@ def _export(
     inputs: dict[str, str],
     dims: dict[str, str],
     targets: tuple[str, ...],
-    compute_capabilities: tuple[str, ...] | None,
     opset: int | None,
     dtype: str | None,
     tolerance: float | None,
     emit_plan: bool,
     external_data_threshold: int | None,
+    profiles: tuple[dict[str, str], ...],
     weights: str | None,
     allow_pickle: bool,
     no_verify: bool,
+    **build: Any,
 ) -> tuple[Mapping[str, Any], Path]:
     from rich.console import Console
 
     console = Console(file=sys.stderr, quiet=quiet)  # this one, even while torch's own words are held back
-    with _progress(console) as on_stage:
+    with _progress(console) as (on_stage, on_progress):
         on_stage("import torch")
+        from adaattn.export.engine import BuildOptions
+        from adaattn.export.folder import model_name
         from adaattn.export.pipeline import Options, export
         from adaattn.export.source import load
         from adaattn.input_spec import Dimension, InputSpec
@@ -189,8 +247,9 @@ def _export(
             emit_plan=emit_plan,
             verify=not no_verify,
             external_data_threshold=external_data_threshold,
+            build=BuildOptions(**build),
+            profiles=profiles,
             force=force,
-            **({} if compute_capabilities is None else {"compute_capabilities": compute_capabilities}),
         )
         for name, text in inputs.items():
             InputSpec.parse(name, text)
@@ -204,39 +263,43 @@ def _export(
         result = export(
             source.model,
             described,
-            output or _default_output(model),
+            output or f"{model_name(model)}-export",
             dims=saved | dims,
             options=options,
             source=model,
             command=shlex.join(["adaattn-export", *sys.argv[1:]]),
             on_stage=on_stage,
+            on_progress=on_progress,
         )
     return result.report, result.directory
 
 
-def _default_output(model: str) -> str:
-    name = model.rpartition(":")[2] if ":" in model and not Path(model).exists() else Path(model).stem
-    return f"{name}-export"
-
-
 @contextmanager
-def _progress(console: Console) -> Iterator[Any]:
-    """A spinner with the stage at work; each stage that is done stays as a line with its time."""
+def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
+    """A bar with the stage at work; each stage that is done stays as a line with its time."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     current: list[tuple[str, float]] = []
+    columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
     def finish() -> None:
         if current:
             name, start = current.pop()
             console.print(f"  {name:<22}{time.perf_counter() - start:7.1f} s", highlight=False)
 
-    with console.status("") as status:
+    with bar:
+        task = bar.add_task("")
 
         def on_stage(name: str) -> None:
             finish()
             current.append((name, time.perf_counter()))
-            status.update(name)
+            bar.reset(task, description=name, total=None)
 
-        yield on_stage
+        def on_progress(phase: str, share: float) -> None:
+            bar.update(task, description=f"{current[-1][0]}: {phase}", completed=share, total=1.0)
+
+        yield on_stage, on_progress
         finish()
 
 
@@ -265,7 +328,14 @@ def _show(report: Mapping[str, Any], directory: str) -> None:
     console.print(table)
     for target in report["targets"]:
         if target["reason"]:
-            console.print(f"{target['name']}: {target['reason']}", style="dim", highlight=False, markup=False)
+            said = f"{target['name']}: {target['reason']}"
+            console.print(said, style="dim", highlight=False, markup=False, soft_wrap=True)
+        ops = list((target["ops"] or {}).values())
+        if "plugin" in ops or "body" in ops:
+            console.print(
+                f"{target['name']}: {ops.count('plugin')} ops became plugins, {ops.count('body')} compiled bodies",
+                highlight=False,
+            )
         plans = target["plans"]
         if plans and plans["differ"]:
             console.print(

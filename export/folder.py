@@ -30,6 +30,16 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         new.unlink(missing_ok=True)
 
 
+def model_name(source: str) -> str:
+    """A name for what is made of a model, which is a file, `module:factory` or a class.
+
+    Example:
+        >>> model_name("a/model.pt"), model_name("shop.models:ranker")
+        ('model', 'ranker')
+    """
+    return source.rpartition(":")[2] if ":" in source and not Path(source).exists() else Path(source).stem
+
+
 def check(out: Path, force: bool) -> None:
     """Raises ConfigError where the folder cannot be written, or must not be replaced."""
     for folder in (out, *out.parents):

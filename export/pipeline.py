@@ -19,15 +19,16 @@ from torch.export import ExportedProgram
 from adaattn.attention.base import PlannedAttention
 from adaattn.config import Budget
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export import backends, engine, folder, golden, onnx, parity, summary
+from adaattn.export import backends, engine, folder, golden, onnx, parity, serving, summary
 from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs
 from adaattn.export.html import render
+from adaattn.export.runtime import profile_of
 from adaattn.input_spec import Dimension, InputSpec
 
-TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+TARGETS = ("onnx", "tensorrt-rtx", "tensorrt", "triton")
 # TensorRT builds torch's opset-23 Attention only where a fused kernel takes its types and shapes, and TensorRT-RTX 1.7
 # crashes on self-attention of a tensor with itself; up to 22 torch writes MatMul and Softmax.
-NEWEST_OPSET = {"onnx": onnx.NEWEST_OPSET, "tensorrt-rtx": 22, "tensorrt": 22}
+NEWEST_OPSET = {"onnx": onnx.NEWEST_OPSET, "tensorrt-rtx": 22, "tensorrt": 22, "triton": onnx.NEWEST_OPSET}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -36,14 +37,17 @@ class Options:
     """What to make of a model.
 
     Args:
-        targets: of TARGETS; None for onnx and every target whose package is here.
+        targets: of TARGETS; None for onnx and every TensorRT target whose package is here. "triton" serves the
+            tensorrt engine where that is a target too, else the ONNX file.
         opset: 18 to 24; None for the newest that all targets take.
         dtype: float32, float16 or bfloat16, to convert the model to; None leaves it.
         tolerance: of every adaptive module; None leaves them.
         emit_plan: add each layer's precision and rank to the graph's outputs.
         verify: run golden inputs and compare.
         external_data_threshold: bytes above which a tensor goes to the external file.
-        compute_capabilities: of tensorrt-rtx.
+        build: how engines are built.
+        profiles: of engines: for each profile the sizes of dimensions, "min:opt:max", that are narrower in it; none for
+            one profile of all sizes.
         force: replace an output folder that exists.
 
     Raises:
@@ -57,7 +61,8 @@ class Options:
     emit_plan: bool = False
     verify: bool = True
     external_data_threshold: int | None = None
-    compute_capabilities: tuple[str, ...] = engine.RTX_COMPUTE_CAPABILITIES
+    build: engine.BuildOptions = field(default_factory=engine.BuildOptions)
+    profiles: tuple[Mapping[str, str], ...] = ()
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -70,6 +75,12 @@ class Options:
             raise ConfigError(f"dtype is {self.dtype!r}; choose of {', '.join(DTYPES)}")
         if self.external_data_threshold is not None and self.external_data_threshold < 0:
             raise ConfigError(f"external_data_threshold is {self.external_data_threshold}; give bytes, 0 or more")
+        targets = self.chosen_targets()
+        self.build.check(targets)
+        if self.profiles and not set(engine.PACKAGES) & set(targets):
+            raise ConfigError(f"profiles have nothing to act on: they are of engines, not of {', '.join(targets)}")
+        if self.build.strip_weights and "triton" in targets:
+            raise ConfigError("strip_weights does not go with triton: the server puts no weights into engines")
 
     def chosen_targets(self) -> tuple[str, ...]:
         """The targets, the ONNX file first: all others are made from it."""
@@ -107,6 +118,7 @@ def export(
     source: str | None = None,
     command: str | None = None,
     on_stage: Stage = lambda stage: None,
+    on_progress: engine.Progress = lambda phase, share: None,
 ) -> Result:
     """Export a model to ONNX and TensorRT, verify each artifact against eager PyTorch, and write a report.
 
@@ -119,6 +131,7 @@ def export(
         options: targets and the rest.
         source, command: what the report names as the model and the command.
         on_stage: called with the name of each stage as it begins.
+        on_progress: called, while an engine is built, with the builder's phase and the share that is done, 0 to 1.
 
     Returns:
         The folder and the report. A target that fails is in the report; the others stand.
@@ -144,12 +157,17 @@ def export(
     with folder.staging(out, options.force) as staged:
         with clock.stage("capture"):
             captured, module = _capture(model, specs, examples, sizes, options, notes)
+            profiles = [_profile(captured, narrower) for narrower in options.profiles or ({},)]
         with clock.stage("onnx"):
             names, files = _lower(captured, staged / "model.onnx", options)
-        targets = {"onnx": _target("onnx", files)}
+        targets = {"onnx": _target("onnx", staged, files)}
         for target in options.chosen_targets()[1:]:
             with clock.stage(target):
-                targets[target] = _build(target, staged, captured, options)
+                if target == "triton":
+                    name = folder.model_name(source or type(model).__name__)
+                    targets[target] = _serve(name, staged, captured, options, targets.get("tensorrt"))
+                else:
+                    targets[target] = _build(target, staged, profiles, options, on_progress)
         layers: list[dict[str, Any]] = []
         if options.verify:
             with clock.stage("eager"):
@@ -158,9 +176,9 @@ def export(
                 golden.save(staged / "golden.npz", [(want.case, want.exact) for want in expected])
                 layers = summary.layers(list(names), expected, module)
             for name, entry in targets.items():
-                if entry["verdict"] != "failed":
+                if entry["verdict"] != "failed" and name != "triton":
                     with clock.stage(f"verify {name}"):
-                        _verify(entry, staged, list(names.values()), options, reference, expected)
+                        _verify(entry, staged, list(names.values()), reference, expected)
         else:
             for entry in targets.values():
                 entry["reason"] = entry["reason"] or "made, not verified: --no-verify"
@@ -265,43 +283,71 @@ def _warn_of_weights(state: Mapping[str, Any], notes: list[str]) -> None:
             notes.append(f"weight {name} has {count} NaN or Inf of {x.numel()} numbers")
 
 
-def _profile(captured: Captured) -> engine.Profile:
-    dims = captured.dims
+def _profile(captured: Captured, narrower: Mapping[str, str]) -> engine.Profile:
+    """Shapes of the inputs at the least, usual and largest sizes of the dimensions."""
+    dims = dict(captured.dims)
+    symbols = {dim.name: symbol for symbol, dim in dims.items()}
+    for name, text in narrower.items():
+        if name not in symbols:
+            known = ", ".join(symbols) or "none"
+            raise ConfigError(f"the profile {name}={text} names no dynamic dimension of the model; it has {known}")
+        dim, whole = Dimension.parse(name, text), dims[symbols[name]]
+        if dim.min < whole.min or dim.max > whole.max:
+            raise ConfigError(f"the profile {name}={text} is not within {name}={whole}; widen --dim")
+        dims[symbols[name]] = dim
     points = [{symbol: getattr(dim, at) for symbol, dim in dims.items()} for at in ("min", "opt", "max")]
     return {
         item.name: (item.sizes(points[0]), item.sizes(points[1]), item.sizes(points[2])) for item in captured.inputs
     }
 
 
-def _target(name: str, files: Sequence[Path]) -> dict[str, Any]:
+def _target(name: str, staged: Path, files: Sequence[Path]) -> dict[str, Any]:
     return {
         "name": name,
         "verdict": "not run",
         "reason": None,
-        "artifacts": [{"path": file.name, "bytes": file.stat().st_size} for file in files],
+        "artifacts": [{"path": file.relative_to(staged).as_posix(), "bytes": file.stat().st_size} for file in files],
         "seconds": 0.0,
+        "ops": None,
         "outputs": [],
         "histogram": None,
         "plans": None,
     }
 
 
-def _build(target: str, staged: Path, captured: Captured, options: Options) -> dict[str, Any]:
-    path, log = staged / f"{target}.engine", staged / f"{target}.log"
+def _build(
+    target: str, staged: Path, profiles: Sequence[engine.Profile], options: Options, on_progress: engine.Progress
+) -> dict[str, Any]:
+    model, path, log = staged / "model.onnx", staged / f"{target}.engine", staged / f"{target}.log"
+    build = options.build.taken_by(target)
     try:
-        build = engine.BuildOptions(compute_capabilities=options.compute_capabilities)
-        engine.engine_from_onnx(staged / "model.onnx", target, path, [_profile(captured)], build, log)
+        about = engine.engine_from_onnx(model, target, path, profiles, build, log, on_progress)
     except TargetError as error:
         path.unlink(missing_ok=True)
-        return _target(target, [log] if log.exists() else []) | {"verdict": "failed", "reason": str(error)}
-    return _target(target, [path, engine.sidecar(path), log])
+        return _target(target, staged, [log] if log.exists() else []) | {"verdict": "failed", "reason": str(error)}
+    files = [path, engine.sidecar(path), log]
+    if target == "tensorrt" and not build.strip_weights:
+        files.append(serving.ep_context(model, path))
+    return _target(target, staged, files) | {"ops": about["ops"]}
+
+
+def _serve(
+    name: str, staged: Path, captured: Captured, options: Options, built: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A model repository of the engine that was built, or of the ONNX file."""
+    if built is not None and built["verdict"] == "failed":
+        return _target("triton", staged, []) | {"verdict": "failed", "reason": "the engine to serve was not built"}
+    path = None if built is None else staged / "tensorrt.engine"
+    dims = {dim.name: dim for dim in captured.dims.values()}
+    files = serving.triton_repository(staged / "triton", name, staged / "model.onnx", dims, path)
+    command = serving.triton_command(options.build if built is not None else engine.BuildOptions())
+    return _target("triton", staged, files) | {"reason": f"written, not run: {command}"}
 
 
 def _verify(
     entry: dict[str, Any],
     staged: Path,
     plan_names: backends.PlanNames,
-    options: Options,
     reference: parity.Reference,
     expected: Sequence[parity.Expected],
 ) -> None:
@@ -309,12 +355,33 @@ def _verify(
     try:
         if name == "onnx":
             backend = backends.onnxruntime_backend(staged / "model.onnx", plan_names)
-        else:
-            capabilities = options.compute_capabilities if name == "tensorrt-rtx" else ()
-            log = staged / f"{name}.run.log"  # the builder's own is an artifact, and stays
-            backend = backends.engine_backend(name, staged / f"{name}.engine", log, capabilities)
-        entry.update(parity.compare(reference, expected, backend))
+            entry.update(parity.compare(reference, expected, backend))
+            return
+        path, log = staged / f"{name}.engine", staged / f"{name}.run.log"  # the builder's own is an artifact, and stays
+        about = json.loads(engine.sidecar(path).read_text())
+        backend = backends.engine_backend(path, log, about)
+        served, others = _served(about["profiles"], expected)
+        if not served:
+            raise backends.CannotRun(f"built, not run: no profile takes the golden inputs {', '.join(others)}")
+        entry.update(parity.compare(reference, served, backend))
+        if others and entry["reason"] is None:
+            entry["reason"] = f"not run on the golden inputs {', '.join(others)}, which no profile takes"
     except backends.CannotRun as error:
         entry["reason"] = str(error)
     except TargetError as error:
         entry.update(verdict="failed", reason=str(error))
+
+
+def _served(
+    profiles: Sequence[Mapping[str, Any]], expected: Sequence[parity.Expected]
+) -> tuple[list[parity.Expected], list[str]]:
+    """The cases that an engine takes, and the names of the others."""
+    served, others = [], []
+    for want in expected:
+        try:
+            profile_of(profiles, {name: tuple(x.shape) for name, x in want.case.inputs.items()})
+        except ConfigError:
+            others.append(want.case.name)
+        else:
+            served.append(want)
+    return served, others

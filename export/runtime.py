@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export.engine import INSTALL, PACKAGES, sidecar
+from adaattn.export.engine import INSTALL, PACKAGES, sidecar, versions_found
+from adaattn.plugins import driver
 
 if TYPE_CHECKING:
     import torch
@@ -208,42 +209,77 @@ class OnnxRuntime(Runtime):
         del self._session
 
 
+@dataclass(frozen=True)
+class OpenEngine:
+    """An engine that is ready for execution contexts, what its `.engine.json` says, and what must live as long."""
+
+    engine: Any
+    about: Mapping[str, Any]
+    runtime: Any
+    logger: Any
+
+
+def open_engine(path: Path) -> OpenEngine:
+    """Load an engine with what its options ask for: its plugins, its weights, its share of the GPU's memory.
+
+    Raises:
+        ConfigError: there is no `.engine.json` beside it.
+        TargetError: its package, its GPU or a file that it needs is missing, or the package refuses it.
+    """
+    about = _about(path)
+    options, target = about["options"], about["target"]
+    if importlib.util.find_spec(about["package"]) is None:
+        raise TargetError(f"{about['package']} is not installed: {INSTALL[target]}")
+    here = driver.capability()
+    built = ", ".join(about["compute_capabilities"])
+    fits = here is not None and (str(here / 10) in about["compute_capabilities"] or options["hardware_compatible"])
+    if not fits:
+        raise TargetError(f"{path.name} needs a GPU of compute capability {built} ({versions_found(target)})")
+    trt = importlib.import_module(about["package"])
+    logger = trt.Logger(trt.Logger.WARNING)
+    library = options["plugin_library"]
+    if library is not None and trt.get_plugin_registry().load_library(library) is None:
+        raise TargetError(f"TensorRT does not load the plugins {library} ({versions_found(target)})")
+    runtime = trt.Runtime(logger)
+    # A version-compatible engine carries code for the host: open only engines whose origin you trust.
+    runtime.engine_host_code_allowed = options["version_compatible"]
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        version = about["versions"][about["package"]]
+        raise TargetError(f"{path.name}, which {version} built, does not open ({versions_found(target)})")
+    if options["strip_weights"]:
+        _refit(trt, logger, engine, path.parent / about["model"])
+    if options["weight_streaming"]:
+        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+    return OpenEngine(engine, about, runtime, logger)
+
+
+def _refit(trt: Any, logger: Any, engine: Any, model: Path) -> None:
+    """Put the weights of the ONNX file into an engine that was built without."""
+    if not model.is_file():
+        raise TargetError(f"the engine was built without weights and takes them from {model}, which is not there")
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not parser.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
+        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise TargetError(f"the engine does not take the weights of {model}: {'; '.join(errors) or 'its log says why'}")
+
+
 class EngineRuntime(Runtime):
     """An engine of TensorRT or TensorRT-RTX, with torch's memory and stream."""
 
     def __init__(self, path: Path, cuda_graph: bool) -> None:
-        self._about = _about(path)
-        package = self._about["package"]
-        target = next(target for target, name in PACKAGES.items() if name == package)
-        if importlib.util.find_spec(package) is None:
-            raise TargetError(f"{package} is not installed: {INSTALL[target]}")
+        self._opened = open_engine(path)
         import torch
 
-        self._torch = torch
         if not torch.cuda.is_available():
-            raise TargetError(f"{path.name} needs an NVIDIA GPU, and torch {torch.__version__} sees none")
-        built, here = self._about["compute_capabilities"], ".".join(map(str, torch.cuda.get_device_capability()))
-        if here not in built and not self._about["options"]["hardware_compatible"]:
-            raise TargetError(f"{path.name} is built for compute capability {', '.join(built)}; this GPU has {here}")
-        if self._about["options"]["strip_weights"]:
-            raise TargetError(f"{path.name} was built without weights: refit it from the ONNX file, or build it anew")
-        trt = importlib.import_module(package)
-        self._logger = trt.Logger(trt.Logger.WARNING)
-        library = self._about["options"]["plugin_library"]
-        if library is not None and trt.get_plugin_registry().load_library(library) is None:
-            raise TargetError(f"TensorRT {trt.__version__} does not load the plugins {library}")
-        self._runtime = trt.Runtime(self._logger)
-        # A version-compatible engine carries code for the host: open only engines whose origin you trust.
-        self._runtime.engine_host_code_allowed = self._about["options"]["version_compatible"]
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            version = self._about["versions"][package]
-            raise TargetError(f"{package} {trt.__version__} does not open {path.name}, which {version} built")
-        self._context = self._engine.create_execution_context()
+            raise TargetError(f"{path.name} runs with torch's memory, and torch {torch.__version__} sees no GPU")
+        self._torch = torch
+        self._context = self._opened.engine.create_execution_context()
         self._graphs: dict[Any, Any] | None = {} if cuda_graph else None
         self._profile = 0
-        self.inputs = {x["name"]: _engine_info(x) for x in self._about["inputs"]}
-        self.outputs = {x["name"]: _engine_info(x) for x in self._about["outputs"]}
+        self.inputs = {x["name"]: _engine_info(x) for x in self._opened.about["inputs"]}
+        self.outputs = {x["name"]: _engine_info(x) for x in self._opened.about["outputs"]}
 
     def _run(self, inputs: Mapping[str, Value]) -> dict[str, Any]:
         torch = self._torch
@@ -261,7 +297,7 @@ class EngineRuntime(Runtime):
         """Give the engine shapes and addresses; the outputs that it will write."""
         torch = self._torch
         shapes = {name: tuple(x.shape) for name, x in given.items()}
-        profile = profile_of(self._about["profiles"], shapes)
+        profile = profile_of(self._opened.about["profiles"], shapes)
         if profile != self._profile:
             stream = torch.cuda.current_stream()
             self._context.set_optimization_profile_async(profile, stream.cuda_stream)
@@ -307,7 +343,7 @@ class EngineRuntime(Runtime):
 
     def close(self) -> None:
         self._graphs = None
-        del self._context, self._engine, self._runtime
+        del self._context, self._opened
 
 
 def profile_of(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]], shapes: Mapping[str, Sequence[int]]) -> int:
@@ -344,6 +380,8 @@ def _about(path: Path) -> dict[str, Any]:
         about: dict[str, Any] = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"{path.name} has no {file.name} beside it, which says what it is") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not what adaattn-export wrote: {error}") from error
     return about
 
 

@@ -54,7 +54,11 @@ def _versions() -> dict[str, str]:
 
 def write_manifest(folder: Path, report: Mapping[str, Any]) -> None:
     """Hashes of all files, versions and command."""
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
     content = {
         "files": files,
         "versions": report["versions"],

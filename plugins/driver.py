@@ -35,12 +35,20 @@ def capability(device: int = 0) -> int | None:
     return None if any(asked) else 10 * major.value + minor.value
 
 
+def cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver takes, (12, 8) for 12.8; None without a driver that finds a GPU."""
+    driver, found = _driver(), ctypes.c_int()
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(found)):
+        return None
+    return found.value // 1000, found.value % 1000 // 10
+
+
 def ptx_version() -> int | None:
     """The newest PTX that the driver takes, 84 for 8.4; None without a driver."""
-    driver, cuda = _driver(), ctypes.c_int()
-    if driver is None or driver.cuDriverGetVersion(ctypes.byref(cuda)):
+    cuda = cuda_version()
+    if cuda is None:
         return None
-    major, minor = cuda.value // 1000, cuda.value % 1000 // 10
+    major, minor = cuda
     if major >= 13:
         return 90 + 10 * (major - 13) + minor
     # From CUDA's release notes: 12.5 and 12.6 both brought PTX 8.5.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from adaattn.errors import ConfigError, TargetError
+from adaattn.ops.dispatch import OLDEST_ARCHITECTURE
 from adaattn.plugins import NAMESPACE, driver
 from adaattn.plugins.ptx import Entry, entry
 from adaattn.plugins.variants import VARIANTS, Launch, Node, Variant
@@ -41,7 +42,8 @@ def register(capability: int | None = None, ptx_version: int | None = None) -> N
         ptx_version: newest PTX that the driver of the engine to come takes, 84 for 8.4; by default that of this driver.
 
     Raises:
-        TargetError: TensorRT is missing or too old for plugins that are compiled ahead, or there is no GPU to ask.
+        TargetError: TensorRT is missing or too old for plugins that are compiled ahead, or there is no GPU to ask, or
+            one too old for the kernels.
     """
     try:
         import tensorrt.plugin as trtp
@@ -52,6 +54,9 @@ def register(capability: int | None = None, ptx_version: int | None = None) -> N
     capability = capability or driver.capability()
     if capability is None:
         raise TargetError("no GPU to compile the plugins for: the CUDA driver shows none; name its architecture")
+    if capability < OLDEST_ARCHITECTURE:
+        least, here = OLDEST_ARCHITECTURE / 10, capability / 10
+        raise TargetError(f"the plugins need compute capability {least}; this GPU has {here}: take plugins='none'")
     ptx_version = ptx_version or driver.ptx_version()
     for variant in VARIANTS.values():
         if not hasattr(getattr(trtp.op, NAMESPACE, None), variant.name):

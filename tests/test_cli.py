@@ -268,4 +268,4 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(model: Path, monkeypatch: 
     [("a/model.pt", "model-export"), ("shop.models:ranker", "ranker-export"), ("m.v2.pt2", "m.v2-export")],
 )
 def test_the_folder_is_named_after_the_model(name: str, out: str) -> None:
-    assert cli._default_output(name) == out
+    assert f"{folder.model_name(name)}-export" == out

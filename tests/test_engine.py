@@ -13,7 +13,7 @@ from torch import nn
 
 import adaattn
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export import Options, engine, export
+from adaattn.export import Options, backends, engine, export
 
 pytestmark = pytest.mark.skipif(not engine.installed("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
 
@@ -70,7 +70,8 @@ def test_newest_opset_builds_too(tmp_path: Path) -> None:
 
 
 def test_a_builder_that_refuses_fails_its_target_alone(tmp_path: Path) -> None:
-    options = Options(("onnx", "tensorrt-rtx"), compute_capabilities=("7.7",))
+    build = engine.BuildOptions(compute_capabilities=("7.7",))
+    options = Options(("onnx", "tensorrt-rtx"), build=build)
     made = export(adaattn.DenseAttention(64, 4), INPUTS, tmp_path / "out", options=options)
     assert not made.passed
     onnx_target, engine_target = made.report["targets"]
@@ -92,11 +93,16 @@ def test_the_log_says_which_node_is_refused(tmp_path: Path) -> None:
 def test_an_engine_says_what_it_is(tmp_path: Path) -> None:
     made = export(adaattn.Encoder(64, 4, ("adaptive",)), {"x": "B,S,64"}, tmp_path / "out", options=ONNX)
     profiles = [{"x": ((1, 1, 64), (1, size, 64), (2, 4 * size, 64))} for size in (8, 32)]
-    steps: list[tuple[str, int, int]] = []
+    shares: list[float] = []
     options = engine.BuildOptions(compute_capabilities=("8.9",), optimization_level=1, workspace=256)
     file = tmp_path / "model.engine"
     about = engine.engine_from_onnx(
-        made.directory / "model.onnx", "tensorrt-rtx", file, profiles, options, on_progress=lambda *x: steps.append(x)
+        made.directory / "model.onnx",
+        "tensorrt-rtx",
+        file,
+        profiles,
+        options,
+        on_progress=lambda phase, share: shares.append(share),
     )
     assert sorted(path.name for path in tmp_path.glob("model.*")) == ["model.engine", "model.engine.json", "model.log"]
     assert about["compute_capabilities"] == ["8.9"]
@@ -104,8 +110,9 @@ def test_an_engine_says_what_it_is(tmp_path: Path) -> None:
     assert [each["x"][2] for each in about["profiles"]] == [[2, 32, 64], [2, 128, 64]]
     assert len(about["ops"]) == 5  # moments of q, k and v, the plan, and the layer that is named after its module
     assert set(about["ops"].values()) <= {"body", "unknown"}
-    assert steps
-    assert all(0 < step <= of for _, step, of in steps)
+    assert (about["target"], about["model"]) == ("tensorrt-rtx", "out/model.onnx")
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
 
 
 def test_options_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
@@ -121,8 +128,60 @@ def test_options_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="target 'openvino' is unknown"):
         engine.engine_from_onnx(tmp_path / "m.onnx", "openvino", tmp_path / "m.engine", [])
     options = engine.BuildOptions(timing_cache=tmp_path / "cache")
-    with pytest.raises(ConfigError, match="tensorrt-rtx has no timing cache"):
+    with pytest.raises(ConfigError, match="timing_cache has nothing to act on: it is for tensorrt, not for"):
         engine.engine_from_onnx(tmp_path / "m.onnx", "tensorrt-rtx", tmp_path / "m.engine", [], options)
+    for targets, given, said in (
+        (("onnx", "tensorrt-rtx"), {"build": engine.BuildOptions(plugins="none")}, "plugins has nothing to act on"),
+        (("onnx",), {"build": engine.BuildOptions(workspace=1)}, "workspace has nothing .* tensorrt and tensorrt-rtx"),
+        (("onnx",), {"profiles": ({"S": "1:1:1"},)}, "profiles have nothing to act on"),
+        (("triton", "tensorrt"), {"build": engine.BuildOptions(strip_weights=True)}, "strip_weights does not go with"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            Options(targets, **given)
+    both = engine.BuildOptions(plugins="none", hardware_compatible=True, compute_capabilities=("8.9",), workspace=9)
+    assert both.taken_by("tensorrt-rtx") == engine.BuildOptions(compute_capabilities=("8.9",), workspace=9)
+    assert both.taken_by("tensorrt").given() == ["plugins", "workspace", "hardware_compatible"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_what_is_missing_is_said_with_the_versions_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tensorrt.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    said = r"on the GPU that runs it, and there is none here \(tensorrt .*, no GPU that a CUDA driver finds\)"
+    with pytest.raises(TargetError, match=said):
+        engine.engine_from_onnx(tmp_path / "m.onnx", "tensorrt", tmp_path / "m.engine", [])
+    # TensorRT-RTX needs a GPU to make an engine without weights.
+    made = export(nn.Linear(8, 8), {"input": "B,8"}, tmp_path / "out", options=ONNX)
+    options, shapes = engine.BuildOptions(strip_weights=True), {"input": ((1, 8), (1, 8), (8, 8))}
+    model, file = made.directory / "model.onnx", tmp_path / "m.engine"
+    with pytest.raises(TargetError, match=r"tensorrt_rtx \d.*, no GPU"):
+        engine.engine_from_onnx(model, "tensorrt-rtx", file, [shapes], options)
+    assert not file.exists()
+
+
+def test_cases_that_no_profile_takes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification of an engine with narrow profiles, eager PyTorch in the engine's place."""
+    model = nn.Linear(8, 8)
+    ran: list[str] = []
+
+    def backend(path: Path, log: Path, about: dict[str, Any]) -> Any:
+        def run(case: Any) -> Any:
+            ran.append(case.name)
+            with torch.no_grad():
+                return {"output": model(case.inputs["input"])}, None
+
+        return run
+
+    monkeypatch.setattr(backends, "engine_backend", backend)
+    options = Options(("tensorrt-rtx",), profiles=({"B": "1:1:2"}, {"B": "4:7:7"}))
+    made = export(model, {"input": "B,8"}, tmp_path / "out", dims={"B": "1:5:30"}, options=options)
+    target = made.report["targets"][1]
+    assert (target["verdict"], ran) == ("passed", ["shortest", "odd", "outliers"])
+    assert target["reason"] == "not run on the golden inputs longest, which no profile takes"
+    options = Options(("tensorrt-rtx",), profiles=({"B": "2:2:4"},))
+    target = export(model, {"input": "B,8"}, tmp_path / "b", dims={"B": "1:5:30"}, options=options).report["targets"][1]
+    assert target["verdict"] == "not run"
+    assert target["reason"].startswith("built, not run: no profile takes the golden inputs shortest, odd, outliers")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an engine runs only on a GPU")

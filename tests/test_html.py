@@ -67,7 +67,15 @@ def output(name: str, case: str, error: float | None, **changes: Any) -> dict[st
 @pytest.fixture
 def report() -> dict[str, Any]:
     def target(name: str, verdict: str, **changes: Any) -> dict[str, Any]:
-        base = {"reason": None, "artifacts": [], "seconds": 1.24, "outputs": [], "histogram": None, "plans": None}
+        base = {
+            "reason": None,
+            "artifacts": [],
+            "seconds": 1.24,
+            "outputs": [],
+            "histogram": None,
+            "plans": None,
+            "ops": None,
+        }
         return {"name": name, "verdict": verdict, **base, **changes}
 
     return {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ import adaattn
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export import Options, engine, export
 from adaattn.export.run import main
-from adaattn.export.runtime import open_runtime, profile_of
+from adaattn.export.runtime import open_engine, open_runtime, profile_of
+from adaattn.plugins import driver
 
 X = np.random.default_rng(0).standard_normal((2, 9, 32)).astype(np.float32)
 
@@ -78,13 +81,91 @@ def test_an_engine_needs_its_description_and_a_gpu(tmp_path: Path) -> None:
     file.write_bytes(b"")
     with pytest.raises(ConfigError, match=r"m\.engine has no m\.engine\.json beside it"):
         open_runtime(file)
-    engine.sidecar(file).write_text(json.dumps({"package": "tensorrt_rtx", "compute_capabilities": ["8.9"]}))
-    said = "needs an NVIDIA GPU, and torch" if engine.installed("tensorrt-rtx") else "is not installed"
-    with pytest.raises(TargetError, match=said):
+    engine.sidecar(file).write_text("{")
+    with pytest.raises(ConfigError, match=r"m\.engine\.json is not what adaattn-export wrote"):
+        open_runtime(file)
+    about = {"target": "tensorrt-rtx", "package": "tensorrt_rtx", "compute_capabilities": ["8.9"], "options": {}}
+    engine.sidecar(file).write_text(json.dumps(about))
+    said = r"needs a GPU of compute capability 8\.9 \(tensorrt_rtx .*, no GPU that a CUDA driver finds\)"
+    with pytest.raises(TargetError, match=said if engine.installed("tensorrt-rtx") else "is not installed"):
         open_runtime(file)
     (tmp_path / "m.onnx").touch()
     with pytest.raises(TargetError, match="has no CUDAExecutionProvider here: pip install onnxruntime-gpu"):
         open_runtime(tmp_path / "m.onnx", device="cuda")
+
+
+TENSORRT = """
+calls = []
+
+def said(name, result=None):
+    def call(*arguments):
+        calls.append((name, *(str(x) for x in arguments if isinstance(x, (str, int)))))
+        return result
+    return call
+
+class Engine:
+    def __setattr__(self, name, value): calls.append((name, value))
+    get_weight_streaming_automatic_budget = staticmethod(lambda: 123)
+
+class Logger:
+    WARNING = 1
+    def __init__(self, level): pass
+
+class Runtime:
+    def __init__(self, logger): pass
+    def __setattr__(self, name, value): calls.append((name, value))
+    deserialize_cuda_engine = staticmethod(lambda content: Engine() if content == b"good" else None)
+
+class Refitter:
+    def __init__(self, engine, logger): pass
+    refit_cuda_engine = staticmethod(said("refit", True))
+
+class OnnxParserRefitter:
+    def __init__(self, refitter, logger): pass
+    refit_from_file = staticmethod(said("weights", True))
+
+class get_plugin_registry:
+    load_library = staticmethod(lambda path: said("library")(path) or ("handle" if "lib.so" in path else None))
+"""
+
+
+def test_an_engine_gets_what_its_options_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of TensorRT, recorded by a stand-in; an engine runs only where there is a GPU."""
+    stand_in = ModuleType("tensorrt")
+    stand_in.__spec__ = ModuleSpec("tensorrt", None)
+    exec(TENSORRT, stand_in.__dict__)
+    monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
+    monkeypatch.setattr(driver, "capability", lambda: 90)
+    file = tmp_path / "m.engine"
+    file.write_bytes(b"good")
+    options: dict[str, object] = dict.fromkeys(engine.BuildOptions.__dataclass_fields__)
+    about = {"target": "tensorrt", "package": "tensorrt", "compute_capabilities": ["9.0"], "model": "model.onnx"}
+
+    def opened(**changes: object) -> list[tuple[object, ...]]:
+        said = {**about, "versions": {"tensorrt": "10.14"}, "options": options | changes}
+        engine.sidecar(file).write_text(json.dumps(said))
+        stand_in.calls.clear()
+        open_engine(file)
+        return list(stand_in.calls)
+
+    assert opened() == [("engine_host_code_allowed", None)]
+    assert opened(plugin_library="lib.so", version_compatible=True, weight_streaming=True) == [
+        ("library", "lib.so"),
+        ("engine_host_code_allowed", True),
+        ("weight_streaming_budget_v2", 123),
+    ]
+    with pytest.raises(TargetError, match=r"takes them from .*model\.onnx, which is not there"):
+        opened(strip_weights=True)
+    (tmp_path / "model.onnx").touch()
+    assert opened(strip_weights=True)[1:] == [("weights", f"{tmp_path}/model.onnx"), ("refit",)]
+    with pytest.raises(TargetError, match="does not load the plugins other"):
+        opened(plugin_library="other")
+    file.write_bytes(b"bad")
+    with pytest.raises(TargetError, match=r"m\.engine, which 10\.14 built, does not open \(tensorrt "):
+        opened()
+    monkeypatch.setattr(driver, "capability", lambda: 80)
+    with pytest.raises(TargetError, match=r"needs a GPU of compute capability 9\.0"):
+        opened()
 
 
 def test_profiles_are_chosen_by_shape() -> None:

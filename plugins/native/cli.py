@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from adaattn.errors import AdaAttnError
 from adaattn.plugins.native import build as builder
-from adaattn.plugins.native.program import common_kinds, kinds
+from adaattn.plugins.native.program import common_kinds, for_onnxruntime, kinds
 
 
 @click.group()
@@ -66,6 +66,21 @@ def build(
     except AdaAttnError as error:
         raise click.ClickException(str(error)) from error
     click.echo(place)
+
+
+@main.command()
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def onnxruntime(model: Path) -> None:
+    """Write MODEL in the form that ONNX Runtime's TensorRT provider takes, and print the path of the copy.
+
+    That provider knows plugins only as ops of the domain trt.plugins. The copy, MODEL.trt.onnx, lies beside the model
+    and runs with that provider alone, given the library as trt_extra_plugin_lib_paths and ADAATTN_REGISTER=1 in the
+    environment.
+    """
+    try:
+        click.echo(for_onnxruntime(model))
+    except AdaAttnError as error:
+        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -125,6 +125,38 @@ def kinds(model: Path) -> list[Kind]:
     return list(found)
 
 
+def for_onnxruntime(model: Path) -> Path:
+    """Write a copy of a model whose ops ONNX Runtime's TensorRT provider takes for plugins: of domain `trt.plugins`.
+
+    The copy, `<model>.trt.onnx`, lies beside the model, where its external data is, and runs with that provider alone.
+
+    Raises:
+        ConfigError: the model has no op of ours.
+    """
+    import onnx
+
+    copy = onnx.load(str(model), load_external_data=False)
+    ours = [node for node in copy.graph.node if node.domain == NAMESPACE]
+    if not ours:
+        raise ConfigError(f"{model} has no op of ours: no node of domain {NAMESPACE!r}")
+    for node in ours:
+        node.domain = "trt.plugins"
+    others = [function for function in copy.functions if function.domain != NAMESPACE]
+    opsets = [opset for opset in copy.opset_import if opset.domain != NAMESPACE]
+    for field, kept in ((copy.functions, others), (copy.opset_import, opsets)):
+        del field[:]
+        field.extend(kept)
+    copy.opset_import.append(onnx.helper.make_opsetid("trt.plugins", 1))
+    out = model.with_suffix(".trt.onnx")
+    new = out.with_suffix(".new")
+    try:
+        onnx.save(copy, str(new))
+        new.replace(out)
+    finally:
+        new.unlink(missing_ok=True)
+    return out
+
+
 def common_kinds() -> list[Kind]:
     """For no model in particular: fp16, head_dim 64 and 128, causal or not, without a mask or with one of padding."""
     half, attention = (torch.float16,) * 3, (torch.float32,) * 2 + (torch.int32,) * 2

@@ -7,20 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import yardstick
 from torch import Tensor
+from wheel import unpacked
 
 import adaattn
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export import Options, export
 from adaattn.plugins import driver
 from adaattn.plugins.native import build as builder
-from adaattn.plugins.native.program import common_kinds, kinds
+from adaattn.plugins.native.program import common_kinds, for_onnxruntime, kinds
 from adaattn.plugins.variants import VARIANTS
 
 HERE = Path(__file__).parent
@@ -38,13 +38,7 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     carried = importlib.util.find_spec("kernel_lens")  # by `make gpu-wheels`
     if carried is not None and carried.origin is not None:
         return Path(carried.origin).parent / "include" / "tensorrt"
-    folder = tmp_path_factory.mktemp("headers")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "kernel-lens==2.0.1"]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no TensorRT headers: set TENSORRT_INCLUDE, or let pip reach kernel-lens")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(folder)
-    return folder / "kernel_lens" / "include" / "tensorrt"
+    return unpacked("kernel-lens==2.0.1", tmp_path_factory.mktemp("headers")) / "kernel_lens" / "include" / "tensorrt"
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +160,29 @@ def test_a_model_without_our_ops_and_one_that_no_kernel_fits_are_refused(tmp_pat
     hidden = onnx.helper.make_node("token_moments", ["z"], ["y"], domain="adaattn", center=0)
     with pytest.raises(ConfigError, match="nothing says what type and shape z of token_moments has"):
         kinds(saved(hidden, head_dim=16))
+
+
+def test_the_form_for_onnxruntime_names_plugins_and_carries_no_bodies(model: Path, tmp_path: Path) -> None:
+    import onnx
+
+    whole = onnx.load(model)
+    file = tmp_path / "model.onnx"
+    onnx.save(whole, file)
+    done = adaattn_plugins("onnxruntime", file)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/model.trt.onnx\n"), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.trt.onnx"]
+    copy = onnx.load(tmp_path / "model.trt.onnx")
+    onnx.checker.check_model(copy)
+    ours = [node for node in copy.graph.node if node.domain == "trt.plugins"]
+    assert {node.op_type for node in ours} <= set(VARIANTS)
+    assert [node.op_type for node in ours] == [node.op_type for node in whole.graph.node if node.domain == "adaattn"]
+    assert all(node.domain in ("", "trt.plugins") for node in copy.graph.node)
+    assert not copy.functions
+    assert {opset.domain for opset in copy.opset_import} == {"", "trt.plugins"}
+    named = {value.name for value in (*copy.graph.value_info, *copy.graph.output)}
+    assert all(name in named for node in ours for name in node.output)  # the provider's ops infer no types
+    with pytest.raises(ConfigError, match="has no op of ours"):
+        for_onnxruntime(tmp_path / "model.trt.onnx")
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,13 @@ def test_what_the_kernels_cannot_do_is_refused(registered: list[Launch]) -> None
         )
 
 
+def test_a_gpu_too_old_for_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in player.load().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(TargetError, match=r"need compute capability 8\.0; this GPU has 7\.5: take plugins='none'"):
+        plugins.register(75)
+
+
 def test_a_gpu_newer_than_the_driver_s_ptx_is_refused() -> None:
     spec = moments_spec(torch.float16, 64, masked=False, center=True)
     with pytest.raises(TargetError, match=r"sm_120 needs PTX 8\.7 and the driver takes 8\.4"):

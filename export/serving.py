@@ -1,0 +1,152 @@
+"""What other servers want beside a model: ONNX Runtime's TensorRT provider and Triton Inference Server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from adaattn.export.engine import BuildOptions, Profile, sidecar
+from adaattn.input_spec import Dimension
+
+EPCONTEXT = "model_epcontext.onnx"
+
+
+def ep_context(model: Path, engine: Path) -> Path:
+    """Wrap a TensorRT engine in an ONNX file, which ONNX Runtime's TensorRT provider opens without building anything.
+
+    Its one node, `com.microsoft.EPContext`, names the engine; the two files stay in one folder.
+
+    Args:
+        model: the ONNX file that the engine was built from; its inputs and outputs are those of the new file.
+        engine: in the same folder, with its sidecar.
+
+    Returns:
+        The file, `model_epcontext.onnx`.
+
+    Example:
+        >>> ep_context(Path("out/model.onnx"), Path("out/tensorrt.engine"))  # doctest: +SKIP
+        PosixPath('out/model_epcontext.onnx')
+    """
+    source, about = onnx.load(model, load_external_data=False), json.loads(sidecar(engine).read_text())
+    (capability,) = about["compute_capabilities"]
+    node = helper.make_node(
+        "EPContext",
+        [x.name for x in source.graph.input],
+        [x.name for x in source.graph.output],
+        name=engine.stem,
+        domain="com.microsoft",
+        main_context=1,
+        embed_mode=0,  # a path relative to this file; one that leaves its folder is refused
+        ep_cache_context=engine.name,
+        ep_sdk_version=about["versions"]["tensorrt"],
+        hardware_architecture="80+" if about["options"]["hardware_compatible"] else capability.replace(".", ""),
+        onnx_model_filename=model.name,
+        partition_name=engine.stem,
+        source="TensorrtExecutionProvider",
+    )
+    graph = helper.make_graph([node], source.graph.name, source.graph.input, source.graph.output)
+    opsets = [x for x in source.opset_import if x.domain == ""] + [helper.make_opsetid("com.microsoft", 1)]
+    wrapped = helper.make_model(graph, opset_imports=opsets, ir_version=source.ir_version, producer_name="adaattn")
+    onnx.checker.check_model(wrapped)
+    out = model.with_name(EPCONTEXT)
+    onnx.save(wrapped, out)
+    return out
+
+
+def triton_repository(
+    folder: Path, name: str, model: Path, dims: Mapping[str, Dimension], engine: Path | None
+) -> list[Path]:
+    """Write a model repository of Triton Inference Server: config.pbtxt and version 1 of the model.
+
+    Requests are batched by the server where the first dimension of every input and output is one and the same batch,
+    named B… or N…, that may be 1.
+
+    Args:
+        folder: the repository; gets a folder `name`.
+        model: the ONNX file, for names, types and shapes, and to serve it where there is no engine.
+        dims: sizes of the dimensions that the ONNX file names.
+        engine: a TensorRT engine, to serve it.
+
+    Returns:
+        The files written.
+    """
+    graph = onnx.load(model, load_external_data=False).graph
+    profiles: Sequence[Profile] = [] if engine is None else json.loads(sidecar(engine).read_text())["profiles"]
+    place = folder / name
+    (place / "1").mkdir(parents=True)
+    sources = {model.name: model, model.name + ".data": model.with_name(model.name + ".data")}
+    if engine is not None:
+        sources = {"model.plan": engine}
+    files = [_link(source, place / "1" / to) for to, source in sources.items() if source.exists()]
+    config = place / "config.pbtxt"
+    config.write_text(_config(name, graph, dims, "tensorrt" if engine else "onnxruntime", profiles))
+    return [config, *files]
+
+
+def triton_command(build: BuildOptions) -> str:
+    """How to start the server on the repository, in the folder of the export.
+
+    Example:
+        >>> triton_command(BuildOptions())
+        'tritonserver --model-repository=triton'
+    """
+    words = ["tritonserver", "--model-repository=triton"]
+    if build.plugin_library is not None:  # the server only opens the library
+        words = ["ADAATTN_REGISTER=1", *words, f"--backend-config=tensorrt,plugins={build.plugin_library}"]
+    if build.version_compatible:
+        words.append("--backend-config=tensorrt,version-compatible=true")
+    return " ".join(words)
+
+
+def _link(source: Path, to: Path) -> Path:
+    """A second name of a file, a copy where the disk has no such thing."""
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copyfile(source, to)
+    return to
+
+
+def _config(name: str, graph: Any, dims: Mapping[str, Dimension], backend: str, profiles: Sequence[Profile]) -> str:
+    batches = _batches(graph, dims, profiles)
+    lines = [f'name: "{name}"', f'backend: "{backend}"', f"max_batch_size: {max((b.max for b in batches), default=0)}"]
+    for kind, tensors in (("input", graph.input), ("output", graph.output)):
+        lines += [_tensor(kind, tensor, batched=bool(batches)) for tensor in tensors]
+    if batches:
+        preferred = ", ".join(map(str, sorted({batch.opt for batch in batches} - {1})))
+        lines.append(f"dynamic_batching {{ {f'preferred_batch_size: [ {preferred} ] ' if preferred else ''}}}")
+    if len(profiles) > 1:
+        numbers = ", ".join(f'"{number}"' for number in range(len(profiles)))
+        lines.append(f"instance_group [ {{ kind: KIND_GPU profile: [ {numbers} ] }} ]")
+    return "\n".join([*lines, ""])
+
+
+def _batches(graph: Any, dims: Mapping[str, Dimension], profiles: Sequence[Profile]) -> list[Dimension]:
+    """Sizes of the dimension along which requests may be joined, for each profile; none where they may not."""
+    shapes = [x.type.tensor_type.shape.dim for x in (*graph.input, *graph.output)]
+    first = {shape[0].dim_param if shape else "" for shape in shapes}
+    batch = dims.get(first.pop()) if len(first) == 1 else None
+    if batch is None or not batch.is_batch:
+        return []
+    of_inputs = [next(iter(each.values())) for each in profiles]
+    batches = [Dimension(batch.name, *(shape[0] for shape in shapes)) for shapes in of_inputs] or [batch]
+    return batches if min(each.min for each in batches) == 1 else []
+
+
+def _tensor(kind: str, tensor: Any, batched: bool) -> str:
+    sizes = [dim.dim_value or -1 for dim in tensor.type.tensor_type.shape.dim][1 if batched else 0 :]
+    # The server knows no tensor without dimensions.
+    shape = f"dims: [ {', '.join(map(str, sizes))} ]" if sizes else "dims: [ 1 ] reshape: { shape: [ ] }"
+    word = onnx.TensorProto.DataType.Name(tensor.type.tensor_type.elem_type)
+    return f'{kind} [ {{ name: "{tensor.name}" data_type: TYPE_{_TYPES.get(word, word)} {shape} }} ]'
+
+
+_TYPES = {"FLOAT": "FP32", "FLOAT16": "FP16", "DOUBLE": "FP64", "BFLOAT16": "BF16"}
+"""The server's words for types, where they are not ONNX's."""
