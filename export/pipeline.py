@@ -77,6 +77,9 @@ class Options:
             raise ConfigError(f"external_data_threshold is {self.external_data_threshold}; give bytes, 0 or more")
         targets = self.chosen_targets()
         self.build.check(targets)
+        for profile in self.profiles:
+            for name, text in profile.items():
+                Dimension.parse(name, text)  # refuses what is none
         if self.profiles and not set(engine.PACKAGES) & set(targets):
             raise ConfigError(f"profiles have nothing to act on: they are of engines, not of {', '.join(targets)}")
         if self.build.strip_weights and "triton" in targets:
