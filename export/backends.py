@@ -1,100 +1,166 @@
-"""Runtimes as the parity rule sees them: a case in, named outputs and plans out."""
+"""Runtimes as the parity rule sees them: a golden case in, named outputs and plans out. Nothing here needs torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import onnx
-import torch
-from torch import Tensor
+import numpy as np
 
 from adaattn.errors import TargetError
 from adaattn.export import engine
-from adaattn.export.golden import Case
-from adaattn.export.parity import Backend
-from adaattn.export.yardstick import PlanPair
+from adaattn.export.golden import Array, Golden
+from adaattn.export.parity import Backend, Ran
+from adaattn.plugins import NAMESPACE, driver
 
-PlanNames = Sequence[tuple[str, str]]  # names of precision and rank, one pair a layer
+PROVIDERS = {
+    "ort-cpu": "CPUExecutionProvider",
+    "ort-cuda": "CUDAExecutionProvider",
+    "ort-tensorrt": "TensorrtExecutionProvider",
+}
+BACKENDS = (*PROVIDERS, *engine.PACKAGES)
+"""By the names of commands and reports."""
 
 
 class CannotRun(Exception):
     """This machine cannot run the artifact: a fact to report, no fault of it."""
 
 
-def onnxruntime_backend(path: Path, plan_names: PlanNames) -> Backend:
-    """ONNX Runtime on the CPU, with nothing of ours installed.
+def open_backend(name: str, folder: Path, log: Path) -> Backend:
+    """A backend of BACKENDS on the artifacts of an export.
 
-    Outputs come from the file as it is. Plans come from a copy beside it that shows them: its graph has them inside.
+    Args:
+        folder: of the export.
+        log: of the runs of an engine; it is written only for engines.
 
     Raises:
-        CannotRun: ONNX Runtime's CPU provider has no kernel for a type of the model.
+        CannotRun: the artifact or something that it needs is not here.
         TargetError: ONNX Runtime refuses the file.
     """
-    import onnxruntime
+    if name in PROVIDERS:
+        return onnxruntime_backend(folder / "model.onnx", PROVIDERS[name])
+    return engine_backend(folder / f"{name}.engine", log)
 
+
+def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> Backend:
+    """ONNX Runtime, with nothing of ours installed.
+
+    Outputs come from the file as it is. Plans and heads come from a copy that shows them: its graph has them inside.
+
+    Raises:
+        CannotRun: ONNX Runtime has no such provider here, or no kernel of it for a type of the model.
+        TargetError: ONNX Runtime refuses the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise CannotRun("onnxruntime is not installed: pip install 'adaattn[cpu]' or 'adaattn[gpu]'") from error
+    if provider not in onnxruntime.get_available_providers():
+        raise CannotRun(f"onnxruntime {onnxruntime.__version__} has no {provider} here")
+    if provider != "CPUExecutionProvider" and driver.capability() is None:
+        raise CannotRun(f"{provider} needs a GPU, and a CUDA driver finds none on this machine")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Where a model from memory has its external data.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
 
-    def session(file: Path) -> onnxruntime.InferenceSession:
+    def session(model: Path | bytes) -> Any:
         try:
-            return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(model, options, providers=[provider])
         except Exception as error:  # its exceptions have no public base class
             reason = str(error).strip().splitlines()[-1]
             if "NOT_IMPLEMENTED" in reason or "Could not find an implementation" in reason:
-                raise CannotRun(f"ONNX Runtime's CPU provider cannot run it: {reason.split(' : ')[-1]}") from error
+                raise CannotRun(f"{provider} cannot run it: {reason.split(' : ')[-1]}") from error
             raise TargetError(f"ONNX Runtime refuses the file: {reason}") from error
 
     plain = session(path)
     names = [output.name for output in plain.get_outputs()]
-    flat = [name for pair in plan_names for name in pair]
-    shown = None
-    if flat:
-        copy = path.with_suffix(".plans.onnx")
-        try:
-            _show(path, copy, flat)
-            shown = session(copy)
-        finally:
-            copy.unlink(missing_ok=True)
+    layers = planned_layers(path)
+    shown = session(showing(path, [name for values in layers.values() for name in values])) if layers else None
 
-    def backend(case: Case) -> tuple[Mapping[str, Tensor], Sequence[PlanPair] | None]:
-        feed = {item.name: case.inputs[item.name].numpy() for item in plain.get_inputs()}
+    def call(of: Any, wanted: list[str], golden: Golden) -> dict[str, Array]:
+        feed = {x.name: as_type(x.type, golden.inputs[x.name]) for x in plain.get_inputs()}
         try:
-            outputs = {n: torch.from_numpy(x) for n, x in zip(names, plain.run(names, feed), strict=True)}
-            found = [torch.from_numpy(x) for x in shown.run(flat, feed)] if shown else []
+            return {name: wide(x) for name, x in zip(wanted, of.run(wanted, feed), strict=True)}
         except Exception as error:  # as above
-            raise TargetError(f"ONNX Runtime fails on {case.name}: {str(error).strip().splitlines()[-1]}") from error
-        return outputs, list(zip(found[::2], found[1::2], strict=True))
+            said = str(error).strip().splitlines()[-1]
+            raise TargetError(f"ONNX Runtime fails on {golden.name}: {said}") from error
+
+    def backend(golden: Golden) -> Ran:
+        outputs = call(plain, names, golden)
+        # Heads only where there is something to hold them against: they can be large.
+        wanted = {
+            name: layers[name] if layer.exact is not None else layers[name][:2]
+            for name, layer in golden.layers.items()
+            if name in layers
+        }
+        if not wanted:
+            return Ran(outputs, {}, {})
+        found = call(shown, list(dict.fromkeys(name for values in wanted.values() for name in values)), golden)
+        return Ran(
+            outputs,
+            {layer: (found[values[0]], found[values[1]]) for layer, values in wanted.items()},
+            {layer: found[values[2]] for layer, values in wanted.items() if len(values) > 2},
+        )
 
     return backend
 
 
-def engine_backend(path: Path, log: Path, about: Mapping[str, Any]) -> Backend:
+def engine_backend(path: Path, log: Path) -> Backend:
     """An engine on the GPU of this machine.
 
     Args:
         log: of the runs.
-        about: what the engine's sidecar says.
 
     Raises:
-        CannotRun: there is no GPU that the engine was built for.
+        CannotRun: there is no engine, or no GPU that it was built for.
     """
-    if not torch.cuda.is_available():
-        raise CannotRun("built, not run: torch sees no GPU on this machine")
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    if capability not in about["compute_capabilities"] and not about["options"]["hardware_compatible"]:
-        raise CannotRun(f"built, not run: this GPU has compute capability {capability}")
+    if not path.exists():
+        raise CannotRun(f"there is no {path.name}")
+    about = json.loads(engine.sidecar(path).read_text())
+    capability = driver.capability()
+    if capability is None:
+        raise CannotRun("built, not run: a CUDA driver finds no GPU on this machine")
+    if str(capability / 10) not in about["compute_capabilities"] and not about["options"]["hardware_compatible"]:
+        raise CannotRun(f"built, not run: this GPU has compute capability {capability / 10}")
 
-    def backend(case: Case) -> tuple[Mapping[str, Tensor], Sequence[PlanPair] | None]:
-        return engine.run(about["target"], path, log, case.inputs), None
+    def backend(golden: Golden) -> Ran:
+        return Ran(engine.run(about["target"], path, log, golden.inputs), {}, {})
 
     return backend
 
 
-def _show(path: Path, copy: Path, names: Sequence[str]) -> None:
-    """A copy of the model in the same folder, where its external data is found, with more outputs."""
+def planned_layers(path: Path) -> dict[str, tuple[str, str, str]]:
+    """For each planned attention of an ONNX file the names of its precision, rank and output."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    ours = [node for node in graph.node if node.domain == NAMESPACE and node.op_type.startswith("adaptive_attention")]
+    return {node.name: (node.input[5], node.input[6], node.output[0]) for node in ours}
+
+
+def showing(path: Path, names: Collection[str]) -> bytes:
+    """A model with more outputs, as ONNX Runtime loads it from memory."""
+    import onnx
+
     model = onnx.load(path, load_external_data=False)
     have = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in have)
-    onnx.save(model, copy)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def as_type(kind: str, x: Array) -> Array:
+    """An input in the type that the model takes: golden results hold bfloat16 as float32."""
+    if kind == "tensor(bfloat16)":
+        import ml_dtypes
+
+        return x.astype(ml_dtypes.bfloat16)
+    return x
+
+
+def wide(x: Array) -> Array:
+    """An output as reports compare it."""
+    return x.astype(np.float32) if x.dtype.name == "bfloat16" else x

@@ -13,16 +13,17 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from adaattn.errors import ConfigError, TargetError
+from adaattn.export.golden import Array
 from adaattn.plugins import driver
-
-if TYPE_CHECKING:
-    import torch
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 INSTALL = {
@@ -204,24 +205,22 @@ def sidecar(engine: Path) -> Path:
     return engine.with_name(engine.name + ".json")
 
 
-def run(target: str, engine: Path, log: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Outputs of an engine on the GPU of this machine, by name.
+def run(target: str, engine: Path, log: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Outputs of an engine on the GPU of this machine, by name; bfloat16 goes in and comes out as float32.
+
+    Args:
+        log: of the run.
 
     Raises:
         TargetError: the engine does not load or run.
     """
-    import torch
-
-    files = {"inputs": engine.with_suffix(".inputs.pt"), "outputs": engine.with_suffix(".outputs.pt")}
-    torch.save(dict(inputs), files["inputs"])
-    job = {"do": "run", "target": target, "engine": str(engine), **{n: str(f) for n, f in files.items()}}
-    try:
-        _run_child(job, engine.with_suffix(".job.json"), log)
-        outputs: dict[str, torch.Tensor] = torch.load(files["outputs"], weights_only=True)
-        return outputs
-    finally:
-        for file in files.values():
-            file.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="adaattn-") as scratch:
+        files = {"inputs": Path(scratch) / "inputs.npz", "outputs": Path(scratch) / "outputs.npz"}
+        np.savez(files["inputs"], **inputs)  # type: ignore[arg-type]
+        job = {"do": "run", "target": target, "engine": str(engine), **{n: str(f) for n, f in files.items()}}
+        _run_child(job, Path(scratch) / "job.json", log)
+        with np.load(files["outputs"]) as outputs:
+            return dict(outputs)
 
 
 def _run_child(

@@ -1,88 +1,113 @@
-"""Inputs that a model must survive: the shortest, odd and longest sizes, masked rows, outliers. Seeded."""
+"""Golden results: all that a verdict needs of eager PyTorch, in numpy, for machines that have no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from adaattn.export.capture import Captured, CapturedInput
-from adaattn.input_spec import Dimension
+from adaattn.errors import ConfigError
 
-SEED = 20260101
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Case:
-    """Named inputs of a model, on the CPU and in its types."""
+class Output:
+    """What an output should be.
+
+    Args:
+        exact: float64, at eager's plans; integers as they are.
+        dtype: of the model's output, in numpy's words, or "bfloat16".
+        eager_error: relative error of eager PyTorch in the model's type.
+        limit: what a backend may have.
+        lost: elements that eager itself has as NaN or Inf; None where there are none.
+    """
+
+    exact: Array
+    dtype: str
+    eager_error: float
+    limit: float
+    lost: Array | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a planned attention should do.
+
+    Args:
+        precision, rank: (B, H), of eager.
+        edge: (B, H), whether eager itself changes the plan when its moments move by a rounding or two.
+        exact: (B, H, S, D), its output in float32 at these plans; None where it is too large to keep.
+        eager_error: (H,), relative error of eager's output.
+    """
+
+    precision: Array
+    rank: Array
+    edge: Array
+    exact: Array | None = None
+    eager_error: Array | None = None
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A case, what should come of it, and of each planned attention by its name; bfloat16 inputs as float32."""
 
     name: str
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Output]
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: x.shape for name, x in self.inputs.items()}
 
 
-def cases(captured: Captured) -> list[Case]:
-    """Golden inputs of a captured program, and the user's own where there are some."""
-    generator = torch.Generator().manual_seed(SEED)
-    dims = captured.dims
-    first = {str(s) for item in captured.inputs if item.shape for s in getattr(item.shape[0], "free_symbols", ())}
-    # Attention grows with the square of its lengths: with them, one batch entry is enough.
-    batch = first if first != set(dims) else set()
-    sizes = {
-        "shortest": {name: dim.min for name, dim in dims.items()},
-        "odd": {name: _odd(dim) for name, dim in dims.items()},
-        "outliers": {name: _odd(dim) for name, dim in dims.items()},
-        "longest": {name: dim.min if name in batch else dim.max for name, dim in dims.items()},
-    }
-    found = [
-        Case(name, {item.name: _values(item, values, name, generator) for item in captured.inputs})
-        for name, values in sizes.items()
-        if dims or name in ("odd", "outliers")
-    ]
-    if captured.example is not None:
-        found.append(Case("example", captured.example))
-    return found
-
-
-def save(path: Path, outputs: Sequence[tuple[Case, Mapping[str, Tensor]]]) -> None:
-    """Inputs and float64 outputs as `CASE/input/NAME` and `CASE/output/NAME`; bfloat16 inputs as float32."""
-    arrays: dict[str, np.ndarray] = {}
-    for case, tensors in outputs:
-        for name, x in case.inputs.items():
-            arrays[f"{case.name}/input/{name}"] = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-        for name, x in tensors.items():
-            arrays[f"{case.name}/output/{name}"] = x.numpy()
+def save(path: Path, goldens: Sequence[Golden]) -> None:
+    """Write `CASE/input/NAME`, `CASE/output/NAME` and the rest as arrays of one .npz."""
+    arrays: dict[str, Array] = {}
+    for golden in goldens:
+        at = golden.name
+        arrays |= {f"{at}/input/{name}": x for name, x in golden.inputs.items()}
+        for name, output in golden.outputs.items():
+            arrays[f"{at}/output/{name}"] = output.exact
+            arrays[f"{at}/limit/{name}"] = np.array([output.eager_error, output.limit])
+            arrays[f"{at}/dtype/{name}"] = np.array(output.dtype)
+            if output.lost is not None:
+                arrays[f"{at}/lost/{name}"] = output.lost
+        for name, layer in golden.layers.items():
+            arrays |= {f"{at}/layer.{key}/{name}": x for key, x in vars(layer).items() if x is not None}
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
-def _odd(dim: Dimension) -> int:
-    size = min(max(dim.opt, 3), dim.max)
-    return max(dim.min, size if size % 2 else size - 1)
+def load(path: Path) -> list[Golden]:
+    """Read what `save` wrote.
+
+    Raises:
+        ConfigError: there is no such file, or it is none of ours.
+    """
+    found: dict[str, dict[str, dict[str, Array]]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for key in archive.files:
+                case, kind, name = key.split("/", 2)
+                found.setdefault(case, {}).setdefault(kind, {})[name] = archive[key]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} holds no golden results ({error}); export without --no-verify") from error
+    return [_golden(case, kinds) for case, kinds in found.items()]
 
 
-def _values(item: CapturedInput, sizes: Mapping[str, int], case: str, generator: torch.Generator) -> Tensor:
-    shape = item.sizes(sizes)
-    hide = case in ("odd", "outliers")
-    if item.dtype == torch.bool:
-        mask = (
-            torch.rand(shape, generator=generator) < 0.8 if case != "shortest" else torch.ones(shape, dtype=torch.bool)
-        )
-        return _hide_first_row(mask, False) if hide else mask
-    if not item.dtype.is_floating_point:
-        return torch.randint(0, item.below or 2, shape, generator=generator).to(item.dtype)
-    if "mask" in item.name or "bias" in item.name:
-        mask = torch.where(torch.rand(shape, generator=generator) < 0.8, 0.0, -torch.inf if hide else 0.0)
-        return (_hide_first_row(mask, -torch.inf) if hide else mask).to(item.dtype)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if case == "outliers":
-        x += 10 * torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.001)
-    return x.to(item.dtype)
-
-
-def _hide_first_row(mask: Tensor, nothing: bool | float) -> Tensor:
-    """A query, or for a mask (batch, keys) a sequence, that may attend to nothing."""
-    mask[(0,) * (mask.dim() - 1)] = nothing
-    return mask
+def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:
+    outputs = {}
+    for name, exact in kinds["output"].items():
+        eager_error, limit = kinds["limit"][name].tolist()
+        lost = kinds.get("lost", {}).get(name)
+        outputs[name] = Output(exact, str(kinds["dtype"][name]), eager_error, limit, lost)
+    of_layers = {kind.removeprefix("layer."): x for kind, x in kinds.items() if kind.startswith("layer.")}
+    layers = {
+        name: Layer(**{key: of[name] for key, of in of_layers.items() if name in of})
+        for name in of_layers.get("precision", {})
+    }
+    return Golden(case, kinds["input"], outputs, layers)

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,16 @@ from adaattn.plugins import NAMESPACE, VERSION
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 24
 EXTERNAL_ABOVE = 1 << 30  # bytes of weights in all: protobuf files end at 2 GiB
-SMALL_TENSOR = 1 << 10  # bytes: what is smaller stays in the file, where shape inference can read it
+SMALL_TENSOR = 1 << 10  # bytes: what is smaller stays in the file
+SHAPE = 64  # bytes of a tensor that may be a shape or axes, which shape inference reads from the file alone
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An ONNX graph and the program that torch made it from, whose values have the names of the graph's."""
+
+    graph: ir.Model
+    program: torch.export.ExportedProgram
 
 
 def lower(
@@ -32,7 +42,7 @@ def lower(
     input_names: Sequence[str],
     output_names: Sequence[str],
     emit_plan: bool = False,
-) -> ir.Model:
+) -> Lowered:
     """The ONNX model of a captured program.
 
     Args:
@@ -81,7 +91,8 @@ def lower(
     if used:
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
     model.producer_name, model.producer_version = "adaattn", adaattn.__version__
-    return model
+    assert exported.exported_program is not None
+    return Lowered(model, exported.exported_program)
 
 
 def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
@@ -94,18 +105,13 @@ def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
     return nodes
 
 
-def plan_names(node: ir.Node) -> tuple[str, str]:
-    """Names of an attention node's precision and rank in the graph."""
-    names = [value.name for value in node.inputs[5:7] if value is not None]
-    return str(names[0]), str(names[1])
-
-
 def save(model: ir.Model, path: Path, external_above: int | None = None) -> list[Path]:
     """Write the model and check it; weights go to one external file where they are more than protobuf bears.
 
     Args:
         path: of the ONNX file; the external file is beside it and ends in `.data`.
-        external_above: every tensor of more bytes goes to the external file, whatever the total.
+        external_above: every tensor of more bytes goes to the external file, whatever the total; not those of SHAPE
+            bytes or fewer.
 
     Returns:
         The files written.
@@ -115,7 +121,7 @@ def save(model: ir.Model, path: Path, external_above: int | None = None) -> list
     """
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     data = path.with_suffix(path.suffix + ".data")
-    threshold = SMALL_TENSOR if external_above is None else external_above
+    threshold = SMALL_TENSOR if external_above is None else max(external_above, SHAPE)
     ir.save(model, path, external_data=data.name, size_threshold_bytes=threshold)
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)

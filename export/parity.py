@@ -1,183 +1,227 @@
 """The verdict on a backend: its numbers against eager PyTorch in float64, with the rule and its constants.
 
 Both the backend and eager PyTorch in the model's own type are measured against float64 at the same plan. The backend
-passes where its error is at most TWICE eager's own plus a floor, its plans are eager's, and it has no NaN or Inf that
-eager has not.
+passes where its error is at most FACTOR times eager's own plus a floor, its plans are eager's, and it has no NaN or Inf
+that eager has not. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from adaattn.errors import ConfigError
-from adaattn.export.capture import Captured
-from adaattn.export.golden import Case
-from adaattn.export.yardstick import PlanMode, PlanPair, relative_error, run, to_double
+from adaattn.export.golden import Array, Golden, Layer, Output
 
 FACTOR = 2.0  # two summation orders of equal merit differ by about this
 # Relative errors that no backend must answer for: a few ulps of the type after a handful of layers.
-FLOOR = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+FLOOR = {"float64": 1e-14, "float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
 # Where an operand lies between two integers of int8, the last bit of a sum decides: some 1e-4 of the operands may
 # round the other way, and noise of √1e-4 steps is this share of the rounding error that the plan has anyway.
 FLIPS = 0.05
 # A head may choose another plan where its moments, moved by so much, make eager do so: sums of thousands of terms.
-NUDGE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+NUDGE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
 HISTOGRAM_EDGES = [-12 + 0.5 * i for i in range(29)]
+DIGITS = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}  # of the mantissa
+SMALLEST = {"float64": -1022, "float32": -126, "float16": -14, "bfloat16": -126}  # exponent of a normal number
+ULP_QUANTILES = (0.5, 0.99, 1.0)
 
-Backend = Callable[[Case], tuple[Mapping[str, Tensor], Sequence[PlanPair] | None]]
-
-
-@dataclass
-class Expected:
-    """What eager PyTorch says of one case."""
-
-    case: Case
-    outputs: dict[str, Tensor]  # of eager, in the model's type
-    exact: dict[str, Tensor]  # float64, at eager's plans
-    plans: list[PlanPair]
-    rounding: float  # largest predicted rounding error of any head
-    mode: PlanMode
-    nudged: list[list[PlanPair]] = field(default_factory=list)
+PlanPair = tuple[Array, Array]  # precision and rank, (B, H) each
 
 
-class Reference:
-    """Eager PyTorch in the model's type and in float64, run once a case."""
+@dataclass(frozen=True)
+class Ran:
+    """What a backend made of a case; bfloat16 as float32.
 
-    def __init__(self, captured: Captured) -> None:
-        self.dtype = captured.dtype
-        self._eager, self._double, self._names = captured.eager, captured.in_double(), captured.output_names
+    Args:
+        plans: of each planned attention by name; empty where the backend does not show them.
+        heads: outputs (B, H, S, D) of each planned attention; empty likewise.
+    """
 
-    def expect(self, case: Case) -> Expected:
-        """Run a case.
-
-        Raises:
-            ConfigError: eager PyTorch itself fails on it.
-        """
-        mode = PlanMode(measure=True)
-        try:
-            outputs = self._named(run(self._eager, case.inputs, mode))
-        except Exception as error:  # the user's own code
-            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in case.inputs.items())
-            raise ConfigError(
-                f"the model fails on the golden inputs {case.name!r} ({shapes}): {type(error).__name__}: {error}; "
-                "narrow --dim, give integers their range as in ids=B,S:int64<30522, or pass --no-verify"
-            ) from error
-        known = [error.rounding.nan_to_num(posinf=0.0) for error in mode.errors]  # inf: moments that overflowed
-        rounding = max((float(x.max()) for x in known), default=0.0)
-        return Expected(case, outputs, self.exact(case, mode.plans), mode.plans, rounding, mode)
-
-    def exact(self, case: Case, plans: Sequence[PlanPair]) -> dict[str, Tensor]:
-        """float64 outputs at given plans."""
-        inputs = {name: to_double(x) for name, x in case.inputs.items()}
-        return self._named(run(self._double, inputs, PlanMode(double=True, plans=plans)))
-
-    def nudged_plans(self, expected: Expected) -> list[list[PlanPair]]:
-        """Eager's plans with its moments moved a little, each way."""
-        if not expected.nudged:
-            for nudge in (NUDGE[self.dtype], -NUDGE[self.dtype]):
-                for tilt in (False, True):
-                    mode = PlanMode(nudge=nudge, tilt=tilt)
-                    run(self._eager, expected.case.inputs, mode)
-                    expected.nudged.append(mode.plans)
-        return expected.nudged
-
-    def _named(self, outputs: list[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self._names, outputs, strict=True))
+    outputs: Mapping[str, Array]
+    plans: Mapping[str, PlanPair]
+    heads: Mapping[str, Array]
 
 
-def compare(reference: Reference, expected: Sequence[Expected], backend: Backend) -> dict[str, Any]:
-    """Run a backend on all cases; the verdict as the report holds it: `verdict`, `outputs`, `histogram`, `plans`."""
+Backend = Callable[[Golden], Ran]
+ExactAt = Callable[[Golden, Mapping[str, PlanPair]], Mapping[str, Array]]
+"""float64 outputs of a case at plans that are not eager's; it takes the model."""
+
+
+def limit_of(eager_error: float, dtype: str, rounding: float) -> float:
+    """The error that a backend may have.
+
+    Args:
+        eager_error: of eager PyTorch in the model's type.
+        dtype: the model's.
+        rounding: largest predicted rounding error of a head.
+    """
+    return FACTOR * eager_error + FLOOR[dtype] + FLIPS * rounding
+
+
+def compare(goldens: Sequence[Golden], backend: Backend, exact_at: ExactAt | None = None) -> dict[str, Any]:
+    """Run a backend on all cases.
+
+    Args:
+        exact_at: to measure outputs whose plans differ from eager's on the edge of their limits; without it such
+            outputs are not compared.
+
+    Returns:
+        The verdict as a report holds it: `verdict`, `reason`, `outputs`, `heads`, `histogram`, `plans`.
+    """
     rows: list[dict[str, Any]] = []
-    counts = torch.zeros(len(HISTOGRAM_EDGES) - 1)
-    heads = differ = excused = 0
-    planned = False
-    for want in expected:
-        outputs, plans = backend(want.case)
-        exact = want.exact
-        unexcused: list[str] = []
-        # Fewer plans than eager's: calls that were one and the same have become one.
-        if plans is not None and want.plans and len(plans) == len(want.plans):
-            planned = True
-            verdict = _compare_plans(reference, want, plans)
-            heads, differ, excused = heads + verdict[0], differ + verdict[1], excused + verdict[2]
-            unexcused = verdict[3]
-            if verdict[1]:
-                exact = reference.exact(want.case, plans)
-        for name, eager in want.outputs.items():
-            row = _compare_output(reference.dtype, want, name, outputs.get(name), eager, exact[name])
+    heads: dict[tuple[str, int], dict[str, Any]] = {}
+    counts = np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)
+    tally = {"heads": 0, "differ": 0, "excused": 0}
+    for golden in goldens:
+        ran = backend(golden)
+        plans = _compare_plans(golden, ran.plans)
+        for key in tally:
+            tally[key] += plans[key]
+        exact: Mapping[str, Array] | None = {name: output.exact for name, output in golden.outputs.items()}
+        if plans["differ"] and not plans["lines"]:
+            exact = None if exact_at is None else exact_at(golden, ran.plans)
+        for name, output in golden.outputs.items():
+            if exact is None:
+                reason = f"not compared: {plans['excused']} plans differ from eager's on the edge of their limits"
+                rows.append(_row(golden, name) | {"verdict": "not run", "reason": reason})
+                continue
+            row = _compare_output(golden, name, output, ran.outputs.get(name), exact[name])
             counts += row.pop("counts")
-            if unexcused:
-                row.update(verdict="failed", reason=row["reason"] or unexcused[0])
+            if plans["lines"]:
+                row.update(verdict="failed", reason=plans["lines"][0])
             rows.append(row)
+        if not plans["differ"]:
+            _compare_heads(heads, golden, ran.heads)
+    failed = [row for row in rows if row["verdict"] == "failed"]
+    passed = any(row["verdict"] == "passed" for row in rows)
+    reasons = (f"{row['name']} ({row['case']}): {row['reason']}" for row in failed or rows if row["reason"])
     return {
-        "verdict": "passed" if all(row["verdict"] == "passed" for row in rows) else "failed",
-        "reason": next((f"{row['name']} ({row['case']}): {row['reason']}" for row in rows if row["reason"]), None),
+        "verdict": "failed" if failed else "passed" if passed else "not run",
+        "reason": next(reasons, None),
         "outputs": rows,
-        "histogram": {"log10_edges": HISTOGRAM_EDGES, "counts": [int(n) for n in counts]},
-        "plans": {"heads": heads, "differ": differ, "excused": excused} if planned else None,
+        "heads": list(heads.values()),
+        "histogram": {"log10_edges": HISTOGRAM_EDGES, "counts": counts.tolist()},
+        "plans": tally if tally["heads"] else None,
     }
 
 
-def _compare_plans(reference: Reference, want: Expected, plans: Sequence[PlanPair]) -> tuple[int, int, int, list[str]]:
-    """Heads in all, those whose plan differs, those of them that are on the edge, and a line for each other."""
+def relative_error(difference: Array, exact: Array) -> float:
+    """Root mean square of the difference, relative to that of what was wanted; 0 for two zeros."""
+    error, size = _rms(difference), _rms(exact)
+    return error / size if size > 0 else error
+
+
+def _rms(x: Array) -> float:
+    peak = float(np.abs(x).max(initial=0.0))  # squares of huge and tiny numbers leave float64's range
+    return peak * float(np.sqrt(np.square(x / peak).mean())) if peak > 0 else 0.0
+
+
+def _compare_plans(golden: Golden, plans: Mapping[str, PlanPair]) -> dict[str, Any]:
+    """How many heads, how many whose plan differs, how many of them on the edge, and a line for each other."""
     heads = differ = excused = 0
     lines = []
-    for layer, (ours, theirs) in enumerate(zip(want.plans, plans, strict=True)):
-        off = (ours[0] != theirs[0]) | (ours[1] != theirs[1])
-        heads += off.numel()
-        if not off.any():
+    for name, layer in golden.layers.items():
+        if name not in plans:
             continue
-        edge = torch.zeros_like(off)
-        for nudged in reference.nudged_plans(want):
-            edge |= (nudged[layer][0] != ours[0]) | (nudged[layer][1] != ours[1])
+        precision, rank = plans[name]
+        off = (layer.precision != precision) | (layer.rank != rank)
+        heads += off.size
         differ += int(off.sum())
-        excused += int((off & edge).sum())
-        for batch, head in (off & ~edge).nonzero().tolist():
+        excused += int((off & layer.edge).sum())
+        for batch, head in np.argwhere(off & ~layer.edge):
             lines.append(
-                f"attention {layer}, batch {batch}, head {head}: plan (precision {int(theirs[0][batch, head])}, rank "
-                f"{int(theirs[1][batch, head])}), eager has ({int(ours[0][batch, head])}, {int(ours[1][batch, head])})"
+                f"{name}, batch {batch}, head {head}: plan (precision {precision[batch, head]}, rank "
+                f"{rank[batch, head]}), eager has ({layer.precision[batch, head]}, {layer.rank[batch, head]})"
             )
-    return heads, differ, excused, lines
+    return {"heads": heads, "differ": differ, "excused": excused, "lines": lines}
 
 
-def _compare_output(
-    dtype: torch.dtype, want: Expected, name: str, got: Tensor | None, eager: Tensor, exact: Tensor
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": name, "case": want.case.name, "verdict": "failed", "reason": None}
-    row |= {"error": None, "eager_error": None, "limit": None, "max_abs": None, "worst": []}
-    row["counts"] = torch.zeros(len(HISTOGRAM_EDGES) - 1)
-    if got is None or got.shape != eager.shape:
-        shape = "nothing" if got is None else f"shape {tuple(got.shape)}"
-        return row | {"reason": f"the backend returns {shape}; eager returns shape {tuple(eager.shape)}"}
-    if not eager.is_floating_point():
-        same = bool((got == eager).all())
+def _row(golden: Golden, name: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "case": golden.name, "verdict": "failed", "reason": None}
+    return row | dict.fromkeys(("error", "eager_error", "limit", "max_abs", "cosine")) | {"ulp": [], "worst": []}
+
+
+def _compare_output(golden: Golden, name: str, output: Output, got: Array | None, exact: Array) -> dict[str, Any]:
+    row = _row(golden, name) | {"counts": np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)}
+    if got is None or got.shape != exact.shape:
+        shape = "nothing" if got is None else f"shape {got.shape}"
+        return row | {"reason": f"the backend returns {shape}; eager returns shape {exact.shape}"}
+    if output.dtype not in DIGITS:
+        same = bool((got == exact).all())
         return row | {"verdict": "passed" if same else "failed", "reason": None if same else "integers differ"}
-    finite = eager.isfinite()
-    bad = finite & ~got.isfinite()
-    usable = finite & exact.isfinite() & ~bad
-    difference = torch.where(usable, (got.double() - exact).abs(), 0)
-    size = torch.where(usable, exact, 0).square().mean().sqrt().clamp_min(1e-300)
-    eager_error = relative_error(torch.where(usable, eager.double(), 0), torch.where(usable, exact, 0))
-    error = relative_error(torch.where(usable, got.double(), 0), torch.where(usable, exact, 0))
-    worst = int((bad if bad.any() else difference).flatten().double().argmax())
+    finite = np.ones(exact.shape, bool) if output.lost is None else ~output.lost
+    bad = finite & ~np.isfinite(got)
+    usable = finite & np.isfinite(exact) & ~bad
+    got, exact = np.where(usable, got, 0).astype(np.float64), np.where(usable, exact, 0)
+    difference = np.abs(got - exact)
+    error = relative_error(difference, exact)
+    worst = np.unravel_index(int((bad if bad.any() else difference).argmax()), exact.shape) if exact.size else ()
     row |= {
         "error": error,
-        "eager_error": eager_error,
-        "limit": FACTOR * eager_error + FLOOR[dtype] + FLIPS * want.rounding,
-        "max_abs": float(difference.max()),
-        "worst": [int(i) for i in torch.unravel_index(torch.tensor(worst), eager.shape)],
+        "eager_error": output.eager_error,
+        "limit": output.limit,
+        "max_abs": float(difference.max(initial=0.0)),
+        "cosine": _cosine(got, exact),
+        "ulp": _ulps(difference[usable], exact[usable], output.dtype),
+        "worst": [int(index) for index in worst],
+        "counts": _histogram(difference[usable], _rms(exact)),
     }
-    logs = (difference / size)[usable].clamp_min(1e-300).log10().clamp(HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
-    row["counts"] = torch.histogram(logs.float(), torch.tensor(HISTOGRAM_EDGES)).hist
     if bad.any():
         return row | {
             "reason": f"{int(bad.sum())} elements are NaN or Inf where eager has numbers, first at {row['worst']}"
         }
-    if error > row["limit"]:
-        return row | {"reason": f"error {error:.1e} is over the limit {row['limit']:.1e}, worst at {row['worst']}"}
+    if error > output.limit:
+        return row | {"reason": f"error {error:.1e} is over the limit {output.limit:.1e}, worst at {row['worst']}"}
     return row | {"verdict": "passed"}
+
+
+def _cosine(a: Array, b: Array) -> float:
+    sizes = _rms(a) * _rms(b)
+    return float((a / _rms(a) * (b / _rms(b))).mean()) if sizes > 0 else float(_rms(a) == _rms(b))
+
+
+def _ulps(difference: Array, exact: Array, dtype: str) -> list[float]:
+    """Quantiles of the error in units of the last place that the type has at what was wanted."""
+    if not exact.size:
+        return []
+    exponent = np.maximum(np.frexp(exact)[1] - 1, SMALLEST[dtype])
+    steps = np.ldexp(1.0, exponent - DIGITS[dtype])
+    return [float(x) for x in np.quantile(difference / steps, ULP_QUANTILES)]
+
+
+def _histogram(difference: Array, size: float) -> Array:
+    logs = np.log10(np.maximum(difference / max(size, 1e-300), 1e-300))
+    return np.histogram(np.clip(logs, HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1]), HISTOGRAM_EDGES)[0]
+
+
+def _compare_heads(found: dict[tuple[str, int], dict[str, Any]], golden: Golden, heads: Mapping[str, Array]) -> None:
+    """Keep for each head the case in which it is worst."""
+    for name, layer in golden.layers.items():
+        if layer.exact is None or layer.eager_error is None or name not in heads:
+            continue
+        for head, (error, worst) in enumerate(_of_heads(heads[name], layer)):
+            known = found.get((name, head))
+            if known is None or not error <= known["error"]:
+                found[name, head] = {
+                    "layer": name,
+                    "head": head,
+                    "case": golden.name,
+                    "error": error,
+                    "eager_error": float(layer.eager_error[head]),
+                    "worst": worst,
+                }
+
+
+def _of_heads(got: Array, layer: Layer) -> list[tuple[float, list[int]]]:
+    """For each head the relative error over the batch, and where it is worst: batch, token, dimension."""
+    assert layer.exact is not None
+    rows = []
+    for head in range(layer.exact.shape[1]):
+        exact = layer.exact[:, head].astype(np.float64)
+        difference = np.abs(got[:, head] - exact)
+        place = np.unravel_index(int(difference.argmax()), exact.shape)
+        rows.append((relative_error(difference, exact), [int(index) for index in place]))
+    return rows

@@ -19,10 +19,10 @@ from torch.export import ExportedProgram
 from adaattn.attention.base import PlannedAttention
 from adaattn.config import Budget
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export import backends, engine, folder, golden, onnx, parity, serving, summary
+from adaattn.export import cases, engine, folder, golden, onnx, parity, serving, summary, trace, verify
 from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs
 from adaattn.export.html import render
-from adaattn.export.runtime import profile_of
+from adaattn.export.reference import Reference
 from adaattn.input_spec import Dimension, InputSpec
 
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt", "triton")
@@ -162,8 +162,10 @@ def export(
             captured, module = _capture(model, specs, examples, sizes, options, notes)
             profiles = [_profile(captured, narrower) for narrower in options.profiles or ({},)]
         with clock.stage("onnx"):
-            names, files = _lower(captured, staged / "model.onnx", options)
-        targets = {"onnx": _target("onnx", staged, files)}
+            lowered = _lower(captured, options)
+            names = list(onnx.planned_nodes(lowered.graph))
+            files = onnx.save(lowered.graph, staged / "model.onnx", options.external_data_threshold)
+        targets = {"onnx": verify.target("onnx", staged, files)}
         for target in options.chosen_targets()[1:]:
             with clock.stage(target):
                 if target == "triton":
@@ -174,14 +176,22 @@ def export(
         layers: list[dict[str, Any]] = []
         if options.verify:
             with clock.stage("eager"):
-                reference = parity.Reference(captured)
-                expected = [reference.expect(case) for case in golden.cases(captured)]
-                golden.save(staged / "golden.npz", [(want.case, want.exact) for want in expected])
-                layers = summary.layers(list(names), expected, module)
+                reference = Reference(captured)
+                expected = [reference.expect(case) for case in cases.cases(captured)]
+                goldens = [reference.golden(want, names) for want in expected]
+                golden.save(staged / "golden.npz", goldens)
+                trace.save(staged / "trace.npz", trace.record(lowered, cases.small(captured)))
+                layers = summary.layers(names, expected, module)
+            given = {want.case.name: want.case for want in expected}
+
+            def exact_at(of: golden.Golden, plans: Mapping[str, parity.PlanPair]) -> Mapping[str, golden.Array]:
+                return reference.exact_at(given[of.name], [plans[name] for name in names])
+
             for name, entry in targets.items():
                 if entry["verdict"] != "failed" and name != "triton":
                     with clock.stage(f"verify {name}"):
-                        _verify(entry, staged, list(names.values()), reference, expected)
+                        backend = "ort-cpu" if name == "onnx" else name
+                        verify.verify(entry, backend, staged, goldens, exact_at)
         else:
             for entry in targets.values():
                 entry["reason"] = entry["reason"] or "made, not verified: --no-verify"
@@ -191,7 +201,7 @@ def export(
             report = summary.report(captured, source or type(model).__name__, options.chosen_opset(), command, notes)
             report |= {"targets": list(targets.values()), "layers": layers, "seconds": clock.seconds}
             failed = any(entry["verdict"] == "failed" for entry in targets.values())
-            report = summary.plain(report | {"verdict": "failed" if failed else "passed"})
+            report = verify.plain(report | {"verdict": "failed" if failed else "passed"})
             (staged / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
             (staged / "report.html").write_text(render(report))
             summary.write_manifest(staged, report)
@@ -254,15 +264,12 @@ def _capture(
     return capture_module(model, specs or default_inputs(model), sizes, examples or None), model
 
 
-def _lower(captured: Captured, path: Path, options: Options) -> tuple[dict[str, tuple[str, str]], list[Path]]:
-    """Write and check the ONNX file; for each planned layer the names of its precision and rank, and the files."""
+def _lower(captured: Captured, options: Options) -> onnx.Lowered:
     dim_names = {symbol: size.name for symbol, size in captured.dims.items()}
     input_names = [item.name for item in captured.inputs]
-    graph = onnx.lower(
+    return onnx.lower(
         captured.program, options.chosen_opset(), dim_names, input_names, captured.output_names, options.emit_plan
     )
-    names = {layer: onnx.plan_names(node) for layer, node in onnx.planned_nodes(graph).items()}
-    return names, onnx.save(graph, path, options.external_data_threshold)
 
 
 def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None:
@@ -304,20 +311,6 @@ def _profile(captured: Captured, narrower: Mapping[str, str]) -> engine.Profile:
     }
 
 
-def _target(name: str, staged: Path, files: Sequence[Path]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "verdict": "not run",
-        "reason": None,
-        "artifacts": [{"path": file.relative_to(staged).as_posix(), "bytes": file.stat().st_size} for file in files],
-        "seconds": 0.0,
-        "ops": None,
-        "outputs": [],
-        "histogram": None,
-        "plans": None,
-    }
-
-
 def _build(
     target: str, staged: Path, profiles: Sequence[engine.Profile], options: Options, on_progress: engine.Progress
 ) -> dict[str, Any]:
@@ -327,11 +320,11 @@ def _build(
         about = engine.engine_from_onnx(model, target, path, profiles, build, log, on_progress)
     except TargetError as error:
         path.unlink(missing_ok=True)
-        return _target(target, staged, [log] if log.exists() else []) | {"verdict": "failed", "reason": str(error)}
+        return verify.target(target, staged, [log] if log.exists() else [], "failed", str(error))
     files = [path, engine.sidecar(path), log]
     if target == "tensorrt" and not build.strip_weights:
         files.append(serving.ep_context(model, path))
-    return _target(target, staged, files) | {"ops": about["ops"]}
+    return verify.target(target, staged, files) | {"ops": about["ops"]}
 
 
 def _serve(
@@ -339,52 +332,9 @@ def _serve(
 ) -> dict[str, Any]:
     """A model repository of the engine that was built, or of the ONNX file."""
     if built is not None and built["verdict"] == "failed":
-        return _target("triton", staged, []) | {"verdict": "failed", "reason": "the engine to serve was not built"}
+        return verify.target("triton", staged, [], "failed", "the engine to serve was not built")
     path = None if built is None else staged / "tensorrt.engine"
     dims = {dim.name: dim for dim in captured.dims.values()}
     files = serving.triton_repository(staged / "triton", name, staged / "model.onnx", dims, path)
     command = serving.triton_command(options.build if built is not None else engine.BuildOptions())
-    return _target("triton", staged, files) | {"reason": f"written, not run: {command}"}
-
-
-def _verify(
-    entry: dict[str, Any],
-    staged: Path,
-    plan_names: backends.PlanNames,
-    reference: parity.Reference,
-    expected: Sequence[parity.Expected],
-) -> None:
-    name = entry["name"]
-    try:
-        if name == "onnx":
-            backend = backends.onnxruntime_backend(staged / "model.onnx", plan_names)
-            entry.update(parity.compare(reference, expected, backend))
-            return
-        path, log = staged / f"{name}.engine", staged / f"{name}.run.log"  # the builder's own is an artifact, and stays
-        about = json.loads(engine.sidecar(path).read_text())
-        backend = backends.engine_backend(path, log, about)
-        served, others = _served(about["profiles"], expected)
-        if not served:
-            raise backends.CannotRun(f"built, not run: no profile takes the golden inputs {', '.join(others)}")
-        entry.update(parity.compare(reference, served, backend))
-        if others and entry["reason"] is None:
-            entry["reason"] = f"not run on the golden inputs {', '.join(others)}, which no profile takes"
-    except backends.CannotRun as error:
-        entry["reason"] = str(error)
-    except TargetError as error:
-        entry.update(verdict="failed", reason=str(error))
-
-
-def _served(
-    profiles: Sequence[Mapping[str, Any]], expected: Sequence[parity.Expected]
-) -> tuple[list[parity.Expected], list[str]]:
-    """The cases that an engine takes, and the names of the others."""
-    served, others = [], []
-    for want in expected:
-        try:
-            profile_of(profiles, {name: tuple(x.shape) for name, x in want.case.inputs.items()})
-        except ConfigError:
-            others.append(want.case.name)
-        else:
-            served.append(want)
-    return served, others
+    return verify.target("triton", staged, files, reason=f"written, not run: {command}")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,9 @@ from adaattn.attention.base import PlannedAttention
 from adaattn.config import PRECISIONS
 from adaattn.export.capture import Captured
 from adaattn.export.folder import MARKER
-from adaattn.export.parity import Expected
-
-PACKAGES = ("adaattn", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
+from adaattn.export.reference import Expected
+from adaattn.export.verify import sha256
+from adaattn.export.versions import versions
 
 
 def report(captured: Captured, source: str, opset: int, command: str | None, notes: Sequence[str]) -> dict[str, Any]:
@@ -37,25 +33,15 @@ def report(captured: Captured, source: str, opset: int, command: str | None, not
         "inputs": {item.name: captured.shape_text(item) for item in captured.inputs},
         "dims": {dim.name: str(dim) for dim in captured.dims.values()},
         "opset": opset,
-        "versions": _versions(),
+        "versions": versions(),
         "command": command or "",
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_manifest(folder: Path, report: Mapping[str, Any]) -> None:
     """Hashes of all files, versions and command."""
     files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
@@ -68,25 +54,12 @@ def write_manifest(folder: Path, report: Mapping[str, Any]) -> None:
     (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """The value with NaN and Inf, which JSON has not, as None."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def layers(names: Sequence[str], expected: Sequence[Expected], module: nn.Module | None) -> list[dict[str, Any]]:
     """What each planned attention did, over all cases: its usual precision, mean rank and worst errors a head."""
     found = []
     for index, name in enumerate(names):
-        calls = [(want.plans[index], want.mode.errors[index]) for want in expected if len(want.plans) == len(names)]
+        modes = [want.mode for want in expected if len(want.mode.plans) == len(names)]
+        calls = [(mode.plans[index], mode.errors[index]) for mode in modes]
         if not calls:
             continue
         precision = torch.cat([plan[0] for plan, _ in calls])

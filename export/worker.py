@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adaattn.errors import AdaAttnError, TargetError
 from adaattn.export.engine import PACKAGES, BuildOptions, sidecar
 from adaattn.export.folder import write_whole
@@ -223,17 +225,32 @@ def _allow_decomposition(trt: Any, network: Any) -> None:
 def _run(job: Mapping[str, Any]) -> None:
     # Polygraphy's switch for the whole process, read when it is imported.
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if job["target"] == "tensorrt-rtx" else "0"
-    import torch
     from polygraphy.backend.trt import TrtRunner
 
     from adaattn.export.runtime import open_engine, profile_of
 
-    inputs = torch.load(job["inputs"], weights_only=True)
     opened = open_engine(Path(job["engine"]))
+    types = {x["name"]: x["type"] for x in opened.about["inputs"]}
+    with np.load(job["inputs"]) as archive:
+        inputs = {name: _as(types[name], archive[name]) for name in archive.files}
     shapes = {name: tuple(x.shape) for name, x in inputs.items()}
     with TrtRunner(opened.engine, optimization_profile=profile_of(opened.about["profiles"], shapes)) as runner:
         outputs = runner.infer(inputs)
-        torch.save({name: torch.as_tensor(value).clone() for name, value in outputs.items()}, job["outputs"])
+        wide = {name: np.asarray(_wide(x)) for name, x in outputs.items()}
+        np.savez(job["outputs"], **wide)  # type: ignore[arg-type]
+
+
+def _as(kind: str, x: Any) -> Any:
+    """An input in the engine's type; numpy has no word for bfloat16."""
+    if kind != "BF16":
+        return x
+    import torch
+
+    return torch.from_numpy(x).bfloat16()
+
+
+def _wide(x: Any) -> Any:
+    return x.float() if str(x.dtype) == "torch.bfloat16" else x
 
 
 if __name__ == "__main__":

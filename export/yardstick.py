@@ -19,6 +19,7 @@ from adaattn.config import FP32
 from adaattn.masks import attended_keys
 
 PlanPair = tuple[Tensor, Tensor]  # precision and rank, (B, H) each
+LARGE = 2**23  # numbers of an attention's output, above which it is not kept
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class PlanMode(TorchDispatchMode):
         measure: compare each call with exact attention on its own operands.
         nudge: move all moments by this share first, to see which plans hang on their last digits.
         tilt: move the first dimensions so and the last ones the other way.
+
+    What it saw is in `plans`, `errors` (with `measure`) and `outputs`, of each call; an output larger than LARGE is
+    None.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class PlanMode(TorchDispatchMode):
         super().__init__()
         self.plans: list[PlanPair] = []
         self.errors: list[HeadErrors] = []
+        self.outputs: list[Tensor | None] = []
         self._double, self._replay, self._measure, self._nudge, self._tilt = double, plans, measure, nudge, tilt
 
     def __torch_dispatch__(
@@ -70,6 +75,7 @@ class PlanMode(TorchDispatchMode):
             args = (*args[:5], *self._replay[len(self.plans)], *args[7:])
         self.plans.append((args[5], args[6]))
         output = func(*args, **kwargs)
+        self.outputs.append(output if output.numel() <= LARGE else None)
         if self._measure:
             self.errors.append(_head_errors(output, *args))
         return output

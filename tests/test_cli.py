@@ -155,7 +155,15 @@ def test_a_crash_of_the_builder_fails_its_target_alone(tmp_path: Path, monkeypat
     onnx, rtx = json.loads((tmp_path / "out" / "report.json").read_text())["targets"]
     assert (onnx["verdict"], rtx["verdict"]) == ("passed", "failed")
     assert (tmp_path / "out" / "tensorrt-rtx.log").read_text() == "the last words\n"
-    expected = {"golden.npz", "manifest.json", "model.onnx", "report.html", "report.json", "tensorrt-rtx.log"}
+    expected = {
+        "golden.npz",
+        "manifest.json",
+        "model.onnx",
+        "report.html",
+        "report.json",
+        "tensorrt-rtx.log",
+        "trace.npz",
+    }
     assert set(os.listdir("out")) == expected
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import adaattn
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export import Options, backends, engine, export
+from adaattn.export import Options, backends, engine, export, parity
+from adaattn.export.golden import Golden
 
 pytestmark = pytest.mark.skipif(not engine.installed("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
 
@@ -59,7 +60,7 @@ def test_two_layers_in_half_precision(tmp_path: Path) -> None:
     assert made.passed, made.report["targets"]
     assert onnx_target["verdict"] == "passed"
     reason = engine_target["reason"]
-    assert torch.cuda.is_available() or reason == "built, not run: torch sees no GPU on this machine"
+    assert torch.cuda.is_available() or reason == "built, not run: a CUDA driver finds no GPU on this machine"
 
 
 def test_newest_opset_builds_too(tmp_path: Path) -> None:
@@ -164,11 +165,11 @@ def test_cases_that_no_profile_takes_are_named(tmp_path: Path, monkeypatch: pyte
     model = nn.Linear(8, 8)
     ran: list[str] = []
 
-    def backend(path: Path, log: Path, about: dict[str, Any]) -> Any:
-        def run(case: Any) -> Any:
-            ran.append(case.name)
+    def backend(path: Path, log: Path) -> parity.Backend:
+        def run(of: Golden) -> parity.Ran:
+            ran.append(of.name)
             with torch.no_grad():
-                return {"output": model(case.inputs["input"])}, None
+                return parity.Ran({"output": model(torch.from_numpy(of.inputs["input"])).numpy()}, {}, {})
 
         return run
 
@@ -177,11 +178,11 @@ def test_cases_that_no_profile_takes_are_named(tmp_path: Path, monkeypatch: pyte
     made = export(model, {"input": "B,8"}, tmp_path / "out", dims={"B": "1:5:30"}, options=options)
     target = made.report["targets"][1]
     assert (target["verdict"], ran) == ("passed", ["shortest", "odd", "outliers"])
-    assert target["reason"] == "not run on the golden inputs longest, which no profile takes"
-    options = Options(("tensorrt-rtx",), profiles=({"B": "2:2:4"},))
+    assert target["reason"] == "not run on the golden inputs short, longest, which no profile takes"
+    options = Options(("tensorrt-rtx",), profiles=({"B": "2:2:2"},))
     target = export(model, {"input": "B,8"}, tmp_path / "b", dims={"B": "1:5:30"}, options=options).report["targets"][1]
     assert target["verdict"] == "not run"
-    assert target["reason"].startswith("built, not run: no profile takes the golden inputs shortest, odd, outliers")
+    assert target["reason"].startswith("built, not run: no profile takes the golden inputs shortest, ")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an engine runs only on a GPU")

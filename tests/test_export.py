@@ -82,7 +82,7 @@ def test_every_module_passes(mask: str, causal: bool, cross: bool, kv_heads: int
     result = export(model, inputs, tmp_path / "out", dims=dims, options=options)
     (target,) = result.report["targets"]
     assert result.passed, target["reason"]
-    assert {row["case"] for row in target["outputs"]} == {"shortest", "odd", "outliers", "longest"}
+    assert {row["case"] for row in target["outputs"]} == {"shortest", "short", "odd", "outliers", "longest"}
     assert {row["name"] for row in target["outputs"]} == set(dict(EveryModule(False, 4).named_children()))
     assert target["plans"]["heads"] > 0
     graph = onnx.load(tmp_path / "out/model.onnx")
@@ -123,7 +123,7 @@ assert not {"torch", "adaattn"} & set(sys.modules)
         [sys.executable, "-c", script, str(encoder.directory)], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     errors = {case: float(error) for case, error in (line.split() for line in done.stdout.splitlines())}
-    assert set(errors) == {"shortest", "odd", "outliers", "longest"}
+    assert set(errors) == {"shortest", "short", "odd", "outliers", "longest"}
     assert max(errors.values()) < 2e-4  # int8 layers whose operands lie between two integers
 
 
@@ -154,7 +154,7 @@ def test_report_and_manifest_are_whole(encoder: Result) -> None:
     assert report == encoder.report
     assert report["verdict"] == "passed"
     files = set(json.loads((encoder.directory / "manifest.json").read_text())["files"])
-    assert files == {"model.onnx", "golden.npz", "report.json", "report.html"}
+    assert files == {"model.onnx", "golden.npz", "trace.npz", "report.json", "report.html"}
 
 
 def test_example_tensors_fix_the_sizes_and_are_verified(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What the values of a graph are in eager PyTorch, on one small case: a departure is traced to its node by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adaattn.errors import ConfigError
+from adaattn.export.golden import Array
+
+if TYPE_CHECKING:
+    from adaattn.export.cases import Case
+    from adaattn.export.onnx import Lowered
+
+
+def record(lowered: Lowered, case: Case) -> dict[str, Array]:
+    """Values of eager PyTorch by their names in the ONNX graph; inputs are among them.
+
+    The exporter names values after the nodes of the program; those that it adds or fuses have no counterpart.
+    """
+    import torch
+    from torch.fx import Interpreter, Node
+
+    from adaattn.export.reference import array
+
+    known = {value.name for node in lowered.graph.graph for value in node.outputs}
+    values: dict[str, Array] = {name: array(x) for name, x in case.inputs.items()}
+
+    class Recorder(Interpreter):
+        def run_node(self, node: Node) -> Any:
+            result = super().run_node(node)
+            if isinstance(result, torch.Tensor) and node.op == "call_function" and node.name in known:
+                values[node.name] = array(result)
+            return result
+
+    # Outputs have names of their own in the graph.
+    names = [output.name for output in lowered.graph.graph.outputs]
+    with torch.no_grad():
+        outputs = Recorder(lowered.program.module()).run(*case.inputs.values())
+    flat = torch.utils._pytree.tree_leaves(outputs)
+    values |= {str(name): array(x) for name, x in zip(names, flat, strict=False) if isinstance(x, torch.Tensor)}
+    return values
+
+
+def save(path: Path, values: Mapping[str, Array]) -> None:
+    """Write the values as arrays of one .npz."""
+    np.savez_compressed(path, **values)  # type: ignore[arg-type]
+
+
+def load(path: Path) -> dict[str, Array]:
+    """Read what `save` wrote.
+
+    Raises:
+        ConfigError: there is no such file, or it is none of ours.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} holds no trace of eager PyTorch ({error}); export without --no-verify") from error

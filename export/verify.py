@@ -1,0 +1,163 @@
+"""Run the artifacts of an export and compare them with its golden results: in the export itself, and where they went.
+
+Nothing here needs torch, or the model: `check` gives on the machine of deployment the verdict that the export gave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaattn.errors import ConfigError, TargetError
+from adaattn.export import backends, engine, golden, parity
+from adaattn.export.folder import MARKER
+from adaattn.export.golden import Golden
+from adaattn.export.runtime import profile_of
+from adaattn.export.versions import versions
+
+
+def verify(
+    entry: dict[str, Any],
+    backend: str,
+    folder: Path,
+    goldens: Sequence[Golden],
+    exact_at: parity.ExactAt | None = None,
+) -> None:
+    """Give a target's entry of the report its verdict.
+
+    Args:
+        backend: of `backends.BACKENDS`.
+        folder: of the export.
+        exact_at: float64 outputs at other plans than eager's, where the model is at hand.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="adaattn-") as scratch:
+            run = backends.open_backend(backend, folder, Path(scratch) / "run.log")
+            served, others = _served(folder / f"{backend}.engine", goldens)
+            if not served:
+                raise backends.CannotRun(f"built, not run: no profile takes the golden inputs {', '.join(others)}")
+            entry.update(parity.compare(served, run, exact_at))
+        if others and entry["reason"] is None:
+            entry["reason"] = f"not run on the golden inputs {', '.join(others)}, which no profile takes"
+    except backends.CannotRun as error:
+        entry["reason"] = str(error)
+    except TargetError as error:
+        entry.update(verdict="failed", reason=str(error))
+
+
+def target(
+    name: str, folder: Path, files: Sequence[Path], verdict: str = "not run", reason: str | None = None
+) -> dict[str, Any]:
+    """A target's entry of the report, before anything has been compared."""
+    return {
+        "name": name,
+        "verdict": verdict,
+        "reason": reason,
+        "artifacts": [{"path": file.relative_to(folder).as_posix(), "bytes": file.stat().st_size} for file in files],
+        "seconds": 0.0,
+        "ops": None,
+        "outputs": [],
+        "heads": [],
+        "histogram": None,
+        "plans": None,
+    }
+
+
+def check(
+    folder: Path, names: Sequence[str] | None = None, on_backend: Callable[[str], None] = lambda name: None
+) -> dict[str, Any]:
+    """The report of an export's artifacts as they run on this machine.
+
+    Args:
+        folder: that `adaattn-export` made; its golden.npz says what is right.
+        names: of `backends.BACKENDS`; None for all that have an artifact.
+        on_backend: called with the name of each backend as it begins.
+
+    Returns:
+        What `report.json` holds, a target a backend; it fails where one failed or none could run.
+
+    Example:
+        >>> check(Path("model-export"), ["ort-cpu"])["verdict"]  # doctest: +SKIP
+        'passed'
+
+    Raises:
+        ConfigError: no such backend, or the folder has no golden results.
+    """
+    for name in names or ():
+        if name not in backends.BACKENDS:
+            raise ConfigError(f"backend {name!r} is unknown; choose of {', '.join(backends.BACKENDS)}")
+    if not (folder / MARKER).is_file():
+        raise ConfigError(f"{folder} holds no {MARKER}; give a folder that adaattn-export made")
+    goldens = golden.load(folder / "golden.npz")
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    targets = []
+    for name in names or backends.BACKENDS:
+        files = [folder / "model.onnx" if name in backends.PROVIDERS else folder / f"{name}.engine"]
+        if names is None and not files[0].exists():
+            continue
+        on_backend(name)
+        start = time.perf_counter()
+        targets.append(target(name, folder, [file for file in files if file.exists()]))
+        verify(targets[-1], name, folder, goldens)
+        targets[-1]["seconds"] = time.perf_counter() - start
+    verdicts = {each["verdict"] for each in targets}
+    found: dict[str, Any] = plain(
+        report
+        | {
+            "targets": targets,
+            "verdict": "passed" if "passed" in verdicts and "failed" not in verdicts else "failed",
+            "warnings": changed_files(folder),
+            "versions": versions(),
+            "seconds": {},
+        }
+    )
+    return found
+
+
+def plain(value: Any) -> Any:
+    """The value with NaN and Inf, which JSON has not, as None."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def changed_files(folder: Path) -> list[str]:
+    """A line for each file that is not the one which was exported."""
+    known: Mapping[str, Mapping[str, Any]] = json.loads((folder / MARKER).read_text())["files"]
+    lines = []
+    for name, about in known.items():
+        if not (folder / name).exists():
+            lines.append(f"{name} is missing")
+        elif sha256(folder / name) != about["sha256"]:
+            lines.append(f"{name} is not the file that was exported")
+    return lines
+
+
+def sha256(file: Path) -> str:
+    """Of its content, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _served(path: Path, goldens: Sequence[Golden]) -> tuple[list[Golden], list[str]]:
+    """The cases that a backend takes, and the names of the others; only engines are choosy."""
+    if not path.exists():
+        return list(goldens), []
+    profiles = json.loads(engine.sidecar(path).read_text())["profiles"]
+    served, others = [], []
+    for each in goldens:
+        try:
+            profile_of(profiles, each.shapes)
+        except ConfigError:
+            others.append(each.name)
+        else:
+            served.append(each)
+    return served, others

@@ -1,0 +1,148 @@
+"""The rule on its edges: plans that may differ and may not, outputs that are missing, metrics of known errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import adaattn
+from adaattn.errors import ConfigError, TargetError
+from adaattn.export import backends, cases, golden, parity
+from adaattn.export.capture import capture_module
+from adaattn.export.golden import Golden, Output
+from adaattn.export.parity import Ran
+from adaattn.export.reference import Reference, array
+from adaattn.export.yardstick import PlanMode, run
+from adaattn.input_spec import InputSpec
+
+WIDTH, HEADS = 32, 4
+
+
+class OneLayer:
+    """A module with heads at known distances from their limit."""
+
+    def __init__(self, distance: float) -> None:
+        torch.manual_seed(9)
+        model = adaattn.AdaptivePrecisionAttention(WIDTH, HEADS, tolerance=1e-2).eval()
+        specs = [InputSpec(n, (1, 33, WIDTH)) for n in ("query", "key", "value")]
+        captured = capture_module(model, specs, {})
+        self.case = cases.cases(captured)[0]
+        mode = PlanMode(measure=True)
+        run(captured.eager, self.case.inputs, mode)
+        largest = float(mode.errors[0].predicted[0, 0])
+        model.set_tolerance(largest * model.safety * (1 + distance))
+        self.captured = capture_module(model, specs, {})
+        self.reference = Reference(self.captured)
+        self.goldens = [self.reference.golden(self.reference.expect(self.case), ["layer"])]
+
+    def eager(self, nudge: float) -> parity.Backend:
+        def backend(of: Golden) -> Ran:
+            mode = PlanMode(nudge=nudge)
+            (output, *_) = run(self.captured.eager, self.case.inputs, mode)
+            ((precision, rank),) = mode.plans
+            return Ran({"output": array(output)}, {"layer": (array(precision), array(rank))}, {})
+
+        return backend
+
+    def exact_at(self, of: Golden, plans: Any) -> Any:
+        return self.reference.exact_at(self.case, list(plans.values()))
+
+
+def test_a_head_on_the_edge_of_its_limit_may_differ_and_is_counted() -> None:
+    layer = OneLayer(distance=2e-6)
+    found = parity.compare(layer.goldens, layer.eager(nudge=4e-6), layer.exact_at)
+    assert found["plans"]["differ"] == found["plans"]["excused"] == 1
+    assert found["verdict"] == "passed", found["reason"]
+
+
+def test_without_the_model_such_a_head_leaves_its_case_open() -> None:
+    layer = OneLayer(distance=2e-6)
+    found = parity.compare(layer.goldens, layer.eager(nudge=4e-6))
+    assert found["verdict"] == "not run"
+    assert "not compared: 1 plans differ from eager's on the edge" in found["reason"]
+
+
+def test_a_head_away_from_its_limit_may_not_differ() -> None:
+    layer = OneLayer(distance=1e-3)
+    found = parity.compare(layer.goldens, layer.eager(nudge=2e-3), layer.exact_at)
+    assert found["plans"]["differ"] == 1
+    assert found["plans"]["excused"] == 0
+    assert found["verdict"] == "failed"
+    assert "layer, batch 0, head 0" in found["reason"]
+
+
+def test_a_missing_output_and_a_wrong_shape_fail() -> None:
+    layer = OneLayer(distance=0.5)
+    for outputs in ({}, {"output": np.zeros((1, 2, 3))}):
+        found = parity.compare(layer.goldens, lambda of, outputs=outputs: Ran(outputs, {}, {}))
+        assert found["verdict"] == "failed"
+        assert "returns" in found["reason"]
+
+
+def one(exact: Any, dtype: str = "float32", limit: float = 1e-3, lost: Any = None) -> list[Golden]:
+    return [Golden("case", {}, {"y": Output(np.asarray(exact), dtype, 0.0, limit, lost)})]
+
+
+def of(goldens: list[Golden], got: Any) -> dict[str, Any]:
+    found = parity.compare(goldens, lambda golden: Ran({"y": np.asarray(got)}, {}, {}))
+    (row,) = found["outputs"]
+    assert found["verdict"] == row["verdict"]
+    return row
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [("float32", 23), ("float16", 10), ("bfloat16", 7)])
+def test_metrics_of_an_error_that_is_known(dtype: str, digits: int) -> None:
+    exact = np.array([[1.0, 1.5], [2.0, 3.0]])
+    step = 2.0**-digits
+    row = of(one(exact, dtype, limit=1), exact + np.array([[0, 0], [0, 4 * step]]))
+    assert row["ulp"] == pytest.approx([0, 2 * 0.97, 2])  # a step of 2 to 4 is twice that of 1 to 2
+    assert row["worst"] == [1, 1]
+    assert row["max_abs"] == 4 * step
+    assert row["error"] == pytest.approx(4 * step / np.sqrt(np.square(exact).sum()))
+    assert row["cosine"] == pytest.approx(1, abs=1e-3)
+    assert of(one(exact, dtype), -exact)["cosine"] == pytest.approx(-1)
+
+
+def test_zeros_huge_and_tiny_numbers_have_errors_too() -> None:
+    assert of(one([0.0, 0.0]), [0.0, 0.0])["verdict"] == "passed"
+    assert of(one([0.0, 0.0]), [0.0, 1.0])["verdict"] == "failed"
+    for scale in (1e-300, 1e300):
+        row = of(one(np.array([3.0, 4.0]) * scale, "float64"), np.array([3.0, 4.1]) * scale)
+        assert row["error"] == pytest.approx(0.02)
+        assert row["verdict"] == "failed"
+
+
+def test_only_what_eager_lost_may_be_lost() -> None:
+    lost = np.array([False, True])
+    assert of(one([1.0, 1e9], lost=lost), [1.0, np.inf])["verdict"] == "passed"
+    row = of(one([1.0, 1e9], lost=lost), [np.nan, np.inf])
+    assert row["reason"] == "1 elements are NaN or Inf where eager has numbers, first at [0]"
+    assert of(one([3, 4], "int64"), [3, 5])["reason"] == "integers differ"
+
+
+def test_golden_results_survive_their_file(tmp_path: Path) -> None:
+    layer = OneLayer(distance=0.5)
+    lost = Output(np.ones(2), "float16", 1e-4, 1e-3, np.array([True, False]))
+    for goldens in (layer.goldens, [Golden("case", {"a/b": np.ones(3)}, {"c/d": lost})]):
+        golden.save(tmp_path / "golden.npz", goldens)
+        (loaded,), (given,) = golden.load(tmp_path / "golden.npz"), goldens
+        np.testing.assert_equal(_plain(loaded), _plain(given))
+    (tmp_path / "golden.npz").write_bytes(b"none")
+    with pytest.raises(ConfigError, match="holds no golden results"):
+        golden.load(tmp_path / "golden.npz")
+
+
+def _plain(of: Golden) -> Any:
+    outputs, layers = ({name: vars(x) for name, x in each.items()} for each in (of.outputs, of.layers))
+    return [of.name, dict(of.inputs), outputs, layers]
+
+
+def test_a_file_that_onnxruntime_refuses_is_a_failed_target(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(TargetError, match="ONNX Runtime refuses"):
+        backends.onnxruntime_backend(path)
