@@ -9,6 +9,8 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="all combinations of options, not only a cover of them")
+    parser.addoption("--all-graphs", action="store_true", help="the whole table of tests/parity, not a subset")
+    parser.addoption("--backend", default="ort-cpu", help="of tests/parity: ort-cpu, ort-cuda, tensorrt, …, triton")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

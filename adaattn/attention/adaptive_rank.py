@@ -11,6 +11,7 @@ from adaattn.config import BF16, FP16, FP32, Budget
 from adaattn.errors import ConfigError
 
 METHODS = ("entropy", "power", "random")
+DUST = 2.0**-17  # of its mean: a dimension of the keys that varies less is constant, and what varies is rounding
 NATIVE = {torch.bfloat16: BF16, torch.float16: FP16}  # this module leaves the precision as the input has it
 
 
@@ -106,7 +107,8 @@ class AdaptiveRankAttention(PlannedAttention):
         low = max(1, int(self.rank_ratio * self.head_dim))
         if self.rank_estimation_method == "random":
             return torch.full_like(q.token_peak, low, dtype=torch.int32)
-        weights = energy(q, k, self.scale)
+        second_moment = torch.where(k.second_moment > (DUST * k.mean).square(), k.second_moment, 0)
+        weights = energy(q, k._replace(second_moment=second_moment), self.scale)
         if self.rank_estimation_method == "entropy":
             rank = effective_rank(weights)
         else:

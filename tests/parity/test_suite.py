@@ -1,0 +1,122 @@
+"""Every graph of the table on every backend that this machine has, against float64.
+
+`make test` runs a seeded subset on ONNX Runtime, `make parity` all of it. `--backend ort-cuda,tensorrt` names others:
+those of `adaattn.export.backends`, and triton, the fused kernels in eager mode.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from table import GRAPHS, WIDTH, Graph, cases, some
+
+from adaattn.errors import TargetError
+from adaattn.export import backends, engine, parity
+from adaattn.export.capture import Captured, capture_module
+from adaattn.export.cases import Case
+from adaattn.export.golden import Golden
+from adaattn.export.onnx import lower, planned_nodes, save
+from adaattn.export.reference import Reference, array
+from adaattn.export.yardstick import PlanMode, run
+from adaattn.input_spec import Dimension, InputSpec
+from adaattn.plugins import driver
+
+BACKENDS = (*backends.BACKENDS, "triton")
+DIMS = {"B": "1:2:3", "S": "1:17:130", "K": "5:17:130"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "graph" in metafunc.fixturenames:
+        thorough = metafunc.config.getoption("--all-graphs")
+        metafunc.parametrize("graph", GRAPHS if thorough else some(12), ids=str)
+        names = metafunc.config.getoption("--backend").split(",")
+        unknown = [name for name in names if name not in BACKENDS]
+        if unknown:
+            raise pytest.UsageError(f"backend {unknown[0]!r} is unknown; choose of {', '.join(BACKENDS)}")
+        metafunc.parametrize("backend", names)
+
+
+def why_not(backend: str) -> str | None:
+    """Why this machine does not run a backend."""
+    if backend in backends.PROVIDERS:
+        import onnxruntime
+
+        provider = backends.PROVIDERS[backend]
+        if provider not in onnxruntime.get_available_providers():
+            return f"onnxruntime {onnxruntime.__version__} has no {provider}"
+    elif backend in engine.PACKAGES and not engine.installed(backend):
+        return f"{engine.PACKAGES[backend]} is not installed"
+    if backend != "ort-cpu" and driver.capability() is None:
+        return "a CUDA driver finds no GPU on this machine"
+    return None
+
+
+def test_outputs_agree_with_float64(graph: Graph, backend: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    reason = why_not(backend)
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+    captured, module = captured_of(graph)
+    opset = 22 if backend in (*engine.PACKAGES, "ort-tensorrt") else 23
+    names = {symbol: dim.name for symbol, dim in captured.dims.items()}
+    lowered = lower(captured.program, opset, names, list(graph.inputs()), captured.output_names)
+    layers = list(planned_nodes(lowered.graph))
+    reference = Reference(captured)
+    given = {name: Case(name, inputs) for name, inputs in cases(graph)}
+    if not pytestconfig.getoption("--all-graphs"):
+        given = {name: given[name] for name in random.Random(str(graph)).sample(sorted(given), 8)}
+    goldens = [reference.golden(reference.expect(case), layers) for case in given.values()]
+    try:
+        if backend == "triton":
+            runs = fused(module.cuda(), given, layers)
+        else:
+            save(lowered.graph, tmp_path / "model.onnx")
+            if backend in engine.PACKAGES:
+                build(graph, backend, tmp_path)
+            runs = backends.open_backend(backend, tmp_path, tmp_path / "run.log")
+        found = parity.compare(
+            goldens, runs, lambda of, plans: reference.exact_at(given[of.name], [plans[name] for name in layers])
+        )
+    except (backends.CannotRun, TargetError) as error:
+        if isinstance(error, TargetError):
+            raise
+        pytest.skip(f"{backend}: {error}")
+    wrong = [f"{row['case']}: {row['reason']}" for row in found["outputs"] if row["verdict"] != "passed"]
+    assert not wrong, f"{len(wrong)} of {len(found['outputs'])}\n" + "\n".join(wrong)
+
+
+def captured_of(graph: Graph) -> tuple[Captured, torch.nn.Module]:
+    module = graph.module().to(getattr(torch, graph.dtype))
+    specs = [InputSpec.parse(name, text) for name, text in graph.inputs().items()]
+    used = {size for spec in specs for size in spec.shape}
+    dims = {name: Dimension.parse(name, text) for name, text in DIMS.items() if name in used}
+    return capture_module(module, specs, dims), module
+
+
+def build(graph: Graph, target: str, folder: Path) -> None:
+    """An engine whose one profile takes all shapes."""
+    points = [{name: int(text.split(":")[at]) for name, text in DIMS.items()} for at in range(3)]
+
+    def shape(text: str, sizes: dict[str, int]) -> list[int]:
+        return [sizes.get(size, WIDTH) if not size.isdecimal() else int(size) for size in text.split(":")[0].split(",")]
+
+    profile = {name: tuple(shape(text, sizes) for sizes in points) for name, text in graph.inputs().items()}
+    capability = f"{(driver.capability() or 0) / 10}"
+    options = engine.BuildOptions(compute_capabilities=(capability,) if target == "tensorrt-rtx" else None)
+    engine.engine_from_onnx(folder / "model.onnx", target, folder / f"{target}.engine", [profile], options)
+
+
+def fused(module: torch.nn.Module, given: dict[str, Case], layers: Sequence[str]) -> parity.Backend:
+    """Eager PyTorch on a GPU, whose ops are the Triton kernels."""
+
+    def backend(of: Golden) -> parity.Ran:
+        mode = PlanMode()
+        inputs = {name: x.cuda() for name, x in given[of.name].inputs.items()}
+        (output, *_) = run(module, inputs, mode)
+        plans = {name: (array(p), array(r)) for name, (p, r) in zip(layers, mode.plans, strict=True)}
+        return parity.Ran({name: array(output) for name in of.outputs}, plans, {})
+
+    return backend
