@@ -64,6 +64,7 @@ class AttentionBase(nn.Module, ABC):
         value: Tensor,
         attention_mask: Tensor | None = None,
         need_weights: bool = False,
+        average_attn_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of query over key and value.
 
@@ -74,10 +75,11 @@ class AttentionBase(nn.Module, ABC):
             attention_mask: boolean (True attends) or added to the scores, of shape (batch, seq_k),
                 (batch, seq_q, seq_k) or (batch, heads, seq_q, seq_k).
             need_weights: also return the attention weights.
+            average_attn_weights: over heads.
 
         Returns:
-            The output (batch, seq_q, embed_dim), and the weights (batch, seq_q, seq_k), averaged over heads, or None.
-            Weights are those of the unrounded formula at the plan's rank.
+            The output (batch, seq_q, embed_dim), and the weights (batch, seq_q, seq_k), averaged over heads, or
+            (batch, heads, seq_q, seq_k), or None. Weights are those of the unrounded formula at the plan's rank.
 
         Raises:
             ShapeError, DtypeError: inputs that do not go together.
@@ -95,7 +97,9 @@ class AttentionBase(nn.Module, ABC):
             output, rank = self._attend(q, k, v, mask)
             weights = attention_weights(q, k, rank, mask, self.scale, self.causal) if need_weights else None
         output = self.out_proj(output.transpose(1, 2).flatten(2))
-        return output, weights.mean(dim=1).to(query.dtype) if weights is not None and need_weights else None
+        if weights is None or not need_weights:
+            return output, None
+        return output, (weights.mean(dim=1) if average_attn_weights else weights).to(query.dtype)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, Sq, D), k and v (B, Hk, Sk, D)."""
