@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from adaattn.attention.adaptive_precision import AdaptivePrecisionAttention
     from adaattn.attention.adaptive_rank import AdaptiveRankAttention
     from adaattn.attention.dense import DenseAttention
+    from adaattn.calibration import calibrate
     from adaattn.checkpoint import load, save
     from adaattn.conversion import Conversion, convert
     from adaattn.encoder import Encoder
@@ -31,6 +32,7 @@ _HOME = {
     "DenseAttention": "adaattn.attention.dense",
     "Encoder": "adaattn.encoder",
     "adaptive_attention": "adaattn.functional",
+    "calibrate": "adaattn.calibration",
     "convert": "adaattn.conversion",
     "load": "adaattn.checkpoint",
     "save": "adaattn.checkpoint",
@@ -45,6 +47,7 @@ __all__ = [
     "DenseAttention",
     "Encoder",
     "adaptive_attention",
+    "calibrate",
     "convert",
     "load",
     "save",

@@ -17,6 +17,7 @@ from adaattn.attention.multihead import MultiheadAttention
 from adaattn.config import POLICIES, PRECISIONS, Budget, resolve_tolerance
 from adaattn.encoder import ATTENTION
 from adaattn.errors import ConfigError
+from adaattn.weights import are_plain, owners
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,12 @@ def convert(model: nn.Module, config: Conversion | None = None) -> list[Converte
             "the model is itself a torch.nn.MultiheadAttention and cannot be replaced within itself; use "
             "model = adaattn.conversion.replacement(model, config)"
         )
-    owners = _owners(model)
+    holders = owners(model)
     records, made = [], {}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             reason = refusal(module)
-            others = {owner for p in module.parameters() for owner in owners[p]} - {name, f"{name}.out_proj"}
+            others = {holder for p in module.parameters() for holder in holders[p]} - {name, f"{name}.out_proj"}
             if reason is None and others:
                 reason = f"it shares weights with {', '.join(sorted(others))}"
             if reason is None:
@@ -171,7 +172,7 @@ def refusal(attention: nn.MultiheadAttention) -> str | None:
         return f"{type(attention).__name__} has modules of its own"
     if any(getattr(module, name) for module in (attention, out) for name in hooks):
         return "it has hooks, which would be lost; remove them first"
-    if not isinstance(out, nn.Linear) or any(type(p) is not nn.Parameter for p in attention.parameters()):
+    if not isinstance(out, nn.Linear) or not are_plain(attention):
         return "its weights are quantised, or otherwise no plain tensors"
     if attention.bias_k is not None or attention.bias_v is not None:
         return "add_bias_kv adds a key that no input makes"
@@ -196,12 +197,3 @@ def _split_weights(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
         if attention.in_proj_bias is not None:
             weights[f"{name}.bias"] = attention.in_proj_bias.chunk(3)[i]
     return weights | {f"out_proj.{name}": weight for name, weight in attention.out_proj.named_parameters()}
-
-
-def _owners(model: nn.Module) -> dict[nn.Parameter, set[str]]:
-    """The names of the modules that hold a parameter: weights that several hold are tied, and copies would not be."""
-    owners: dict[nn.Parameter, set[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, set()).add(name)
-    return owners
