@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from adaattn.attention.base import PlannedAttention
 from adaattn.balance import SecondMoments, balance, energies, fold
 from adaattn.budget import power_rank
-from adaattn.checkpoint import write_whole
-from adaattn.errors import CheckpointError, ConfigError
+from adaattn.calibration_file import read, write
+from adaattn.errors import ConfigError
 from adaattn.pairs import Pair, pairs
-
-FORMAT, VERSION = "adaattn-calibration", 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,19 +94,19 @@ def calibrate(
     sums = {name: SecondMoments.zeros(pair) for name, pair in chosen.items()}
     if not chosen:
         return Calibration(0, {}, refused)
-    done = saved = _read(resume, chosen, sums) if resume is not None and Path(resume).exists() else 0
+    done = saved = read(resume, chosen, sums) if resume is not None and Path(resume).exists() else 0
     with _evaluation(model), _observed(chosen, sums), torch.no_grad():
         for batch in islice(batches, done, None):
             _call(model, batch)
             done += 1
             if resume is not None and done % save_every == 0:
-                _write(resume, done, chosen, sums)
+                write(resume, done, chosen, sums)
                 saved = done
             on_batch(done)
     if done == 0:
         raise ConfigError("there was no batch to calibrate with; give at least one")
     if resume is not None and saved != done:
-        _write(resume, done, chosen, sums)
+        write(resume, done, chosen, sums)
 
     layers = {}
     for name, pair in chosen.items():
@@ -135,7 +133,7 @@ def _call(model: nn.Module, batch: Any) -> None:
         model(*batch)
     else:
         raise ConfigError(
-            f"a batch is a {type(batch).__name__}; give a tensor, a tuple or list of arguments, or a mapping of "
+            f"a batch is of type {type(batch).__name__}; give a tensor, a tuple or list of arguments, or a mapping of "
             "keyword arguments"
         )
 
@@ -185,49 +183,5 @@ def _count(
         latest.clear()
         return
     q, k = (latest.pop(key).unflatten(-1, (-1, pair.head_dim)).transpose(1, 2) for key in ("q", "k"))
-    arguments = signature.bind(*args, **kwargs).arguments
+    arguments = {**signature.bind(*args, **kwargs).arguments, **kwargs}  # also those that **kwargs of its own took in
     moments.add(q, k, pair.attended(arguments, q.shape[0], q.shape[2], k.shape[2]))
-
-
-def _write(
-    path: str | os.PathLike[str], done: int, chosen: Mapping[str, Pair], sums: Mapping[str, SecondMoments]
-) -> None:
-    layers = {name: {"weights": _fingerprint(pair), **sums[name].state()} for name, pair in chosen.items()}
-    write_whole({"format": FORMAT, "version": VERSION, "batches": done, "layers": layers}, path)
-
-
-def _read(path: str | os.PathLike[str], chosen: Mapping[str, Pair], sums: dict[str, SecondMoments]) -> int:
-    """Fill in the sums from a file; how many batches it has counted."""
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no error of its own: whatever a damaged file raises, it means this
-        raise CheckpointError(
-            f"{path} holds no statistics of a calibration: it is damaged or of another kind"
-        ) from error
-    if not isinstance(payload, dict) or (payload.get("format"), payload.get("version")) != (FORMAT, VERSION):
-        raise CheckpointError(
-            f"{path} holds no statistics of a calibration of version {VERSION}; delete it, or give another"
-        )
-    done = payload.get("batches")
-    expected = {name: {"weights": _fingerprint(pair), **sums[name].state()} for name, pair in chosen.items()}
-    if not isinstance(done, int) or _form(payload.get("layers")) != _form(expected):
-        raise CheckpointError(
-            f"{path} was made of another model or other weights, maybe of this model before its calibration; delete it "
-            "to begin anew"
-        )
-    for name, layer in payload["layers"].items():
-        sums[name] = SecondMoments(**{field: x for field, x in layer.items() if field != "weights"})
-    return done
-
-
-def _form(statistics: Any) -> Any:
-    """What the statistics of two runs over the same model have in common: all but the numbers."""
-    if isinstance(statistics, dict):
-        return {name: _form(x) for name, x in statistics.items()}
-    return (statistics.dtype, statistics.shape) if isinstance(statistics, Tensor) else statistics
-
-
-def _fingerprint(pair: Pair) -> str:
-    """Statistics are worthless for other weights than those they were made with."""
-    hashes = (torch.hash_tensor(linear.weight.detach().cpu().double()) for linear in (pair.query, pair.key))
-    return " ".join(str(x.view(torch.int64).item()) for x in hashes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from adaattn.attention.base import AttentionBase
@@ -172,7 +173,7 @@ def refusal(attention: nn.MultiheadAttention) -> str | None:
         return f"{type(attention).__name__} has modules of its own"
     if any(getattr(module, name) for module in (attention, out) for name in hooks):
         return "it has hooks, which would be lost; remove them first"
-    if not isinstance(out, nn.Linear) or not are_plain(attention):
+    if type(out) not in (nn.Linear, NonDynamicallyQuantizableLinear) or not are_plain(attention):
         return "its weights are quantised, or otherwise no plain tensors"
     if attention.bias_k is not None or attention.bias_v is not None:
         return "add_bias_kv adds a key that no input makes"

@@ -288,7 +288,7 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     x = correlated(1, 5, WIDTH)
     for bad in ([x, 3], [], iter(())):
-        with pytest.raises(ConfigError, match=r"a batch is a int; give a tensor|no batch to calibrate with"):
+        with pytest.raises(ConfigError, match=r"a batch is of type int; give a tensor|no batch to calibrate with"):
             calibrate(model, bad)
     with pytest.raises(ConfigError, match="save_every is 0"):
         calibrate(model, [x], save_every=0)
@@ -374,7 +374,8 @@ class Foreign(nn.Module):
         self.heads = heads
         self.query, self.key, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        attention_mask = options.get("attention_mask")
         q, k, v = (p(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in self.children())
         return nn.functional.scaled_dot_product_attention(q, k, v, attention_mask).transpose(1, 2).flatten(2)
 
@@ -403,7 +404,7 @@ def test_attention_of_another_library_is_found_by_its_finder(monkeypatch: pytest
     torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
     alone, mask = Foreign(), torch.zeros(2, 1, 1, 17)
     mask[..., 9:] = torch.finfo(torch.float32).min
-    result = calibrate(alone, [{"hidden_states": x, "attention_mask": mask, "other": 1}])
+    result = calibrate(alone, [{"hidden_states": x, "attention_mask": mask}])
     assert result.layers[""].tokens == 2 * 9
 
 

@@ -85,7 +85,8 @@ class MultiheadAttention(nn.Module):
 
         scores = (query.shape[0], self.num_heads, query.shape[1], key.shape[1])
         mask = merge_masks(key_padding_mask, attn_mask, scores, query.dtype)
-        output, weights = self.attention(query, key, value, mask, need_weights, average_attn_weights)
+        wanted = "per head" if need_weights and not average_attn_weights else need_weights
+        output, weights = self.attention(query, key, value, mask, wanted)
         if axes == 2:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
