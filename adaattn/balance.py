@@ -59,6 +59,10 @@ class SecondMoments:
         self.keys += tokens.sum((0, 2)).cpu()
         self.key_power += k.square().sum((0, 2, 3)).cpu()
 
+    def means(self) -> tuple[Tensor, Tensor]:
+        """E[qᵀq] (H, D, D) and Cov[k] (Hk, D, D)."""
+        return self.query / self.queries[:, None, None], self.key / self.keys.clamp_min(1)[:, None, None]
+
     def state(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
@@ -74,8 +78,8 @@ def balance(moments: SecondMoments) -> tuple[Tensor, Tensor]:
     A head whose queries are zero or whose keys are constant has no energy to gather, and keeps its basis.
     """
     kv_heads, dim = moments.key.shape[:2]
-    query = moments.query.unflatten(0, (kv_heads, -1)).mean(1) / moments.queries[:, None, None]
-    key = moments.key / moments.keys.clamp_min(1)[:, None, None]
+    each_query, key = moments.means()
+    query = each_query.unflatten(0, (kv_heads, -1)).mean(1)
     power = moments.key_power / moments.keys.clamp_min(1)
     known = ((_trace(query) > 0) & (_trace(key) > CONSTANT * power))[:, None, None]
     one = torch.eye(dim, dtype=torch.float64).expand_as(key)
@@ -83,8 +87,8 @@ def balance(moments: SecondMoments) -> tuple[Tensor, Tensor]:
 
     (q_roots, q_vectors), (k_roots, k_vectors) = _root(query), _root(key)
     q_factor, k_factor = q_vectors * q_roots.unsqueeze(-2), k_vectors * k_roots.unsqueeze(-2)
-    left, energies, _ = torch.linalg.svd(q_factor.mT @ k_factor)
-    roots = energies.sqrt()
+    left, singular, _ = torch.linalg.svd(q_factor.mT @ k_factor)
+    roots = singular.sqrt()
     transform = (q_vectors / q_roots.unsqueeze(-2)) @ left * roots.unsqueeze(-2)
     inverse = (q_factor @ left / roots.unsqueeze(-2)).mT
     return torch.where(known, transform, one), torch.where(known, inverse, one)
@@ -102,8 +106,7 @@ def _trace(x: Tensor) -> Tensor:
 def energies(moments: SecondMoments, scale: float, transform: Tensor, inverse: Tensor) -> Tensor:
     """w_d = scale²·E[q'_d²]·E[k'_d²] of each query head in the new basis, (H, D); k' centred as in the plan."""
     group = moments.query.shape[0] // moments.key.shape[0]
-    query = moments.query / moments.queries[:, None, None]
-    key = moments.key / moments.keys.clamp_min(1)[:, None, None]
+    query, key = moments.means()
     a = transform.repeat_interleave(group, 0)
     q_energy = (a.mT @ query @ a).diagonal(dim1=-2, dim2=-1)
     k_energy = (inverse @ key @ inverse.mT).diagonal(dim1=-2, dim2=-1).repeat_interleave(group, 0)
@@ -120,5 +123,5 @@ def fold(pair: Pair, transform: Tensor, inverse: Tensor) -> None:
 def _apply(linear: nn.Linear, matrices: Tensor) -> None:
     """Let a projection's output be that of today, times the transpose of each head's matrix."""
     for parameter in linear.parameters():
-        heads = parameter.detach().to("cpu", torch.float64).view(*matrices.shape[:2], -1)
-        parameter.copy_((matrices @ heads).view_as(parameter))
+        heads = parameter.detach().to("cpu", torch.float64).reshape(*matrices.shape[:2], -1)
+        parameter.copy_((matrices @ heads).reshape(parameter.shape))
