@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from adaattn.attention.adaptive_precision import AdaptivePrecisionAttention
     from adaattn.attention.adaptive_rank import AdaptiveRankAttention
     from adaattn.attention.dense import DenseAttention
+    from adaattn.calibration import calibrate
     from adaattn.checkpoint import load, save
+    from adaattn.conversion import Conversion, convert
     from adaattn.encoder import Encoder
     from adaattn.errors import AdaAttnError
     from adaattn.functional import adaptive_attention
@@ -26,9 +28,12 @@ _HOME = {
     "AdaptiveAttention": "adaattn.attention.adaptive",
     "AdaptivePrecisionAttention": "adaattn.attention.adaptive_precision",
     "AdaptiveRankAttention": "adaattn.attention.adaptive_rank",
+    "Conversion": "adaattn.conversion",
     "DenseAttention": "adaattn.attention.dense",
     "Encoder": "adaattn.encoder",
     "adaptive_attention": "adaattn.functional",
+    "calibrate": "adaattn.calibration",
+    "convert": "adaattn.conversion",
     "load": "adaattn.checkpoint",
     "save": "adaattn.checkpoint",
 }
@@ -38,9 +43,12 @@ __all__ = [
     "AdaptiveAttention",
     "AdaptivePrecisionAttention",
     "AdaptiveRankAttention",
+    "Conversion",
     "DenseAttention",
     "Encoder",
     "adaptive_attention",
+    "calibrate",
+    "convert",
     "load",
     "save",
 ]

@@ -64,6 +64,15 @@ def save(
         "inputs": {spec.name: str(spec) for spec in specs},
         "dims": {dimension.name: str(dimension) for dimension in sizes},
     }
+    write_whole(payload, path)
+
+
+def write_whole(payload: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """`torch.save` to a file that appears whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} cannot be written: it is a folder or a device; give a file")

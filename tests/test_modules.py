@@ -104,6 +104,9 @@ def test_output_and_weights_are_attention_by_the_modules_weights(name: str, opti
         assert output.shape == (B, SQ, WIDTH)
         assert (yardstick.error(output, want) <= yardstick.SUMS).all(), kind
         assert weights.shape == (B, SQ, SK)
+        per_head = module(q, k, v, mask, need_weights="per head")[1]
+        assert per_head.shape == (B, H, SQ, SK)
+        torch.testing.assert_close(per_head.mean(1), weights)
         torch.testing.assert_close(weights.sum(-1), torch.ones(B, SQ), msg=lambda m, kind=kind: f"{kind}: {m}")
         torch.testing.assert_close(weights.double(), want_weights, rtol=1e-5, atol=1e-6)
         assert module(q, k, v, mask)[1] is None
@@ -387,6 +390,11 @@ def test_state_dict_carries_all_that_the_output_depends_on(name: str) -> None:
     assert not torch.equal(first(q, k, v)[0], second(q, k, v)[0])
     second.load_state_dict(first.state_dict())
     torch.testing.assert_close(second(q, k, v)[0], first(q, k, v)[0], rtol=0, atol=0)
+
+
+def test_need_weights_has_three_values() -> None:
+    with pytest.raises(ConfigError, match="need_weights is 'heads'; give True, False or"):
+        DenseAttention(WIDTH, H)(*inputs(), need_weights="heads")
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -30,11 +30,17 @@ def test_blocks_run(tmp_path: Path) -> None:
     assert (tmp_path / "model-export" / "model.onnx").exists()
 
 
-@pytest.mark.parametrize("script", ["basic_usage.py"])
-def test_examples_run(script: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "headings"),
+    [
+        ("basic_usage.py", ("dense", "adaptive precision", "adaptive rank", "cross-attention", "masks")),
+        ("convert_and_calibrate.py", ("converted", "calibrated", "energy")),
+    ],
+)
+def test_examples_run(script: str, headings: tuple[str, ...]) -> None:
     command = [sys.executable, ROOT / "examples" / script]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for heading in ("dense", "adaptive precision", "adaptive rank", "cross-attention", "masks"):
+    for heading in headings:
         assert heading in done.stdout
 
 

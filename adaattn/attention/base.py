@@ -6,6 +6,7 @@ Every constructor argument stays readable as an attribute of the same name; `ada
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class AttentionBase(nn.Module, ABC):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        need_weights: bool = False,
+        need_weights: bool | Literal["per head"] = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of query over key and value.
 
@@ -73,15 +74,18 @@ class AttentionBase(nn.Module, ABC):
             value: (batch, seq_k, vdim).
             attention_mask: boolean (True attends) or added to the scores, of shape (batch, seq_k),
                 (batch, seq_q, seq_k) or (batch, heads, seq_q, seq_k).
-            need_weights: also return the attention weights.
+            need_weights: also return the attention weights, averaged over heads or "per head".
 
         Returns:
-            The output (batch, seq_q, embed_dim), and the weights (batch, seq_q, seq_k), averaged over heads, or None.
-            Weights are those of the unrounded formula at the plan's rank.
+            The output (batch, seq_q, embed_dim), and the weights (batch, seq_q, seq_k), or (batch, heads, seq_q, seq_k)
+            per head, or None. Weights are those of the unrounded formula at the plan's rank.
 
         Raises:
             ShapeError, DtypeError: inputs that do not go together.
+            ConfigError: an unknown `need_weights`.
         """
+        if need_weights not in (True, False, "per head"):
+            raise ConfigError(f'need_weights is {need_weights!r}; give True, False or "per head"')
         self._check_inputs(query, key, value)
         batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
         mask = attention_mask
@@ -95,7 +99,9 @@ class AttentionBase(nn.Module, ABC):
             output, rank = self._attend(q, k, v, mask)
             weights = attention_weights(q, k, rank, mask, self.scale, self.causal) if need_weights else None
         output = self.out_proj(output.transpose(1, 2).flatten(2))
-        return output, weights.mean(dim=1).to(query.dtype) if weights is not None and need_weights else None
+        if weights is None or not need_weights:
+            return output, None
+        return output, (weights if need_weights == "per head" else weights.mean(dim=1)).to(query.dtype)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, Sq, D), k and v (B, Hk, Sk, D)."""

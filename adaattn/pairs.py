@@ -1,0 +1,122 @@
+"""What calibration needs to know of an attention, and where it finds attentions: ours, and those of registered finders.
+
+An integration describes the attention of another library by a `Pair` and registers a function that recognises it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaattn.attention.adaptive_rank import AdaptiveRankAttention
+from adaattn.attention.base import AttentionBase, PlannedAttention
+from adaattn.errors import ConfigError
+from adaattn.masks import attended_keys, expand_mask
+from adaattn.weights import are_plain, owners
+
+Attended = Callable[[Mapping[str, Any], int, int, int], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The query and key projections of one attention, whose products alone its scores are made of.
+
+    Nothing may come between projections and scores that does not commute with a linear map of a head's dimensions, as
+    rotary embedding does not.
+
+    Args:
+        module: a call of it is one attention, in which it calls `query` and `key`.
+        query: output (batch, queries, num_heads·head_dim).
+        key: output (batch, keys, num_kv_heads·head_dim).
+        num_heads, num_kv_heads, head_dim: query head h uses key head h // (num_heads / num_kv_heads).
+        scale: of the softmax.
+        attended: from the arguments of the module's call by name, batch, queries and keys, which keys any query attends
+            to: boolean (batch or 1, num_kv_heads or 1, keys), or None for all.
+
+    Raises:
+        ConfigError: sizes that do not go together.
+    """
+
+    module: nn.Module
+    query: nn.Linear
+    key: nn.Linear
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    attended: Attended
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        for name, linear, heads in (("query", self.query, self.num_heads), ("key", self.key, self.num_kv_heads)):
+            if linear.out_features != heads * self.head_dim:
+                raise ConfigError(
+                    f"{name} has {linear.out_features} features; expected {heads} heads of {self.head_dim}"
+                )
+
+
+Finder = Callable[[nn.Module], Pair | str | None]
+"""The pair of a module, or the reason why it cannot be calibrated, or None for a module that is no attention."""
+
+
+def find_ours(module: nn.Module) -> Pair | str | None:
+    """The finder of this package's modules."""
+    if not isinstance(module, AttentionBase):
+        return None
+    if not isinstance(module, PlannedAttention) or not module.low_rank:
+        return "it never cuts the rank, so no basis makes it cheaper"
+    if isinstance(module, AdaptiveRankAttention) and module.rank_estimation_method == "random":
+        return "it rotates queries and keys at random after their projections"
+    heads, kv_heads = module.num_heads, module.num_kv_heads or module.num_heads
+
+    def attended(arguments: Mapping[str, Any], batch: int, queries: int, keys: int) -> Tensor | None:
+        mask = arguments.get("attention_mask")
+        return None if mask is None else attended_keys(expand_mask(mask, batch, heads, queries, keys), kv_heads)
+
+    return Pair(module, module.q_proj, module.k_proj, heads, kv_heads, module.head_dim, module.scale, attended)
+
+
+_finders: list[Finder] = [find_ours]
+
+
+def register_finder(finder: Finder) -> None:
+    """Let `calibrate` find attentions of another kind; those of this package are looked for first.
+
+    Example:
+        >>> register_finder(lambda module: "it is rotary" if type(module).__name__ == "LlamaAttention" else None)
+    """
+    _finders.append(finder)
+
+
+def pairs(model: nn.Module) -> dict[str, Pair | str]:
+    """For each attention in a model, by its name, its pair or the reason why it cannot be calibrated.
+
+    Example:
+        >>> pairs(torch.nn.Sequential(DenseAttention(64, 4)))
+        {'0': 'it never cuts the rank, so no basis makes it cheaper'}
+    """
+    found: dict[str, Pair | str] = {}
+    for name, module in model.named_modules():
+        answers = (finder(module) for finder in _finders)
+        answer = next((answer for answer in answers if answer is not None), None)
+        if answer is not None:
+            found[name] = answer
+    holders = owners(model)
+    uses = Counter(weight for pair in found.values() if isinstance(pair, Pair) for weight in _weights(pair))
+    for name, pair in found.items():
+        if isinstance(pair, str):
+            continue
+        if any(type(linear) is not nn.Linear or not are_plain(linear) for linear in (pair.query, pair.key)):
+            found[name] = "its projections are parametrized, quantised, or otherwise no plain torch.nn.Linear"
+        elif any(uses[weight] > 1 or len(holders[weight]) > 1 for weight in _weights(pair)):
+            found[name] = "it shares the weights of its projections with others"
+    return found
+
+
+def _weights(pair: Pair) -> list[nn.Parameter]:
+    return [*pair.query.parameters(), *pair.key.parameters()]
