@@ -47,6 +47,18 @@ def cases(captured: Captured) -> list[Case]:
     return found
 
 
+def length(case: Case, captured: Captured) -> int | None:
+    """The largest size, in a case, of a dynamic dimension that is no batch; None where there is none."""
+    dims = {symbol for symbol, dim in captured.dims.items() if not dim.is_batch}
+    sizes = [
+        size
+        for item in captured.inputs
+        for symbolic, size in zip(item.shape, case.inputs[item.name].shape, strict=True)
+        if {str(symbol) for symbol in getattr(symbolic, "free_symbols", ())} & dims
+    ]
+    return max(sizes, default=None)
+
+
 def small(captured: Captured) -> Case:
     """A case whose intermediate values are few enough to keep."""
     generator = torch.Generator().manual_seed(SEED)

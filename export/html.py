@@ -51,13 +51,17 @@ def render(report: dict[str, Any]) -> str:
     targets = report["targets"] or []
     rows = [{**layer, "cells": _cells(layer)} for layer in report["layers"] or []]
     cells = [cell for row in rows for cell in row["cells"]]
-    histograms, scatter = _figures(targets, rows)
+    tokens = report["tokens"] or {}
+    histograms, scatter, lengths = _figures(targets, rows, tokens)
     return environment.get_template("report.html.jinja").render(
         {key: [] if value is None else value for key, value in report.items()},
         sentence=_sentence(targets),
         worst=[max(target["outputs"] or [], key=_badness, default=None) for target in targets],
         histograms=histograms,
         scatter=scatter,
+        lengths=lengths,
+        compared=_side_by_side(targets),
+        worst_heads=[sorted(target["heads"] or [], key=_of_head, reverse=True)[:5] for target in targets],
         rows=rows,
         cells=cells,
         heads=max((len(row["cells"]) for row in rows), default=0),
@@ -93,6 +97,11 @@ def _badness(output: dict[str, Any]) -> tuple[bool, float]:
     return output["verdict"] == "failed", math.inf if math.isnan(ratio) else ratio
 
 
+def _of_head(head: dict[str, Any]) -> float:
+    error = _float(head["error"])
+    return math.inf if math.isnan(error) else error
+
+
 def _sentence(targets: Sequence[dict[str, Any]]) -> str:
     """Which targets passed, failed, were built but not run, and why."""
     passed = [target["name"] for target in targets if target["verdict"] == "passed"]
@@ -122,8 +131,17 @@ def _cells(layer: dict[str, Any]) -> list[dict[str, Any]]:
     return cells
 
 
-def _figures(targets: Sequence[Any], rows: Sequence[Any]) -> tuple[list[Markup | None], Markup | None]:
-    """A histogram for each target and the scatter of the heads; None where there is nothing to draw."""
+def _side_by_side(targets: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any] | None]]:
+    """For each output of each case what the targets that ran have of it."""
+    ran = [{(row["name"], row["case"]): row for row in target["outputs"] or []} for target in targets]
+    names = dict.fromkeys(name for rows in ran for name in rows)
+    return {f"{name}, {case}": [rows.get((name, case)) for rows in ran if rows] for name, case in names}
+
+
+def _figures(
+    targets: Sequence[Any], rows: Sequence[Any], tokens: dict[str, int]
+) -> tuple[list[Markup | None], Markup | None, Markup | None]:
+    """A histogram for each target, the scatter of heads, errors over lengths; None where there is nothing to draw."""
     import matplotlib  # slow to import, and only a report needs it
 
     with matplotlib.rc_context():
@@ -131,7 +149,8 @@ def _figures(targets: Sequence[Any], rows: Sequence[Any]) -> tuple[list[Markup |
         matplotlib.rcParams.update(STYLE)
         bars = [_bars(target["histogram"] or {"log10_edges": [], "counts": []}) for target in targets]
         edges = [edge for target in bars for bar in target for edge in bar[:2]]
-        return [_histogram(own, edges, f"histogram{n}") for n, own in enumerate(bars, 1)], _scatter(rows)
+        histograms = [_histogram(own, edges, f"histogram{n}") for n, own in enumerate(bars, 1)]
+        return histograms, _scatter(rows), _lengths(targets, tokens)
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -183,6 +202,34 @@ def _scatter(rows: Sequence[Any]) -> Markup | None:
         axis.set_minor_formatter(lambda value, _: "")
     figure.legend(loc="outside lower center", ncols=3)
     return _svg(figure, "scatter")
+
+
+def _lengths(targets: Sequence[Any], tokens: dict[str, int]) -> Markup | None:
+    """The worst error of an output at each length, of each target, of eager PyTorch, and what was allowed."""
+    lines: dict[str, dict[int, float]] = {}
+    for target in targets:
+        for row in target["outputs"] or []:
+            length = tokens.get(row["case"])
+            for name, key in ((target["name"], "error"), ("eager PyTorch", "eager_error"), ("limit", "limit")):
+                value = _float(row[key])
+                if length and 0 < value < math.inf:
+                    line = lines.setdefault(name, {})
+                    line[length] = max(value, line.get(length, 0.0))
+    if max((len(line) for line in lines.values()), default=0) < 2:
+        return None
+    figure, axes = _axes(4.6, 3.2)
+    plain = {"eager PyTorch": ("muted", "--", ""), "limit": ("bad", ":", "")}
+    styles = zip(["-"] * len(lines), "osD^vX", strict=False)
+    for name, line in lines.items():
+        ink, dash, marker = plain[name] if name in plain else ("accent", *next(styles, ("-", "")))
+        axes.plot(*zip(*sorted(line.items()), strict=True), dash, marker=marker, ms=5, color=INK[ink], label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="worst error of an output")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(lambda value, _: "")
+    figure.legend(loc="outside lower center", ncols=3)
+    return _svg(figure, "lengths")
 
 
 def _svg(figure: Figure, name: str) -> Markup:

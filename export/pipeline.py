@@ -22,7 +22,7 @@ from adaattn.errors import ConfigError, TargetError
 from adaattn.export import cases, engine, folder, golden, onnx, parity, serving, summary, trace, verify
 from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs
 from adaattn.export.html import render
-from adaattn.export.reference import Reference
+from adaattn.export.reference import Expected, Reference
 from adaattn.input_spec import Dimension, InputSpec
 
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt", "triton")
@@ -174,6 +174,7 @@ def export(
                 else:
                     targets[target] = _build(target, staged, profiles, options, on_progress)
         layers: list[dict[str, Any]] = []
+        expected: list[Expected] = []
         if options.verify:
             with clock.stage("eager"):
                 reference = Reference(captured)
@@ -200,6 +201,7 @@ def export(
                 entry["seconds"] = clock.seconds[name]
             report = summary.report(captured, source or type(model).__name__, options.chosen_opset(), command, notes)
             report |= {"targets": list(targets.values()), "layers": layers, "seconds": clock.seconds}
+            report["tokens"] = {want.case.name: cases.length(want.case, captured) for want in expected}
             failed = any(entry["verdict"] == "failed" for entry in targets.values())
             report = verify.plain(report | {"verdict": "failed" if failed else "passed"})
             (staged / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -53,4 +53,4 @@ def show(report: Mapping[str, Any], where: str) -> None:
             )
     for warning in report["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
-    console.print(f"[bold]{report['verdict']}[/bold]  {where}", highlight=False)
+    console.print(f"[bold]{report['verdict']}[/bold]  {where}", highlight=False, soft_wrap=True)

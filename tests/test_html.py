@@ -16,7 +16,8 @@ import pytest
 from adaattn.export.html import render
 
 SECTIONS = [
-    "targets", "outputs", "warnings", "histograms", "plan", "predicted", "inputs", "versions", "command", "seconds",
+    "targets", "outputs", "compared", "lengths", "warnings", "histograms", "plan", "predicted", "inputs", "versions",
+    "command", "seconds",
 ]  # fmt: skip
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 NASTY = """</title><script>alert("x")</script><img src='http://evil.example/a.png' onerror="x">"""
@@ -61,6 +62,7 @@ class Page(HTMLParser):
 
 def output(name: str, case: str, error: float | None, **changes: Any) -> dict[str, Any]:
     base = {"eager_error": 3.1e-5, "limit": 1e-3, "max_abs": 0.25, "worst": [0, 17, 3], "verdict": "passed"}
+    base |= {"cosine": 1 - 2e-7, "ulp": [0.5, 3.0, 17.0]}
     return {"name": name, "case": case, "error": error, "reason": None, **base, **changes}
 
 
@@ -74,6 +76,7 @@ def report() -> dict[str, Any]:
             "outputs": [],
             "histogram": None,
             "plans": None,
+            "heads": [],
             "ops": None,
         }
         return {"name": name, "verdict": verdict, **base, **changes}
@@ -82,6 +85,7 @@ def report() -> dict[str, Any]:
         "verdict": "failed",
         "model": {"source": "model.pt", "class": "Encoder", "dtype": "float32", "parameters": 22713216},
         "warnings": ["no timing cache"],
+        "tokens": {"shortest": 1, "odd": 127, "longest": 512},
         "inputs": {"x": "B,S,64:float32"},
         "dims": {"B": "1:1:8"},
         "opset": 20,
@@ -93,6 +97,11 @@ def report() -> dict[str, Any]:
                 outputs=[output("y", "shortest", 1.2e-5), output("y", "longest", 2.5e-4)],
                 histogram={"log10_edges": [-6.0, -5.0, -4.0], "counts": [10, 3]},
                 plans={"heads": 771, "differ": 5, "excused": 4},
+                heads=[
+                    {"layer": f"stack.{n}.attention", "head": n, "error": 1e-3 * n, "eager_error": 1e-4, "case": "odd",
+                     "worst": [0, n, 2]}
+                    for n in range(7)
+                ],
             ),
             target(
                 "tensorrt",
@@ -142,8 +151,10 @@ def test_rows_hold_the_numbers(report: dict[str, Any]) -> None:
         "onnx passed 2.5e-04 y, longest 3.1e-05 1.0e-03 3.5 MiB 1.2 s -",
         "tensorrt failed 4.0e-03 z, odd 3.1e-05 1.0e-03 - 1.2 s y is over its limit. Second line.",
         "tensorrt-rtx not run - - - 0.002 MiB 1.2 s no GPU here",
-        "y shortest 1.2e-05 3.1e-05 1.0e-03 0.01 2.5e-01 [0, 17, 3] passed",
-        "z odd 4.0e-03 3.1e-05 1.0e-03 4.00 2.5e-01 [0, 17, 3] failed over",
+        "y shortest 1.2e-05 3.1e-05 1.0e-03 0.01 2.5e-01 2.0e-07 3.0e+00 1.7e+01 [0, 17, 3] passed",
+        "z odd 4.0e-03 3.1e-05 1.0e-03 4.00 2.5e-01 2.0e-07 3.0e+00 1.7e+01 [0, 17, 3] failed over",
+        "stack.6.attention 6 6.0e-03 1.0e-04 odd [0, 6, 2]",
+        "y, shortest 1.2e-05 passed -", "z, odd - 4.0e-03 failed",
         "x B,S,64:float32", "B 1:1:8", "torch 2.11.0", "capture 3.1 s", "report 0.0 s",
     ]  # fmt: skip
     assert [row for row in expected if row not in rows] == []
@@ -173,12 +184,12 @@ def test_plan_is_a_table_of_letters_and_ranks(report: dict[str, Any]) -> None:
 def test_tables_and_figures_are_accessible(report: dict[str, Any]) -> None:
     page = Page(render(report))
     tags = [tag for tag, _, _ in page.elements]
-    assert tags.count("caption") == tags.count("table") == 8
+    assert tags.count("caption") == tags.count("table") == 10
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes, _ in page.elements if tag == "th")
     ids = page.values("id")
     assert len(ids) == len(set(ids)), "ids repeat"
     figures = [attributes for tag, attributes, _ in page.elements if tag == "svg"]
-    assert len(figures) == 2
+    assert len(figures) == 3
     assert all(figure["role"] == "img" for figure in figures)
     assert set(page.values("aria-labelledby")) <= set(ids)
     assert {name[1:] for name in page.values("href") + page.values("xlink:href")} <= set(ids)
@@ -212,7 +223,7 @@ def test_names_are_escaped(report: dict[str, Any]) -> None:
     assert NASTY in page.texts("code")
 
 
-SHORT = ["warnings", "inputs", "dims", "targets", "layers", "versions", "command", "seconds"]
+SHORT = ["tokens", "warnings", "inputs", "dims", "targets", "layers", "versions", "command", "seconds"]
 
 
 @pytest.mark.parametrize("as_none", [False, True])
