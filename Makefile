@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := cpu,tensorrt-rtx,test
 
-.PHONY: help install test lint types demo bench gpu gpu-wheels clean
+.PHONY: help install test parity lint types demo bench gpu gpu-wheels
 
 help:
 	@echo "make install  a virtual environment in .venv with all that installs without a GPU"
 	@echo "make test     lint, types and tests"
+	@echo "make parity   the whole parity suite on ONNX Runtime; an hour on two cores"
 	@echo "make demo     build a model, export it, show the verdicts"
 	@echo "make bench    what an export costs; writes benchmarks/results/export.json"
 	@echo "make gpu      on a GPU machine, in its own Python: GPU tests, parity, attention benchmark"
@@ -35,6 +36,9 @@ types: install
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
+parity: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/parity --all-graphs --numprocesses auto --dist worksteal
+
 demo: install
 	$(BIN)/python examples/demo_model.py build/demo/model.pt
 	$(BIN)/adaattn-export build/demo/model.pt --output build/demo/export --force
@@ -49,10 +53,10 @@ gpu:
 	@if [ -d wheels ]; then $(PYTHON) -m pip install --quiet --no-index --no-deps --target build/gpu wheels/*.whl; fi
 	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target build/gpu .
 	ln -s $(CURDIR)/tests $(CURDIR)/benchmarks $(CURDIR)/docs $(CURDIR)/examples $(CURDIR)/pyproject.toml build/gpu/
-	cd build/gpu && PYTHONPATH=. $(PYTHON) -m pytest -p no:cacheprovider --numprocesses auto $(GPU_TESTS)
+	cd build/gpu && PYTHONPATH=. $(PYTHON) -m pytest -p no:cacheprovider --numprocesses auto --backend triton,ort-cuda $(GPU_TESTS)
 	cd build/gpu && PYTHONPATH=. $(PYTHON) -m benchmarks.attention
 
-GPU_TESTS := tests/test_triton.py tests/plugins tests/test_parity.py tests/test_engine.py
+GPU_TESTS := tests/test_triton.py tests/plugins tests/parity tests/test_engine.py
 GPU_PYTHON ?= 3.12
 
 gpu-wheels:

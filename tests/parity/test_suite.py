@@ -43,8 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def why_not(backend: str) -> str | None:
     """Why this machine does not run a backend."""
     if backend in backends.PROVIDERS:
-        import onnxruntime
-
+        onnxruntime = pytest.importorskip("onnxruntime")
         provider = backends.PROVIDERS[backend]
         if provider not in onnxruntime.get_available_providers():
             return f"onnxruntime {onnxruntime.__version__} has no {provider}"
