@@ -1,4 +1,4 @@
-"""Where a model comes from: a model.pt, a .pt2 program, a factory with weights, or, with permission, a pickle."""
+"""Where a model comes from: a file, a factory with weights, a folder of transformers, or, with permission, a pickle."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from adaattn.errors import AdaAttnError, CheckpointError, ConfigError
 from adaattn.input_spec import Dimension, InputSpec
 
 EXPECTED = "give a model.pt saved by adaattn.save, a .pt2 program, or package.module:factory"
+HUGGING_FACE = "hf:"  # begins the name of a folder of transformers
 PICKLE_DANGER = (
     "is a pickled module; loading it runs whatever code it carries. Pass --allow-pickle if you trust its origin, "
     "or save it with adaattn.save, or as weights for package.module:factory"
@@ -42,7 +43,7 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
     """The model that a command line names.
 
     Args:
-        model: a file, or package.module:factory.
+        model: a file, package.module:factory, or hf:FOLDER.
         weights: state dict for a factory, .safetensors or .pt.
         allow_pickle: whether a pickled module may run its code.
 
@@ -51,6 +52,12 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
         ConfigError: arguments that do not go together, or a factory that does not work.
     """
     path = Path(model)
+    if model.startswith(HUGGING_FACE) and not path.exists():
+        from adaattn.export import huggingface
+
+        if weights is not None:
+            raise ConfigError(f"--weights goes with package.module:factory; {model} has weights of its own")
+        return huggingface.load(Path(model.removeprefix(HUGGING_FACE)), allow_pickle)
     if ":" in model and not path.exists():
         return Source(_from_factory(model, weights))
     if weights is not None:
@@ -58,7 +65,8 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
     if not path.exists():
         raise CheckpointError(f"{model} does not exist; {EXPECTED}")
     if path.is_dir():
-        raise CheckpointError(f"{model or 'MODEL'} is a folder; {EXPECTED}")
+        kind = f"{HUGGING_FACE}{model} if it is of Hugging Face transformers, else " * (path / "config.json").exists()
+        raise CheckpointError(f"{model or 'MODEL'} is a folder; {EXPECTED.replace('give ', f'give {kind}', 1)}")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{model} is empty; {EXPECTED}")
     return _from_program(path) if _is_program(path) else _from_saved(path, allow_pickle)

@@ -19,6 +19,7 @@ from adaattn.config import PRECISIONS
 from adaattn.export.capture import Captured
 from adaattn.export.folder import MARKER
 from adaattn.export.parity import Expected
+from adaattn.integrations.transformers import tolerance_of
 
 PACKAGES = ("adaattn", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
 
@@ -92,12 +93,15 @@ def layers(names: Sequence[str], expected: Sequence[Expected], module: nn.Module
         precision = torch.cat([plan[0] for plan, _ in calls])
         rank = torch.cat([plan[1] for plan, _ in calls]).double()
         attention = dict(module.named_modules()).get(name) if module is not None else None
-        budget = attention.budget if isinstance(attention, PlannedAttention) else None
+        if isinstance(attention, PlannedAttention):
+            tolerance = attention.budget.tolerance if attention.budget is not None else None
+        else:
+            tolerance = tolerance_of(attention) if attention is not None else None
         found.append(
             {
                 "name": name,
-                "tolerance": budget.tolerance if budget is not None else None,
-                "head_dim": attention.head_dim if isinstance(attention, PlannedAttention) else int(rank.max()),
+                "tolerance": tolerance,
+                "head_dim": calls[0][1].head_dim,
                 "precision": [PRECISIONS[int(code)] for code in precision.mode(dim=0).values],
                 "rank": rank.mean(dim=0).tolist(),
                 "predicted": torch.cat([error.predicted for _, error in calls]).amax(0).tolist(),
