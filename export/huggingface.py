@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaattn.errors import AdaAttnError, CheckpointError
+from adaattn.errors import CheckpointError
 from adaattn.export import sentence
 from adaattn.export.source import Source
 from adaattn.input_spec import Dimension, InputSpec
@@ -72,7 +72,7 @@ def load(folder: Path, allow_pickle: bool = False) -> Source:
             "anew by save_pretrained"
         )
     pooling = sentence.pooling_of(folder)
-    model = _from_pretrained(folder, allow_pickle, needed=None if pooling is None else "last_hidden_state")
+    model = _from_pretrained(folder, allow_pickle, needs_pooler=pooling is None)
     inputs = inputs_of(model, folder)
     longest = longest_of(model)
     dims = tuple(Dimension(name, 1, min(128, longest), longest) for name in ("S", "T"))
@@ -118,7 +118,7 @@ def longest_of(model: Any) -> int:
     return min(int(table), LONGEST)
 
 
-def _from_pretrained(folder: Path, allow_pickle: bool, needed: str | None) -> nn.Module:
+def _from_pretrained(folder: Path, allow_pickle: bool, needs_pooler: bool) -> nn.Module:
     import transformers
 
     version = f"transformers {transformers.__version__}"
@@ -130,10 +130,10 @@ def _from_pretrained(folder: Path, allow_pickle: bool, needed: str | None) -> nn
     if kind not in transformers.CONFIG_MAPPING:
         code = "; it brings code of its own, which is never run here" if "auto_map" in content else ""
         raise CheckpointError(f"{folder} is a {kind!r}, unknown to {version}{code}; {ELSE}")
-    architecture: Any = getattr(transformers, names[0], None) if names else None
-    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
-        architecture = transformers.AutoModel
     try:
+        architecture: Any = getattr(transformers, names[0], None) if names else None
+        if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+            architecture = transformers.AutoModel
         with _without_progress():
             model, found = architecture.from_pretrained(
                 str(folder),
@@ -142,8 +142,6 @@ def _from_pretrained(folder: Path, allow_pickle: bool, needed: str | None) -> nn
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
             )
-    except AdaAttnError:
-        raise
     except Exception as error:  # transformers, safetensors and torch each have errors of their own
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder} cannot be loaded by {version}: {line}") from error
@@ -152,7 +150,7 @@ def _from_pretrained(folder: Path, allow_pickle: bool, needed: str | None) -> nn
             f"{type(model).__name__} of {version} computes attention by itself and calls no other; {ELSE}"
         )
     missing = sorted(found["missing_keys"])
-    if needed == "last_hidden_state":  # which no pooler changes
+    if not needs_pooler:
         missing = [key for key in missing if "pooler." not in key]
     if missing:
         raise CheckpointError(

@@ -20,8 +20,10 @@ from adaattn.checkpoint import assign_weights, from_payload, is_payload
 from adaattn.errors import AdaAttnError, CheckpointError, ConfigError
 from adaattn.input_spec import Dimension, InputSpec
 
-EXPECTED = "give a model.pt saved by adaattn.save, a .pt2 program, or package.module:factory"
-HUGGING_FACE = "hf:"  # begins the name of a folder of transformers
+EXPECTED = (
+    "give a model.pt saved by adaattn.save, a .pt2 program, package.module:factory, or hf:FOLDER of Hugging Face "
+    "transformers"
+)
 PICKLE_DANGER = (
     "is a pickled module; loading it runs whatever code it carries. Pass --allow-pickle if you trust its origin, "
     "or save it with adaattn.save, or as weights for package.module:factory"
@@ -52,12 +54,12 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
         ConfigError: arguments that do not go together, or a factory that does not work.
     """
     path = Path(model)
-    if model.startswith(HUGGING_FACE) and not path.exists():
+    if model.startswith("hf:") and not path.exists():
         from adaattn.export import huggingface
 
         if weights is not None:
             raise ConfigError(f"--weights goes with package.module:factory; {model} has weights of its own")
-        return huggingface.load(Path(model.removeprefix(HUGGING_FACE)), allow_pickle)
+        return huggingface.load(Path(model.removeprefix("hf:")), allow_pickle)
     if ":" in model and not path.exists():
         return Source(_from_factory(model, weights))
     if weights is not None:
@@ -65,8 +67,7 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
     if not path.exists():
         raise CheckpointError(f"{model} does not exist; {EXPECTED}")
     if path.is_dir():
-        kind = f"{HUGGING_FACE}{model} if it is of Hugging Face transformers, else " * (path / "config.json").exists()
-        raise CheckpointError(f"{model or 'MODEL'} is a folder; {EXPECTED.replace('give ', f'give {kind}', 1)}")
+        raise CheckpointError(f"{model or 'MODEL'} is a folder; {EXPECTED}")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{model} is empty; {EXPECTED}")
     return _from_program(path) if _is_program(path) else _from_saved(path, allow_pickle)

@@ -21,7 +21,10 @@ from adaattn.export.folder import MARKER
 from adaattn.export.parity import Expected
 from adaattn.integrations.transformers import tolerance_of
 
-PACKAGES = ("adaattn", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
+PACKAGES = (
+    *("adaattn", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
+    *("tensorrt", "tensorrt-rtx-cu13"),
+)
 
 
 def report(captured: Captured, source: str, opset: int, command: str | None, notes: Sequence[str]) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def test_a_pooler_that_no_embedding_uses_may_be_missing() -> None:
 def test_other_words_on_the_command_line() -> None:
     folder = saved("bert")
     refused(run(f"hf:{folder}", "--weights", "w.pt", "-q"), "--weights goes with package.module:factory")
-    refused(run(folder, "-q"), "folder is a folder", "hf:folder")
+    refused(run(folder, "-q"), "folder is a folder", "hf:FOLDER of Hugging Face transformers")
     assert model_name("hf:models/all-MiniLM-L6-v2.1") == "all-MiniLM-L6-v2.1"
 
 

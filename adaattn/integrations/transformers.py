@@ -32,6 +32,7 @@ REFUSED = {
     "cu_seq_lens_k": "packed sequences (cu_seq_lens_k)",
     "indices": "keys chosen by an index (indices)",
     "block_indices": "keys chosen by an index (block_indices)",
+    "sliding_window": "a window of keys (sliding_window) without a mask that says so",
 }
 
 _registered: dict[str, Budget] = {}
@@ -167,14 +168,13 @@ def _attend(
     """
     # The sizes of a program are symbols: a question about them would become a guard.
     sizes = None if torch.compiler.is_exporting() else (query.shape[2], key.shape[2])
-    _refuse(module, sizes if attention_mask is None else (0, 0), options)
+    window = options.pop("sliding_window", None)
+    if window is not None and attention_mask is None and (sizes is None or sizes[1] > window):
+        options["sliding_window"] = window  # else the mask shows it, or it shows all keys
+    _refuse(module, options)
     if dropout > 0 or (sizes is not None and sizes[0] < min(dense_below, sizes[1])):
-        output, _ = dense(
-            *(module, query, key, value, attention_mask),
-            **{"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias},
-            **options,
-        )
-        return output, None
+        operands = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
+        return dense(*operands, position_bias=position_bias, **options)[0], None
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = bool(is_causal) and attention_mask is None
     if is_causal and sizes is not None and sizes[0] < sizes[1]:
@@ -206,14 +206,11 @@ def _biased(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
 
 
-def _refuse(module: nn.Module, sizes: tuple[int, int] | None, options: dict[str, Any]) -> None:
-    """Raises ConfigError for what the model wants and we have not; sizes are those that no mask covers, if known."""
+def _refuse(module: nn.Module, options: dict[str, Any]) -> None:
+    """Raises ConfigError for what the model wants and we have not."""
     options = {"output_attentions": getattr(module.config, "output_attentions", False)} | options
     given = {name for name, option in options.items() if option is not None and option is not False}
     wanted = [reason for name, reason in REFUSED.items() if name in given]
-    window = options.get("sliding_window")
-    if window is not None and (sizes is None or sizes[1] > window):
-        wanted.append(f"a window of {window} keys (sliding_window) without a mask that says so")
     if wanted:
         raise ConfigError(
             f"{type(module).__name__} asks for {wanted[0]}, which adaptive attention does not have; use "
