@@ -79,11 +79,12 @@ def _odd(dim: Dimension) -> int:
 def _values(item: CapturedInput, sizes: Mapping[str, int], case: str, generator: torch.Generator) -> Tensor:
     shape = item.sizes(sizes)
     hide = case in ("odd", "outliers")
-    if item.dtype == torch.bool:
+    # Tokenizers write masks as integers, ones where there is a token.
+    if item.dtype == torch.bool or (item.below == 2 and "mask" in item.name):
         mask = (
             torch.rand(shape, generator=generator) < 0.8 if case != "shortest" else torch.ones(shape, dtype=torch.bool)
         )
-        return _hide_first_row(mask, False) if hide else mask
+        return (_hide_first_row(mask, False) if hide else mask).to(item.dtype)
     if not item.dtype.is_floating_point:
         return torch.randint(0, item.below or 2, shape, generator=generator).to(item.dtype)
     if "mask" in item.name or "bias" in item.name:

@@ -25,6 +25,7 @@ MODEL is one of
   model.pt                 saved by adaattn.save
   program.pt2              saved by torch.export.save; trust its origin: torch runs code that such a file carries
   package.module:factory   a function without arguments that returns an nn.Module; with --weights
+  hf:FOLDER                what save_pretrained of Hugging Face transformers wrote, or a sentence-transformers folder
   pickled.pt               a pickled nn.Module, only with --allow-pickle
 
 The output folder gets model.onnx (it runs in stock ONNX Runtime), an engine for each TensorRT target, golden.npz
@@ -37,6 +38,7 @@ Examples
   adaattn-export model.pt
   adaattn-export model.pt --dim "S=1:128:4096" --tolerance 1e-2 --output out
   adaattn-export shop.models:ranker --weights ranker.safetensors --input "x=B,S,512" --input "mask=B,S:bool"
+  adaattn-export hf:all-MiniLM-L6-v2 --tolerance 1e-3
   adaattn-export model.pt --target onnx --json | jq .verdict
   adaattn-export model.pt --target tensorrt --target triton --profile B=1:1:1 --profile B=2:8:8
 
@@ -178,7 +180,7 @@ class ExportCommand(click.Command):
     help="Put larger tensors in model.onnx.data.  [default: all of them, where they exceed 1 GiB together]",
 )
 @click.option("--weights", metavar="FILE", help="State dict for a factory: .safetensors or .pt.")
-@click.option("--allow-pickle", is_flag=True, help="Let a pickled module run the code that it carries.")
+@click.option("--allow-pickle", is_flag=True, help="Let a pickled module or weights run the code that they carry.")
 @click.option("--no-verify", is_flag=True, help="Do not run anything.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors.")

@@ -34,9 +34,11 @@ def model_name(source: str) -> str:
     """A name for what is made of a model, which is a file, `module:factory` or a class.
 
     Example:
-        >>> model_name("a/model.pt"), model_name("shop.models:ranker")
-        ('model', 'ranker')
+        >>> model_name("a/model.pt"), model_name("shop.models:ranker"), model_name("hf:a/minilm")
+        ('model', 'ranker', 'minilm')
     """
+    if source.startswith("hf:") and not Path(source).exists():
+        return Path(source.removeprefix("hf:")).resolve().name  # a folder's dots are no suffix
     return source.rpartition(":")[2] if ":" in source and not Path(source).exists() else Path(source).stem
 
 

@@ -24,6 +24,7 @@ from adaattn.export.capture import Captured, capture_module, capture_program, de
 from adaattn.export.html import render
 from adaattn.export.reference import Expected, Reference
 from adaattn.input_spec import Dimension, InputSpec
+from adaattn.integrations import transformers as integration
 
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt", "triton")
 # TensorRT builds torch's opset-23 Attention only where a fused kernel takes its types and shapes, and TensorRT-RTX 1.7
@@ -276,7 +277,9 @@ def _lower(captured: Captured, options: Options) -> onnx.Lowered:
 
 def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None:
     Budget(tolerance)  # refuses what is out of range
-    changed = 0
+    changed = len(integration.configs_of(model))
+    if changed:
+        integration.set_tolerance(model, tolerance)
     for name, module in model.named_modules():
         if isinstance(module, PlannedAttention):
             try:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a model.pt, a .pt2 program, a factory with weights, or, with permission, a pickle."""
+"""Where a model comes from: a file, a factory with weights, a folder of transformers, or, with permission, a pickle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from adaattn.checkpoint import assign_weights, from_payload, is_payload
 from adaattn.errors import AdaAttnError, CheckpointError, ConfigError
 from adaattn.input_spec import Dimension, InputSpec
 
-EXPECTED = "give a model.pt saved by adaattn.save, a .pt2 program, or package.module:factory"
+EXPECTED = (
+    "give a model.pt saved by adaattn.save, a .pt2 program, package.module:factory, or hf:FOLDER of Hugging Face "
+    "transformers"
+)
 PICKLE_DANGER = (
     "is a pickled module; loading it runs whatever code it carries. Pass --allow-pickle if you trust its origin, "
     "or save it with adaattn.save, or as weights for package.module:factory"
@@ -42,7 +45,7 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
     """The model that a command line names.
 
     Args:
-        model: a file, or package.module:factory.
+        model: a file, package.module:factory, or hf:FOLDER.
         weights: state dict for a factory, .safetensors or .pt.
         allow_pickle: whether a pickled module may run its code.
 
@@ -51,6 +54,12 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
         ConfigError: arguments that do not go together, or a factory that does not work.
     """
     path = Path(model)
+    if model.startswith("hf:") and not path.exists():
+        from adaattn.export import huggingface
+
+        if weights is not None:
+            raise ConfigError(f"--weights goes with package.module:factory; {model} has weights of its own")
+        return huggingface.load(Path(model.removeprefix("hf:")), allow_pickle)
     if ":" in model and not path.exists():
         return Source(_from_factory(model, weights))
     if weights is not None:

@@ -17,6 +17,7 @@ from adaattn.export.folder import MARKER
 from adaattn.export.reference import Expected
 from adaattn.export.verify import sha256
 from adaattn.export.versions import versions
+from adaattn.integrations.transformers import tolerance_of
 
 
 def report(captured: Captured, source: str, opset: int, command: str | None, notes: Sequence[str]) -> dict[str, Any]:
@@ -65,12 +66,15 @@ def layers(names: Sequence[str], expected: Sequence[Expected], module: nn.Module
         precision = torch.cat([plan[0] for plan, _ in calls])
         rank = torch.cat([plan[1] for plan, _ in calls]).double()
         attention = dict(module.named_modules()).get(name) if module is not None else None
-        budget = attention.budget if isinstance(attention, PlannedAttention) else None
+        if isinstance(attention, PlannedAttention):
+            tolerance = attention.budget.tolerance if attention.budget is not None else None
+        else:
+            tolerance = tolerance_of(attention) if attention is not None else None
         found.append(
             {
                 "name": name,
-                "tolerance": budget.tolerance if budget is not None else None,
-                "head_dim": attention.head_dim if isinstance(attention, PlannedAttention) else int(rank.max()),
+                "tolerance": tolerance,
+                "head_dim": calls[0][1].head_dim,
                 "precision": [PRECISIONS[int(code)] for code in precision.mode(dim=0).values],
                 "rank": rank.mean(dim=0).tolist(),
                 "predicted": torch.cat([error.predicted for _, error in calls]).amax(0).tolist(),

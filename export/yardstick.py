@@ -26,6 +26,7 @@ LARGE = 2**23  # numbers of an attention's output, above which it is not kept
 class HeadErrors:
     """Relative errors (B, H) of one attention call at its plan; `rounding` is what would be predicted at full rank."""
 
+    head_dim: int
     predicted: Tensor
     rounding: Tensor
     measured: Tensor
@@ -147,4 +148,4 @@ def _head_errors(
     rounding = plan_of(precision, torch.full_like(rank, query.shape[3]), q, k, v, scale).predicted_error
     assert predicted is not None
     assert rounding is not None
-    return HeadErrors(predicted, rounding, torch.where(size > 0, difference / size, difference))
+    return HeadErrors(query.shape[3], predicted, rounding, torch.where(size > 0, difference / size, difference))

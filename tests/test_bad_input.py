@@ -14,7 +14,7 @@ from command import refused, run
 from shelf import build_shelf
 
 QUICK = ("-q", "--target", "onnx", "--no-verify")
-REMEDY = "give a model.pt saved by adaattn.save, a .pt2 program, or package.module:factory"
+REMEDY = "give a model.pt saved by adaattn.save, a .pt2 program, package.module:factory, or hf:FOLDER"
 DANGER = ("runs whatever code it carries", "--allow-pickle", "adaattn.save", "as weights for package.module:factory")
 
 

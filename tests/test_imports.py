@@ -7,7 +7,17 @@ import sys
 
 import pytest
 
-OPTIONAL = ("triton", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy")
+OPTIONAL = (
+    "triton",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "polygraphy",
+    "transformers",
+)
 OURS = ("adaattn.export", "adaattn.plugins")
 EVERYTHING = "from adaattn import *; import adaattn, adaattn.ops; [getattr(adaattn, name) for name in adaattn.__all__]"
 

