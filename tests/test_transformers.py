@@ -67,7 +67,7 @@ def test_unrounded_attention_is_eager_attention(name: str) -> None:
     for batch, length, padding in SHAPES:
         given = inputs(name, batch, length, padding)
         want = shown(name, exact(eager, given), given)
-        limit = FACTOR * relative_error(shown(name, first(eager, given), given), want) + FLOOR[torch.float32]
+        limit = FACTOR * relative_error(shown(name, first(eager, given), given), want) + FLOOR["float32"]
         error = relative_error(shown(name, first(model, given), given), want)
         assert error <= limit, (batch, length, padding, error, limit)
 
