@@ -78,7 +78,7 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 
 
 SECTIONS = {
-    "Model": ("inputs", "dims", "dtype", "tolerance", "weights", "allow_pickle"),
+    "Model": ("inputs", "dims", "dtype", "tolerance", "calibrate", "calibration_state", "weights", "allow_pickle"),
     "Artifacts": ("targets", "output", "force", "opset", "emit_plan", "external_data_threshold", "no_verify"),
     "Engines": (
         *("compute_capabilities", "profiles", "plugins", "plugin_library", "workspace", "optimization_level"),
@@ -172,6 +172,13 @@ class ExportCommand(click.Command):
 @click.option("--opset", type=click.IntRange(18, 24), help="ONNX opset.  [default: the newest that all targets take]")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert the model first.")
 @click.option("--tolerance", type=float, help="Relative error that adaptive attention may make, such as 1e-2.")
+@click.option(
+    "--calibrate",
+    metavar="DATA",
+    help="Sample data that choose the basis of queries and keys: an .npz of inputs by name, or FILE.py or "
+    "package.module:function that yields batches.",
+)
+@click.option("--calibration-state", type=PATH, help="Keep the statistics here, and go on from them.")
 @click.option("--emit-plan", is_flag=True, help="Add each layer's precision and rank to the graph's outputs.")
 @click.option(
     "--external-data-threshold",
@@ -226,6 +233,8 @@ def _export(
     tolerance: float | None,
     emit_plan: bool,
     external_data_threshold: int | None,
+    calibrate: str | None,
+    calibration_state: Path | None,
     profiles: tuple[dict[str, str], ...],
     weights: str | None,
     allow_pickle: bool,
@@ -240,6 +249,7 @@ def _export(
         from adaattn.export.engine import BuildOptions
         from adaattn.export.folder import model_name
         from adaattn.export.pipeline import Options, export
+        from adaattn.export.samples import batches
         from adaattn.export.source import load
         from adaattn.input_spec import Dimension, InputSpec
 
@@ -251,6 +261,8 @@ def _export(
             emit_plan=emit_plan,
             verify=not no_verify,
             external_data_threshold=external_data_threshold,
+            calibrate=None if calibrate is None else batches(calibrate),
+            calibration_state=calibration_state,
             build=BuildOptions(**build),
             profiles=profiles,
             force=force,
@@ -301,7 +313,8 @@ def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
             bar.reset(task, description=name, total=None)
 
         def on_progress(phase: str, share: float) -> None:
-            bar.update(task, description=f"{current[-1][0]}: {phase}", completed=share, total=1.0)
+            total = 1.0 if share else None
+            bar.update(task, description=f"{current[-1][0]}: {phase}", completed=share, total=total)
 
         yield on_stage, on_progress
         finish()

@@ -52,7 +52,8 @@ def render(report: dict[str, Any]) -> str:
     rows = [{**layer, "cells": _cells(layer)} for layer in report["layers"] or []]
     cells = [cell for row in rows for cell in row["cells"]]
     tokens = report["tokens"] or {}
-    histograms, scatter, lengths = _figures(targets, rows, tokens)
+    calibration = report["calibration"] or None
+    histograms, scatter, lengths, energy = _figures(targets, rows, tokens, calibration)
     return environment.get_template("report.html.jinja").render(
         {key: [] if value is None else value for key, value in report.items()},
         sentence=_sentence(targets),
@@ -60,6 +61,7 @@ def render(report: dict[str, Any]) -> str:
         histograms=histograms,
         scatter=scatter,
         lengths=lengths,
+        energy=energy,
         compared=_side_by_side(targets),
         worst_heads=[sorted(target["heads"] or [], key=_of_head, reverse=True)[:5] for target in targets],
         rows=rows,
@@ -139,9 +141,9 @@ def _side_by_side(targets: Sequence[dict[str, Any]]) -> dict[str, list[dict[str,
 
 
 def _figures(
-    targets: Sequence[Any], rows: Sequence[Any], tokens: dict[str, int]
-) -> tuple[list[Markup | None], Markup | None, Markup | None]:
-    """A histogram for each target, the scatter of heads, errors over lengths; None where there is nothing to draw."""
+    targets: Sequence[Any], rows: Sequence[Any], tokens: dict[str, int], calibration: dict[str, Any] | None
+) -> tuple[list[Markup | None], Markup | None, Markup | None, Markup | None]:
+    """A histogram for each target, the scatter of heads, errors over lengths, energies of a calibration; or None."""
     import matplotlib  # slow to import, and only a report needs it
 
     with matplotlib.rc_context():
@@ -150,7 +152,8 @@ def _figures(
         bars = [_bars(target["histogram"] or {"log10_edges": [], "counts": []}) for target in targets]
         edges = [edge for target in bars for bar in target for edge in bar[:2]]
         histograms = [_histogram(own, edges, f"histogram{n}") for n, own in enumerate(bars, 1)]
-        return histograms, _scatter(rows), _lengths(targets, tokens)
+        energy = None if calibration is None else _energy(calibration["layers"])
+        return histograms, _scatter(rows), _lengths(targets, tokens), energy
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -230,6 +233,24 @@ def _lengths(targets: Sequence[Any], tokens: dict[str, int]) -> Markup | None:
         axis.set_minor_formatter(lambda value, _: "")
     figure.legend(loc="outside lower center", ncols=3)
     return _svg(figure, "lengths")
+
+
+def _energy(layers: Sequence[dict[str, Any]]) -> Markup | None:
+    """The share of energy that is left beyond each rank, a line a layer, before and after a calibration."""
+    if not any(0 < _float(share) < math.inf for layer in layers for each in layer["beyond"] for share in each):
+        return None
+    figure, axes = _axes(4.6, 3.2)
+    for layer in layers:
+        for place, (dash, ink) in enumerate((("--", "muted"), ("-", "accent"))):
+            shares = [_float(share) for share in layer["beyond"][place]]
+            first = layer is layers[0]
+            label = ("before", "after")[place] if first else None
+            axes.plot(range(len(shares)), shares, dash, color=INK[ink], linewidth=1, label=label)
+    axes.set(yscale="log", ylim=(1e-6, 1.5), xlabel="rank", ylabel="share of the energy beyond it")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    figure.legend(loc="outside lower center", ncols=2)
+    return _svg(figure, "energy")
 
 
 def _svg(figure: Figure, name: str) -> Markup:

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaattn.attention.base import PlannedAttention
+from adaattn.calibration import Calibration, calibrate
 from adaattn.config import Budget
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export import cases, engine, folder, golden, onnx, parity, serving, summary, trace, verify
@@ -49,6 +50,8 @@ class Options:
         build: how engines are built.
         profiles: of engines: for each profile the sizes of dimensions, "min:opt:max", that are narrower in it; none for
             one profile of all sizes.
+        calibrate: batches of sample data, as of `adaattn.calibrate`, that a copy of the model is calibrated with.
+        calibration_state: a file that keeps the statistics, so that a calibration that was interrupted goes on.
         force: replace an output folder that exists.
 
     Raises:
@@ -64,6 +67,8 @@ class Options:
     external_data_threshold: int | None = None
     build: engine.BuildOptions = field(default_factory=engine.BuildOptions)
     profiles: tuple[Mapping[str, str], ...] = ()
+    calibrate: Iterable[Any] | None = None
+    calibration_state: Path | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -83,6 +88,8 @@ class Options:
                 Dimension.parse(name, text)  # refuses what is none
         if self.profiles and not set(engine.PACKAGES) & set(targets):
             raise ConfigError(f"profiles have nothing to act on: they are of engines, not of {', '.join(targets)}")
+        if self.calibration_state is not None and self.calibrate is None:
+            raise ConfigError("calibration_state has nothing to act on: there is no sample data to calibrate with")
         if self.build.strip_weights and "triton" in targets:
             raise ConfigError("strip_weights does not go with triton: the server puts no weights into engines")
 
@@ -159,6 +166,10 @@ def export(
     clock = _Clock(on_stage)
     notes: list[str] = []
     with folder.staging(out, options.force) as staged:
+        calibrated = None
+        if options.calibrate is not None:
+            with clock.stage("calibrate"):
+                model, calibrated = _calibrate(model, options, on_progress)
         with clock.stage("capture"):
             captured, module = _capture(model, specs, examples, sizes, options, notes)
             profiles = [_profile(captured, narrower) for narrower in options.profiles or ({},)]
@@ -202,6 +213,7 @@ def export(
                 entry["seconds"] = clock.seconds[name]
             report = summary.report(captured, source or type(model).__name__, options.chosen_opset(), command, notes)
             report |= {"targets": list(targets.values()), "layers": layers, "seconds": clock.seconds}
+            report["calibration"] = None if calibrated is None else summary.calibration(calibrated)
             report["tokens"] = {want.case.name: cases.length(want.case, captured) for want in expected}
             failed = any(entry["verdict"] == "failed" for entry in targets.values())
             report = verify.plain(report | {"verdict": "failed" if failed else "passed"})
@@ -224,6 +236,27 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
+
+
+def _calibrate(
+    model: nn.Module | ExportedProgram, options: Options, on_progress: engine.Progress
+) -> tuple[nn.Module, Calibration]:
+    """A copy of the model in a better basis."""
+    if isinstance(model, ExportedProgram):
+        raise ConfigError("--calibrate cannot change a program that is captured already; calibrate its model")
+    assert options.calibrate is not None
+    model = copy.deepcopy(model).eval().cpu()
+
+    def on_batch(done: int) -> None:
+        on_progress(f"{done} batches", 0.0)  # of how many only the data knows
+
+    found = calibrate(model, options.calibrate, resume=options.calibration_state, on_batch=on_batch)
+    if not found.layers:
+        reasons = (
+            "; ".join(dict.fromkeys(found.refused.values())) or "the model has no attention that calibration knows"
+        )
+        raise ConfigError(f"--calibrate has nothing to act on: {reasons}")
+    return model, found
 
 
 def _split_inputs(inputs: Mapping[str, str | Tensor]) -> tuple[list[InputSpec], dict[str, Tensor]]:

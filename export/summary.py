@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaattn.attention.base import PlannedAttention
+from adaattn.calibration import Calibration
 from adaattn.config import PRECISIONS
 from adaattn.export.capture import Captured
 from adaattn.export.folder import MARKER
@@ -18,6 +19,8 @@ from adaattn.export.reference import Expected
 from adaattn.export.verify import sha256
 from adaattn.export.versions import versions
 from adaattn.integrations.transformers import tolerance_of
+
+RESIDUE = 1e-3  # share of a head's energy that a rank may leave out, where ranks are compared
 
 
 def report(captured: Captured, source: str, opset: int, command: str | None, notes: Sequence[str]) -> dict[str, Any]:
@@ -82,3 +85,28 @@ def layers(names: Sequence[str], expected: Sequence[Expected], module: nn.Module
             }
         )
     return found
+
+
+def calibration(found: Calibration) -> dict[str, Any]:
+    """What a calibration did: for each layer the energy that the dimensions beyond each rank hold, before and after.
+
+    Shares of the whole, means over heads, for ranks 0 to head_dim - 1; and the mean rank that holds all but RESIDUE.
+    """
+    layers = []
+    for name, spectrum in found.layers.items():
+        before, after = spectrum.ranks(1 - RESIDUE)
+        layers.append(
+            {
+                "name": name,
+                "tokens": spectrum.tokens,
+                "ranks": [sum(before) / len(before), sum(after) / len(after)],
+                "beyond": [_beyond(spectrum.before), _beyond(spectrum.after)],
+            }
+        )
+    return {"batches": found.batches, "residue": RESIDUE, "layers": layers, "refused": dict(found.refused)}
+
+
+def _beyond(energies: Tensor) -> list[float]:
+    total = energies.sum(-1, keepdim=True).clamp_min(1e-300)
+    shares: list[float] = (energies.flip(-1).cumsum(-1).flip(-1) / total).mean(0).tolist()
+    return shares

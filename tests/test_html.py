@@ -16,8 +16,8 @@ import pytest
 from adaattn.export.html import render
 
 SECTIONS = [
-    "targets", "outputs", "compared", "lengths", "warnings", "histograms", "plan", "predicted", "inputs", "versions",
-    "command", "seconds",
+    "targets", "outputs", "compared", "lengths", "warnings", "histograms", "plan", "predicted", "calibration", "inputs",
+    "versions", "command", "seconds",
 ]  # fmt: skip
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 NASTY = """</title><script>alert("x")</script><img src='http://evil.example/a.png' onerror="x">"""
@@ -86,6 +86,12 @@ def report() -> dict[str, Any]:
         "model": {"source": "model.pt", "class": "Encoder", "dtype": "float32", "parameters": 22713216},
         "warnings": ["no timing cache"],
         "tokens": {"shortest": 1, "odd": 127, "longest": 512},
+        "calibration": {
+            "batches": 12, "residue": 1e-3, "refused": {"stack.1.attention": "it is dense"},
+            "layers": [
+                {"name": "stack.0.attention", "tokens": 900, "ranks": [60.0, 31.5], "beyond": [[1.0, 0.5], [1.0, 0.1]]},
+            ],
+        },
         "inputs": {"x": "B,S,64:float32"},
         "dims": {"B": "1:1:8"},
         "opset": 20,
@@ -155,6 +161,7 @@ def test_rows_hold_the_numbers(report: dict[str, Any]) -> None:
         "z odd 4.0e-03 3.1e-05 1.0e-03 4.00 2.5e-01 2.0e-07 3.0e+00 1.7e+01 [0, 17, 3] failed over",
         "stack.6.attention 6 6.0e-03 1.0e-04 odd [0, 6, 2]",
         "y, shortest 1.2e-05 passed -", "z, odd - 4.0e-03 failed",
+        "stack.0.attention 900 60.0 31.5", "stack.1.attention it is dense",
         "x B,S,64:float32", "B 1:1:8", "torch 2.11.0", "capture 3.1 s", "report 0.0 s",
     ]  # fmt: skip
     assert [row for row in expected if row not in rows] == []
@@ -184,12 +191,12 @@ def test_plan_is_a_table_of_letters_and_ranks(report: dict[str, Any]) -> None:
 def test_tables_and_figures_are_accessible(report: dict[str, Any]) -> None:
     page = Page(render(report))
     tags = [tag for tag, _, _ in page.elements]
-    assert tags.count("caption") == tags.count("table") == 10
+    assert tags.count("caption") == tags.count("table") == 12
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes, _ in page.elements if tag == "th")
     ids = page.values("id")
     assert len(ids) == len(set(ids)), "ids repeat"
     figures = [attributes for tag, attributes, _ in page.elements if tag == "svg"]
-    assert len(figures) == 3
+    assert len(figures) == 4
     assert all(figure["role"] == "img" for figure in figures)
     assert set(page.values("aria-labelledby")) <= set(ids)
     assert {name[1:] for name in page.values("href") + page.values("xlink:href")} <= set(ids)
@@ -223,7 +230,7 @@ def test_names_are_escaped(report: dict[str, Any]) -> None:
     assert NASTY in page.texts("code")
 
 
-SHORT = ["tokens", "warnings", "inputs", "dims", "targets", "layers", "versions", "command", "seconds"]
+SHORT = ["tokens", "calibration", "warnings", "inputs", "dims", "targets", "layers", "versions", "command", "seconds"]
 
 
 @pytest.mark.parametrize("as_none", [False, True])

@@ -78,6 +78,11 @@ def register(
         from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise ConfigError("transformers is missing or too old: pip install 'adaattn[transformers]'") from error
+    from adaattn.integrations.transformers_pairs import find  # stands on this module
+    from adaattn.pairs import register_finder
+
+    if not _registered:
+        register_finder(find)
     AttentionInterface.register(name, functools.partial(_attend, budget, dense_below, sdpa_attention_forward))
     AttentionMaskInterface.register(name, functools.partial(_mask, sdpa_mask))
     _registered[name] = budget
