@@ -117,8 +117,9 @@ def engine_backend(path: Path, log: Path) -> Backend:
     Raises:
         CannotRun: there is no engine, or no GPU that it was built for.
     """
-    if not path.exists():
-        raise CannotRun(f"there is no {path.name}")
+    for file in (path, engine.sidecar(path)):
+        if not file.exists():
+            raise CannotRun(f"there is no {file.name}")
     about = json.loads(engine.sidecar(path).read_text())
     capability = driver.capability()
     if capability is None:

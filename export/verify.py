@@ -149,7 +149,7 @@ def sha256(file: Path) -> str:
 
 def _served(path: Path, goldens: Sequence[Golden]) -> tuple[list[Golden], list[str]]:
     """The cases that a backend takes, and the names of the others; only engines are choosy."""
-    if not path.exists():
+    if not engine.sidecar(path).exists():
         return list(goldens), []
     profiles = json.loads(engine.sidecar(path).read_text())["profiles"]
     served, others = [], []
