@@ -1,4 +1,4 @@
-"""The benchmarks that want a GPU: they run without one in a small setting, and write what they should from results."""
+"""The benchmarks that want a GPU, or tools of others: what of them runs without, and what they write from results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention
+from benchmarks import attention, optimum
 from benchmarks.attention import Result
 from benchmarks.contenders import CONTENDERS, DENSE, INT8_FP8, STATISTICS, settings
 from benchmarks.roofline import GPUS, roofline
@@ -81,3 +81,45 @@ def test_roofline_is_the_sum_over_the_plan() -> None:
     # Half of the heads multiply q·k and P·v at 989, half q·k at half the width, both at 1979.
     assert mixed.tensor == pytest.approx(full.tensor / 2 + (64 + 128) * pairs / 1979e12)
     assert mixed.packing == pytest.approx(0.5 * 16 * 16384 * 128 * (2 + 1 + 4 / 128 + 2 + 1) / 3.35e12)
+
+
+def test_rows_are_over_optimums() -> None:
+    theirs = dict.fromkeys(optimum.COLUMNS, 8.0)
+    ours = {**theirs, "peak memory": 1234.0, "256 tokens": 6.0}
+    lines = optimum.table(
+        {"optimum": {**theirs, "error": 5e-7}, "dense": {**ours, "error": 6e-7}, "verified": {"export": 20.0}}
+    )
+    assert lines[2:] == [
+        f"| optimum | 1.00 (8.0 s) | 1.00 (8.0 MiB) | 1.00 (8.0 MiB) | {'1.00 (8.0 ms) | ' * 3}5.0e-07 |",
+        "| dense | 1.00 (8.0 s) | 154.25 (1234 MiB) | 1.00 (8.0 MiB) "
+        "| 1.00 (8.0 ms) | 1.00 (8.0 ms) | 0.75 (6.0 ms) | 6.0e-07 |",
+        f"| verified | 2.50 (20.0 s) | {'— | ' * 6}".rstrip(),
+    ]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_peak_memory_is_that_of_one_process(tmp_path: Path) -> None:
+    """Not of a larger one before it, nor of the benchmark itself: it imports nothing large."""
+    code = f"""
+import sys
+from pathlib import Path
+from benchmarks.optimum import measure_export
+for size in (300, 1):
+    command = [sys.executable, "-c", f"x = b'1' * ({{size}} << 20)"]
+    print(measure_export(command, Path({str(tmp_path / "log")!r}))["peak memory"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    large, small = map(float, done.stdout.split())
+    assert small < 60
+    assert large - small == pytest.approx(299, abs=20)
+
+
+def test_an_export_that_fails_says_how(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="exited with 1:\nno such model"):
+        optimum.measure_export([sys.executable, "-c", "import sys; sys.exit('no such model')"], tmp_path / "log")
+
+
+def test_optimum_stands_on_our_torch() -> None:
+    lines = optimum.pins()
+    assert lines[0].startswith("torch==")
+    assert all("==" in line for line in lines)
