@@ -84,17 +84,17 @@ def agreement(got: Any, want: Any) -> dict[str, float]:
     }
 
 
-def plans(modes: Sequence[Any]) -> dict[str, Any]:
-    """What the heads of all batches and layers chose, and the share of tensor-core work that it saves over fp16."""
+def plans(modes: Sequence[Any], tolerance: float) -> dict[str, Any]:
+    """What the heads of all sentences chose, what it saves of fp16's work on tensor cores, and what they err by."""
     from adaattn.budget import COST
     from adaattn.config import PRECISIONS
 
     counts: Counter[str] = Counter()
-    ranks, costs, errors = [], [], []
+    ranks, costs, errors = [], [], list[float]()
     for mode in modes:
         for (precision, rank), of, output in zip(mode.plans, mode.errors, mode.outputs, strict=True):
             width = output.shape[-1]
-            errors.append(float(of.measured.max()))
+            errors += of.measured.flatten().tolist()
             for code, r in zip(precision.flatten().tolist(), rank.flatten().tolist(), strict=True):
                 scores, values = COST[PRECISIONS[code]]
                 counts[PRECISIONS[code]] += 1
@@ -106,6 +106,7 @@ def plans(modes: Sequence[Any]) -> dict[str, Any]:
         "mean_rank": float(np.mean(ranks)),
         "saved": 1 - float(np.mean(costs)),
         "worst_head": max(errors),
+        "heads_over": sum(error > tolerance for error in errors) / total,
     }
 
 
@@ -134,7 +135,7 @@ def measure(folder: Path, tolerances: Sequence[float], sentences: int) -> dict[s
             set_tolerance(encoder.model, tolerance)
             got, modes = encoder.embed(text)
             row = {"kind": kind, "calibrated": calibrated, "tolerance": tolerance}
-            rows.append({**row, **agreement(got, want), **plans(modes)})
+            rows.append({**row, **agreement(got, want), **plans(modes, tolerance)})
     encoder = Encoder(folder, "adaattn")
     adaattn.calibrate(encoder.model, encoder.batches(shipped()))
     set_tolerance(encoder.model, EXPORTED)
@@ -170,24 +171,16 @@ def show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in (
-        "heads",
-        "calibrated",
-        "tolerance",
-        "error",
-        "cosine",
-        "Spearman",
-        "mean rank",
-        "saved",
-        "precisions",
-    ):
+    columns = "heads, calibrated, tolerance, error, cosine, Spearman, over, mean rank, saved, precisions"
+    for column in columns.split(", "):
         table.add_column(column, justify="left" if column == "precisions" else "right")
     for row in found["rows"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in row["precision"].items() if share >= 5e-3)
         numbers = (f"{row['tolerance']:.0e}", f"{row['error']:.1e}", f"{row['cosine']:.6f}", f"{row['spearman']:.5f}")
-        plan = (f"{row['mean_rank']:.0%}", f"{row['saved']:.0%}", shares)
+        over = f"{row['heads_over']:.1%}, by {row['worst_head'] / row['tolerance']:.1f}"
+        plan = (over if row["heads_over"] else "none", f"{row['mean_rank']:.0%}", f"{row['saved']:.0%}", shares)
         table.add_row(row["kind"].removeprefix("adaattn-"), "yes" if row["calibrated"] else "no", *numbers, *plan)
-    console = Console(width=120)
+    console = Console(width=140)
     console.print(table)
     console.print(f"{found['sentences']} sentences; dense attention in float32 errs by {found['dense_error']:.1e}")
     for name, target in found["exported"].items():

@@ -52,5 +52,5 @@ def shipped() -> list[str]:
         text = "\n".join(line for line in text.splitlines() if not line.startswith(("|", "#", "    ")))
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "").replace("*", "")
         sentences = re.split(r"(?<=[.:;!?])\s+", " ".join(text.split()))
-        found += [sentence for sentence in sentences if len(sentence.split()) > 4]
+        found += [sentence for sentence in sentences if len(sentence.split()) > 4 and "|" not in sentence]
     return found
