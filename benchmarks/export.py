@@ -130,11 +130,11 @@ def measure_runtime(tokens: int, width: int, heads: int, runs: int) -> dict[str,
     return {"ours": statistics.median(times[0][3:]), "plain": statistics.median(times[1][3:])}
 
 
-def help_over_import() -> float:
+def help_over_import(rounds: int) -> float:
     """Time of `adaattn-export --help` over that of `import torch`, whole processes."""
     commands = [[sys.executable, "-m", "adaattn.export.cli", "--help"], [sys.executable, "-c", "import torch"]]
     times: list[list[float]] = [[], []]
-    for _ in range(5):
+    for _ in range(rounds):
         for command, spent in zip(commands, times, strict=True):
             start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
@@ -166,26 +166,27 @@ def main(quick: bool) -> None:
     size = (1, 64, 4) if quick else (6, 384, 12)
     rows: list[tuple[str, float, float]] = []
 
-    samples: dict[str, list[float]] = {"torch": [], "dense": [], "adaptive": []}
+    kinds = ("adaptive",) if quick else ("dense", "adaptive")
+    samples: dict[str, list[float]] = {name: [] for name in ("torch", *kinds)}
     for _ in range(rounds):
         samples["torch"].append(_fresh(measure_torch, *size)["seconds"])
-        for attention in ("dense", "adaptive"):
+        for attention in kinds:
             samples[attention].append(_fresh(measure_ours, *size, attention)["seconds"])
     median = {name: statistics.median(values) for name, values in samples.items()}
-    for attention in ("dense", "adaptive"):
+    for attention in kinds:
         rows.append((f"export time, {attention} encoder / torch.onnx.export", median[attention] / median["torch"], 1.3))
 
-    large = (1, 64, 4) if quick else (8, 1536, 16)
-    weights = sum(x.numel() * 4 for x in _encoder(*large, "adaptive").parameters())
-    base = _fresh(measure_import)["peak"]
-    peak = _fresh(measure_ours, *large, "adaptive")["peak"]
     if not quick:
+        large = (8, 1536, 16)
+        weights = sum(x.numel() * 4 for x in _encoder(*large, "adaptive").parameters())
+        base = _fresh(measure_import)["peak"]
+        peak = _fresh(measure_ours, *large, "adaptive")["peak"]
         rows.append((f"peak memory over import torch / weights of {weights >> 20} MiB", (peak - base) / weights, 2.5))
 
     run = _fresh(measure_runtime, 16 if quick else 512, 64 if quick else 384, 4 if quick else 12, 5 if quick else 200)
     rows.append(("ONNX Runtime time, dense module / torch's own export", run["ours"] / run["plain"], 1.05))
 
-    rows.append(("time of adaattn-export --help / import torch", help_over_import(), 0.16 / 2.2))
+    rows.append(("time of adaattn-export --help / import torch", help_over_import(rounds), 0.16 / 2.2))
 
     for name, ratio, limit in rows:
         click.echo(f"{ratio:6.2f}   at most {limit:4.2f}   {name}")

@@ -14,7 +14,7 @@ from benchmarks.sentences import judged, shipped
 
 
 def test_minilm_end_to_end(minilm: Path) -> None:
-    found = measure(minilm, (1e-2,), 48)
+    found = measure(minilm, (1e-2,), 48, ("adaattn",))
     assert found["sentences"] >= 48
     for row in found["rows"]:
         # The promise is made of heads with enough queries to average over; sentences of a dozen tokens have few.
