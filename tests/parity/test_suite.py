@@ -31,7 +31,7 @@ DIMS = {"B": "1:2:3", "S": "1:17:130", "K": "5:17:130"}
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "graph" in metafunc.fixturenames:
         thorough = metafunc.config.getoption("--all-graphs")
-        metafunc.parametrize("graph", GRAPHS if thorough else some(8), ids=str)
+        metafunc.parametrize("graph", GRAPHS if thorough else some(6), ids=str)
         names = metafunc.config.getoption("--backend").split(",")
         unknown = [name for name in names if name not in BACKENDS]
         if unknown:
