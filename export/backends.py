@@ -61,14 +61,10 @@ def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> B
         raise CannotRun(f"onnxruntime {onnxruntime.__version__} has no {provider} here")
     if provider != "CPUExecutionProvider" and driver.capability() is None:
         raise CannotRun(f"{provider} needs a GPU, and a CUDA driver finds none on this machine")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Where a model from memory has its external data.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
 
     def session(model: Path | bytes) -> Any:
         try:
-            return onnxruntime.InferenceSession(model, options, providers=[provider])
+            return session_of(model, path.parent, provider)
         except Exception as error:  # its exceptions have no public base class
             reason = str(error).strip().splitlines()[-1]
             if "NOT_IMPLEMENTED" in reason or "Could not find an implementation" in reason:
@@ -140,6 +136,16 @@ def planned_layers(path: Path) -> dict[str, tuple[str, str, str]]:
     graph = onnx.load(path, load_external_data=False).graph
     ours = [node for node in graph.node if node.domain == NAMESPACE and node.op_type.startswith("adaptive_attention")]
     return {node.name: (node.input[5], node.input[6], node.output[0]) for node in ours}
+
+
+def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
+    """ONNX Runtime's session of a file, or of a model from memory whose external data are in a folder."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return onnxruntime.InferenceSession(model, options, providers=[provider])
 
 
 def showing(path: Path, names: Collection[str]) -> bytes:

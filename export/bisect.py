@@ -61,13 +61,8 @@ def bisect(folder: Path, provider: str = "CPUExecutionProvider") -> Departure | 
 
 
 def _run(path: Path, provider: str, names: list[str], graph: Any, values: Mapping[str, Array]) -> list[Array]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        session = onnxruntime.InferenceSession(backends.showing(path, names), options, providers=[provider])
+        session = backends.session_of(backends.showing(path, names), path.parent, provider)
         feed = {x.name: backends.as_type(x.type, values[x.name]) for x in session.get_inputs()}
         return [backends.wide(x) for x in session.run(names, feed)]
     except Exception as error:  # its exceptions have no public base class

@@ -13,8 +13,8 @@ from adaattn.errors import ConfigError
 from adaattn.export.capture import Captured
 from adaattn.export.cases import Case
 from adaattn.export.golden import Array, Golden, Layer, Output
-from adaattn.export.parity import NUDGE, PlanPair, limit_of
-from adaattn.export.yardstick import PlanMode, relative_error, run, to_double
+from adaattn.export.parity import NUDGE, PlanPair, limit_of, relative_error
+from adaattn.export.yardstick import PlanMode, run, to_double
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Reference:
         if not eager.is_floating_point():
             return Output(array(eager), dtype, 0.0, 0.0)
         usable = eager.isfinite() & exact.isfinite()
-        error = relative_error(torch.where(usable, eager.double(), 0), torch.where(usable, exact, 0))
+        known = torch.where(usable, exact, 0)
+        error = relative_error(array((torch.where(usable, eager.double(), 0) - known).abs()), array(known))
         lost = None if bool(eager.isfinite().all()) else array(~eager.isfinite())
         return Output(array(exact), dtype, error, limit_of(error, self.dtype, rounding), lost)
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export import backends, engine, golden, parity
+from adaattn.export.engine_file import profile_of
 from adaattn.export.folder import MARKER
 from adaattn.export.golden import Golden
-from adaattn.export.runtime import profile_of
 from adaattn.export.versions import versions
 
 

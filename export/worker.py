@@ -227,7 +227,7 @@ def _run(job: Mapping[str, Any]) -> None:
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if job["target"] == "tensorrt-rtx" else "0"
     from polygraphy.backend.trt import TrtRunner
 
-    from adaattn.export.runtime import open_engine, profile_of
+    from adaattn.export.engine_file import open_engine, profile_of
 
     opened = open_engine(Path(job["engine"]))
     types = {x["name"]: x["type"] for x in opened.about["inputs"]}

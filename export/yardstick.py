@@ -102,13 +102,6 @@ def to_double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Root mean square of the difference, relative to that of what was wanted; 0 for two zeros."""
-    difference = (got.double() - want.double()).square().mean().sqrt()
-    size = want.double().square().mean().sqrt()
-    return float(difference / size) if size > 0 else float(difference)
-
-
 def _as_double_dtype(x: Any) -> Any:
     return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
 

@@ -1,4 +1,7 @@
-"""Calibration gathers energy, keeps results, counts the tokens that count, and can be interrupted."""
+"""Calibration gathers energy, keeps results, counts the tokens that count, and can be interrupted.
+
+One file, though long: all of it is told on the same few models and the same correlated data.
+"""
 
 from __future__ import annotations
 

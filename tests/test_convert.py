@@ -1,6 +1,7 @@
 """Models of `torch.nn.MultiheadAttention` after conversion: the same weights, the same call, the same results.
 
-Torch itself in float64 is the yardstick here: what is promised is its call, and its own float32 rounding.
+Torch itself in float64 is the yardstick here: what is promised is its call, and its own float32 rounding. One file,
+though long: each table of masks, shapes and options serves most of the tests.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from click.testing import CliRunner
 import adaattn
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export import Options, engine, export
+from adaattn.export.engine_file import open_engine, profile_of
 from adaattn.export.run import main
-from adaattn.export.runtime import open_engine, open_runtime, profile_of
+from adaattn.export.runtime import open_runtime
 from adaattn.plugins import driver
 
 X = np.random.default_rng(0).standard_normal((2, 9, 32)).astype(np.float32)
