@@ -17,11 +17,12 @@ help:
 
 install: .venv/installed
 
-# torch by its exact version: a looser request can take a build with gigabytes of CUDA.
+# torch by its exact version: a looser request can take a build with gigabytes of CUDA. What is never imported need not
+# be compiled to bytecode, which is half of the time.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 lint: install

@@ -160,8 +160,9 @@ def _fresh(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[s
 
 
 @click.command(help=__doc__)
-@click.option("--quick", is_flag=True, help="Tiny sizes, once: shows that the script runs. Writes nothing.")
+@click.option("--quick", is_flag=True, help="Tiny sizes, in one process: shows that the script runs. Writes nothing.")
 def main(quick: bool) -> None:
+    measured = (lambda function, *arguments: function(*arguments)) if quick else _fresh
     rounds = 1 if quick else 5
     size = (1, 64, 4) if quick else (6, 384, 12)
     rows: list[tuple[str, float, float]] = []
@@ -169,9 +170,9 @@ def main(quick: bool) -> None:
     kinds = ("adaptive",) if quick else ("dense", "adaptive")
     samples: dict[str, list[float]] = {name: [] for name in ("torch", *kinds)}
     for _ in range(rounds):
-        samples["torch"].append(_fresh(measure_torch, *size)["seconds"])
+        samples["torch"].append(measured(measure_torch, *size)["seconds"])
         for attention in kinds:
-            samples[attention].append(_fresh(measure_ours, *size, attention)["seconds"])
+            samples[attention].append(measured(measure_ours, *size, attention)["seconds"])
     median = {name: statistics.median(values) for name, values in samples.items()}
     for attention in kinds:
         rows.append((f"export time, {attention} encoder / torch.onnx.export", median[attention] / median["torch"], 1.3))
@@ -179,11 +180,11 @@ def main(quick: bool) -> None:
     if not quick:
         large = (8, 1536, 16)
         weights = sum(x.numel() * 4 for x in _encoder(*large, "adaptive").parameters())
-        base = _fresh(measure_import)["peak"]
-        peak = _fresh(measure_ours, *large, "adaptive")["peak"]
+        base = measured(measure_import)["peak"]
+        peak = measured(measure_ours, *large, "adaptive")["peak"]
         rows.append((f"peak memory over import torch / weights of {weights >> 20} MiB", (peak - base) / weights, 2.5))
 
-    run = _fresh(measure_runtime, 16 if quick else 512, 64 if quick else 384, 4 if quick else 12, 5 if quick else 200)
+    run = measured(measure_runtime, 16 if quick else 512, 64 if quick else 384, 4 if quick else 12, 5 if quick else 200)
     rows.append(("ONNX Runtime time, dense module / torch's own export", run["ours"] / run["plain"], 1.05))
 
     rows.append(("time of adaattn-export --help / import torch", help_over_import(rounds), 0.16 / 2.2))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import interpreter  # noqa: F401 - before any test imports a kernel
 import pytest
 import torch
+from torch.onnx._internal.exporter import _registration
 from wheel import unpacked
+
+# torch.onnx makes a table of all it can lower anew in every export: half a second, which here is spent once.
+tables = _registration.onnxscript_apis
+tables.get_torchlib_ops = functools.cache(tables.get_torchlib_ops)
 
 
 @pytest.fixture(scope="session")
