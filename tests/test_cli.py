@@ -98,7 +98,7 @@ def ended(process: subprocess.Popen[str], tmp_path: Path) -> None:
     assert members(process.pid) == []
 
 
-@pytest.mark.parametrize("name", ["Interrupted", "Terminated"])
+@pytest.mark.parametrize("name", [pytest.param("Interrupted", marks=pytest.mark.thorough), "Terminated"])
 def test_a_signal_while_the_model_is_captured(name: str, tmp_path: Path) -> None:
     ended(start(f"foreign:{name}", "--input", "x=B,S", "--target", "onnx", folder=tmp_path), tmp_path)
 
@@ -123,7 +123,10 @@ signal.pause()
 """
 
 
-@pytest.mark.parametrize("send", ["os.killpg(0, signal.SIGINT)", "os.kill(os.getppid(), signal.SIGTERM)"])
+TERMINATE = pytest.param("os.kill(os.getppid(), signal.SIGTERM)", marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize("send", ["os.killpg(0, signal.SIGINT)", TERMINATE])
 def test_a_signal_while_an_engine_is_built(send: str, tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()

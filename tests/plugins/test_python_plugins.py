@@ -231,7 +231,9 @@ def test_only_a_kernel_that_needs_no_scratch_memory_is_fit_to_travel() -> None:
         ptx.fit(KERNEL, metadata, SimpleNamespace(parameters=["x", "y"], warps=4))
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "capability", [x if x in (80, 90, 120) else pytest.param(x, marks=pytest.mark.thorough) for x in ARCHITECTURES]
+)
 def test_an_assembler_takes_the_kernels_for_every_architecture(capability: int) -> None:
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "assemble.py", str(capability)],
