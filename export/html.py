@@ -252,7 +252,7 @@ def _energy(layers: Sequence[dict[str, Any]]) -> Markup | None:
 def _svg(figure: Figure, name: str) -> Markup:
     """The figure as an element of the page, in the page's colours, its ids its own."""
     for axes in figure.axes:
-        axes.minorticks_off()  # of logarithmic axes: more of them than all else, and half of the time
+        axes.minorticks_off()  # of logarithmic axes: they cost more time than all else
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -328,7 +328,7 @@ def _warn_of_weights(state: Mapping[str, Any], notes: list[str]) -> None:
     for name, x in state.items():
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             continue
-        if not all(end.isfinite() for end in x.aminmax()):  # which has NaN if x has, and is 40 times as fast
+        if not all(end.isfinite() for end in x.aminmax()):  # NaN if x has one; without a tensor of booleans
             count = int((~x.isfinite()).sum())
             notes.append(f"weight {name} has {count} NaN or Inf of {x.numel()} numbers")
 

@@ -437,7 +437,9 @@ def test_training_lowers_the_loss(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["dense", "int8", "entropy", "random", "adaptive"])
+@pytest.mark.parametrize(
+    "name", ["dense", "int8", pytest.param("rank", marks=pytest.mark.thorough), "entropy", "random", "adaptive"]
+)
 def test_compiles_whole(name: str) -> None:
     torch.compiler.reset()  # modules share code, and what other tests compiled of it counts against a limit
     module = ALL[name](WIDTH, H, causal=True, num_kv_heads=2).eval()
