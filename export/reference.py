@@ -13,7 +13,7 @@ from adaattn.errors import ConfigError
 from adaattn.export.capture import Captured
 from adaattn.export.cases import Case
 from adaattn.export.golden import Array, Golden, Layer, Output
-from adaattn.export.parity import NUDGE, PlanPair, limit_of, relative_error
+from adaattn.export.parity import DIGITS, NUDGE, ROUNDING, PlanPair, limit_of, relative_error
 from adaattn.export.yardstick import PlanMode, run, to_double
 
 
@@ -56,8 +56,10 @@ class Reference:
 
     def exact(self, case: Case, plans: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, Tensor], PlanMode]:
         """float64 outputs at given plans."""
+        return self._in_double(case, PlanMode(double=True, plans=plans))
+
+    def _in_double(self, case: Case, mode: PlanMode) -> tuple[dict[str, Tensor], PlanMode]:
         inputs = {name: to_double(x) for name, x in case.inputs.items()}
-        mode = PlanMode(double=True, plans=plans)
         return self._named(run(self._double, inputs, mode)), mode
 
     def golden(self, expected: Expected, layers: Sequence[str]) -> Golden:
@@ -68,7 +70,11 @@ class Reference:
         """
         known = [error.rounding.nan_to_num(posinf=0.0) for error in expected.mode.errors]  # inf: moments overflowed
         rounding = max((float(x.max()) for x in known), default=0.0)
-        outputs = {name: self._output(x, expected.exact[name], rounding) for name, x in expected.outputs.items()}
+        shaken = self._shaken(expected)
+        outputs = {
+            name: self._output(x, expected.exact[name], rounding, [each[name] for each in shaken])
+            for name, x in expected.outputs.items()
+        }
         inputs = {name: array(x) for name, x in expected.case.inputs.items()}
         # Fewer layers than calls: calls that were one and the same have become one.
         named = layers if len(layers) == len(expected.mode.plans) else ()
@@ -80,15 +86,26 @@ class Reference:
         pairs = [(torch.from_numpy(precision), torch.from_numpy(rank)) for precision, rank in plans]
         return {name: array(x) for name, x in self.exact(case, pairs)[0].items()}
 
-    def _output(self, eager: Tensor, exact: Tensor, rounding: float) -> Output:
+    def _shaken(self, expected: Expected) -> list[dict[str, Tensor]]:
+        """float64 outputs with q and k a rounding off, each way."""
+        if not expected.mode.plans:
+            return []
+        share = ROUNDING * 2.0 ** -DIGITS[self.dtype]
+        modes = [PlanMode(double=True, plans=expected.mode.plans, shake=sign * share) for sign in (1, -1)]
+        return [self._in_double(expected.case, mode)[0] for mode in modes]
+
+    def _output(self, eager: Tensor, exact: Tensor, rounding: float, shaken: Sequence[Tensor]) -> Output:
         dtype = str(eager.dtype).removeprefix("torch.")
         if not eager.is_floating_point():
             return Output(array(eager), dtype, 0.0, 0.0)
         usable = eager.isfinite() & exact.isfinite()
         known = torch.where(usable, exact, 0)
-        error = relative_error(array((torch.where(usable, eager.double(), 0) - known).abs()), array(known))
+        error, *others = (
+            relative_error(array((torch.where(usable, x.double(), 0) - known).abs()), array(known))
+            for x in (eager, *shaken)
+        )
         lost = None if bool(eager.isfinite().all()) else array(~eager.isfinite())
-        return Output(array(exact), dtype, error, limit_of(error, self.dtype, rounding), lost)
+        return Output(array(exact), dtype, error, limit_of(max((error, *others)), self.dtype, rounding), lost)
 
     def _layer(self, expected: Expected, place: int) -> Layer:
         precision, rank = expected.mode.plans[place]

@@ -41,6 +41,7 @@ class PlanMode(TorchDispatchMode):
         measure: compare each call with exact attention on its own operands.
         nudge: move all moments by this share first, to see which plans hang on their last digits.
         tilt: move the first dimensions so and the last ones the other way.
+        shake: multiply q and k by 1 + this share of normal noise, seeded.
 
     What it saw is in `plans`, `errors` (with `measure`) and `outputs`, of each call; an output larger than LARGE is
     None.
@@ -53,12 +54,14 @@ class PlanMode(TorchDispatchMode):
         measure: bool = False,
         nudge: float = 0.0,
         tilt: bool = False,
+        shake: float = 0.0,
     ) -> None:
         super().__init__()
         self.plans: list[PlanPair] = []
         self.errors: list[HeadErrors] = []
         self.outputs: list[Tensor | None] = []
         self._double, self._replay, self._measure, self._nudge, self._tilt = double, plans, measure, nudge, tilt
+        self._shake = shake
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,6 +77,8 @@ class PlanMode(TorchDispatchMode):
         args = args[:10]
         if self._replay is not None:
             args = (*args[:5], *self._replay[len(self.plans)], *args[7:])
+        if self._shake:
+            args = (*(self._shaken(x) for x in args[:2]), *args[2:])
         self.plans.append((args[5], args[6]))
         output = func(*args, **kwargs)
         self.outputs.append(output if output.numel() <= LARGE else None)
@@ -84,6 +89,10 @@ class PlanMode(TorchDispatchMode):
     def _nudged(self, x: Tensor) -> Tensor:
         slope = torch.linspace(1, -1, x.shape[-1], dtype=x.dtype) if self._tilt else 1
         return x * (1 + self._nudge * slope)
+
+    def _shaken(self, x: Tensor) -> Tensor:
+        generator = torch.Generator(x.device).manual_seed(len(self.plans))
+        return x * (1 + self._shake * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device))
 
 
 def run(eager: Callable[..., Any], inputs: Mapping[str, Tensor], mode: PlanMode | None = None) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
@@ -81,10 +81,10 @@ class Graph:
 GRAPHS = [Graph(*values) for values in product(PLANS, DTYPES, KINDS, (False, True), MASKS)]
 
 
-def some(count: int, seed: int = 0) -> list[Graph]:
+def some(count: int, dtypes: Sequence[str] = DTYPES, seed: int = 1) -> list[Graph]:
     """A seeded subset in which every plan, type, kind and mask comes up about equally often."""
     generator = random.Random(seed)
-    names = [list(values) for values in (PLANS, DTYPES, KINDS, (False, True), MASKS)]
+    names = [list(values) for values in (PLANS, dtypes, KINDS, (False, True), MASKS)]
     decks: list[list[Any]] = [[] for _ in names]
     found: list[Graph] = []
     while len(found) < count:
@@ -111,9 +111,20 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def cases(graph: Graph) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Named inputs of a graph, in its type."""
+def out_of_range(graph: Graph, case: str) -> str | None:
+    """Why an input may fail: the standard operator is defined so, whoever runs it."""
+    if graph.plan == "dense" and graph.dtype == "float16" and case.startswith("huge"):
+        return "ONNX's Attention has its scores in the type of its inputs, and float16 ends at 65504"
+    return None
+
+
+def cases(graph: Graph, all_shapes: bool = True) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Named inputs of a graph, in its type: each distribution in all shapes, or in a seeded one."""
+    generator = random.Random(str(graph))
+    shapes = {name: SHAPES if all_shapes else (generator.choice(SHAPES),) for name in DISTRIBUTIONS}
     for (batch, queries), (name, make) in product(SHAPES, DISTRIBUTIONS.items()):
+        if (batch, queries) not in shapes[name]:
+            continue
         torch.manual_seed(1000 * queries + len(name))
         keys = KEYS[queries] if graph.kind == "cross" else queries
         q = make(torch.randn(batch, queries, WIDTH))

@@ -75,6 +75,28 @@ def test_a_head_away_from_its_limit_may_not_differ() -> None:
     assert "layer, batch 0, head 0" in found["reason"]
 
 
+@pytest.mark.parametrize(("gap", "tie"), [(2.0**-6, True), (1.0, False)])
+def test_where_the_best_keys_of_a_row_nearly_tie_the_last_digit_may_decide(gap: float, tie: bool) -> None:
+    model = adaattn.AdaptivePrecisionAttention(4, 1, default_precision="fp32", bias=False).half().eval()
+    with torch.no_grad():
+        for layer in (model.q_proj, model.k_proj, model.v_proj, model.out_proj):
+            layer.weight.copy_(torch.eye(4))
+    # All exact in float16, so eager has next to no error; but a rounding of q or k moves scores of 512 by 1/8, and the
+    # best two differ by 16 gaps.
+    large = 32.0
+    keys = [large, large - gap, gap - large, -large]
+    inputs = {
+        "query": torch.tensor([[[large, 0, 0, 0]]], dtype=torch.half),
+        "key": torch.tensor([[[x, 0, 0, 0] for x in keys]], dtype=torch.half),
+        "value": torch.eye(4, dtype=torch.half)[None],
+    }
+    captured = capture_module(model, [InputSpec(name, tuple(x.shape)) for name, x in inputs.items()], {})
+    reference = Reference(captured)
+    output = reference.golden(reference.expect(cases.Case("ties", inputs)), ["layer"]).outputs["output"]
+    assert output.eager_error < 5e-4
+    assert (output.limit > 1e-2) == tie
+
+
 def test_a_missing_output_and_a_wrong_shape_fail() -> None:
     layer = OneLayer(distance=0.5)
     for outputs in ({}, {"output": np.zeros((1, 2, 3))}):

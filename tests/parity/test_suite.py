@@ -6,13 +6,12 @@ those of `adaattn.export.backends`, and triton, the fused kernels in eager mode.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from table import GRAPHS, WIDTH, Graph, cases, some
+from table import DTYPES, GRAPHS, WIDTH, Graph, cases, out_of_range, some
 
 from adaattn.export import backends, engine, parity
 from adaattn.export.capture import Captured, capture_module
@@ -31,8 +30,9 @@ DIMS = {"B": "1:2:3", "S": "1:17:130", "K": "5:17:130"}
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "graph" in metafunc.fixturenames:
         thorough = metafunc.config.getoption("--all-graphs")
-        metafunc.parametrize("graph", GRAPHS if thorough else some(6), ids=str)
         names = metafunc.config.getoption("--backend").split(",")
+        dtypes = DTYPES[:2] if names == ["ort-cpu"] else DTYPES  # which has no bfloat16, and would only say so
+        metafunc.parametrize("graph", GRAPHS if thorough else some(6, dtypes), ids=str)
         unknown = [name for name in names if name not in BACKENDS]
         if unknown:
             raise pytest.UsageError(f"backend {unknown[0]!r} is unknown; choose of {', '.join(BACKENDS)}")
@@ -62,9 +62,8 @@ def test_outputs_agree_with_float64(graph: Graph, backend: str, tmp_path: Path, 
     names = {symbol: dim.name for symbol, dim in captured.dims.items()}
     lowered = lower(captured.program, opset, names, list(graph.inputs()), captured.output_names)
     layers = list(planned_nodes(lowered.graph))
-    given = {name: Case(name, inputs) for name, inputs in cases(graph)}
-    if not pytestconfig.getoption("--all-graphs"):
-        given = {name: given[name] for name in random.Random(str(graph)).sample(sorted(given), 6)}
+    all_shapes = pytestconfig.getoption("--all-graphs")
+    given = {name: Case(name, inputs) for name, inputs in cases(graph, all_shapes)}
     if backend == "triton":
         runs = fused(module.cuda(), given, layers)
     else:
@@ -80,8 +79,12 @@ def test_outputs_agree_with_float64(graph: Graph, backend: str, tmp_path: Path, 
     found = parity.compare(
         goldens, runs, lambda of, plans: reference.exact_at(given[of.name], [plans[name] for name in layers])
     )
-    wrong = [f"{row['case']}: {row['reason']}" for row in found["outputs"] if row["verdict"] != "passed"]
+    failed = {row["case"]: row["reason"] for row in found["outputs"] if row["verdict"] != "passed"}
+    known = {case: out_of_range(graph, case) for case in failed}
+    wrong = [f"{case}: {reason}" for case, reason in failed.items() if not known[case]]
     assert not wrong, f"{len(wrong)} of {len(found['outputs'])}\n" + "\n".join(wrong)
+    if failed:
+        pytest.xfail(f"{len(failed)} of {len(found['outputs'])}: {', '.join(map(str, set(known.values())))}")
 
 
 def captured_of(graph: Graph) -> tuple[Captured, torch.nn.Module]:
