@@ -42,6 +42,7 @@ class Layer:
         edge: (B, H), whether eager itself changes the plan when its moments move by a rounding or two.
         exact: (B, H, S, D), its output in float32 at these plans; None where it is too large to keep.
         eager_error: (H,), relative error of eager's output.
+        dtype: of its output.
     """
 
     precision: Array
@@ -49,6 +50,7 @@ class Layer:
     edge: Array
     exact: Array | None = None
     eager_error: Array | None = None
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,9 @@ def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:
         eager_error, limit = kinds["limit"][name].tolist()
         lost = kinds.get("lost", {}).get(name)
         outputs[name] = Output(exact, str(kinds["dtype"][name]), eager_error, limit, lost)
-    of_layers = {kind.removeprefix("layer."): x for kind, x in kinds.items() if kind.startswith("layer.")}
-    layers = {
-        name: Layer(**{key: of[name] for key, of in of_layers.items() if name in of})
-        for name in of_layers.get("precision", {})
-    }
+    of_layers: dict[str, dict[str, Any]] = {}
+    for kind, arrays in kinds.items():
+        for name, x in arrays.items() if kind.startswith("layer.") else ():
+            of_layers.setdefault(name, {})[kind.removeprefix("layer.")] = str(x) if kind == "layer.dtype" else x
+    layers = {name: Layer(**fields) for name, fields in of_layers.items()}
     return Golden(case, kinds["input"], outputs, layers)

@@ -101,7 +101,7 @@ def _badness(output: dict[str, Any]) -> tuple[bool, float]:
 
 def _of_head(head: dict[str, Any]) -> float:
     error = _float(head["error"])
-    return math.inf if math.isnan(error) else error
+    return math.inf if head["lost"] or math.isnan(error) else error
 
 
 def _sentence(targets: Sequence[dict[str, Any]]) -> str:

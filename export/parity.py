@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from adaattn.export.golden import Array, Golden, Layer, Output
+from adaattn.export.golden import Array, Golden, Output
 
 FACTOR = 2.0  # two summation orders of equal merit differ by about this
 # Relative errors that no backend must answer for: a few ulps of the type after a handful of layers.
@@ -119,7 +119,7 @@ def relative_error(difference: Array, exact: Array) -> float:
 
 def _rms(x: Array) -> float:
     peak = float(np.abs(x).max(initial=0.0))  # squares of huge and tiny numbers leave float64's range
-    return peak * float(np.sqrt(np.square(x / peak).mean())) if peak > 0 else 0.0
+    return peak * float(np.sqrt(np.square(x / peak).mean())) if peak > 0 else peak
 
 
 def _compare_plans(golden: Golden, plans: Mapping[str, PlanPair]) -> dict[str, Any]:
@@ -144,7 +144,8 @@ def _compare_plans(golden: Golden, plans: Mapping[str, PlanPair]) -> dict[str, A
 
 def _row(golden: Golden, name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "case": golden.name, "verdict": "failed", "reason": None}
-    return row | dict.fromkeys(("error", "eager_error", "limit", "max_abs", "cosine")) | {"ulp": [], "worst": []}
+    metrics = dict.fromkeys(("error", "eager_error", "limit", "max_abs", "cosine", "lost"))
+    return row | metrics | {"ulp": [], "worst": []}
 
 
 def _compare_output(golden: Golden, name: str, output: Output, got: Array | None, exact: Array) -> dict[str, Any]:
@@ -155,30 +156,35 @@ def _compare_output(golden: Golden, name: str, output: Output, got: Array | None
     if output.dtype not in DIGITS:
         same = bool((got == exact).all())
         return row | {"verdict": "passed" if same else "failed", "reason": None if same else "integers differ"}
-    finite = np.ones(exact.shape, bool) if output.lost is None else ~output.lost
-    bad = finite & ~np.isfinite(got)
-    usable = finite & np.isfinite(exact) & ~bad
-    got, exact = np.where(usable, got, 0).astype(np.float64), np.where(usable, exact, 0)
+    usable = np.isfinite(exact) if output.lost is None else np.isfinite(exact) & ~output.lost
+    metrics = _metrics(got, exact, usable, output.dtype)
+    row |= metrics | {"eager_error": output.eager_error, "limit": output.limit}
+    if metrics["lost"]:
+        lost, at = metrics["lost"], metrics["worst"]
+        return row | {"reason": f"{lost} elements are NaN or Inf where eager has numbers, first at {at}"}
+    difference = np.abs(got[usable] - exact[usable])
+    row["counts"] = _histogram(difference, _rms(exact[usable]))
+    if metrics["error"] > output.limit:
+        error, at = metrics["error"], metrics["worst"]
+        return row | {"reason": f"error {error:.1e} is over the limit {output.limit:.1e}, worst at {at}"}
+    return row | {"verdict": "passed"}
+
+
+def _metrics(got: Array, exact: Array, usable: Array, dtype: str) -> dict[str, Any]:
+    """How far a result is from what was wanted, in its `usable` elements; those `lost` to NaN and Inf count apart."""
+    lost = usable & ~np.isfinite(got)
+    usable = usable & ~lost
+    got, exact = np.where(usable, got, 0).astype(np.float64), np.where(usable, exact, 0).astype(np.float64)
     difference = np.abs(got - exact)
-    error = relative_error(difference, exact)
-    worst = np.unravel_index(int((bad if bad.any() else difference).argmax()), exact.shape) if exact.size else ()
-    row |= {
-        "error": error,
-        "eager_error": output.eager_error,
-        "limit": output.limit,
+    worst = np.unravel_index(int((lost if lost.any() else difference).argmax()), exact.shape) if exact.size else ()
+    return {
+        "error": relative_error(difference, exact),
         "max_abs": float(difference.max(initial=0.0)),
         "cosine": _cosine(got, exact),
-        "ulp": _ulps(difference[usable], exact[usable], output.dtype),
+        "ulp": _ulps(difference[usable], exact[usable], dtype),
         "worst": [int(index) for index in worst],
-        "counts": _histogram(difference[usable], _rms(exact)),
+        "lost": int(lost.sum()),
     }
-    if bad.any():
-        return row | {
-            "reason": f"{int(bad.sum())} elements are NaN or Inf where eager has numbers, first at {row['worst']}"
-        }
-    if error > output.limit:
-        return row | {"reason": f"error {error:.1e} is over the limit {output.limit:.1e}, worst at {row['worst']}"}
-    return row | {"verdict": "passed"}
 
 
 def _cosine(a: Array, b: Array) -> float:
@@ -205,26 +211,10 @@ def _compare_heads(found: dict[tuple[str, int], dict[str, Any]], golden: Golden,
     for name, layer in golden.layers.items():
         if layer.exact is None or layer.eager_error is None or name not in heads:
             continue
-        for head, (error, worst) in enumerate(_of_heads(heads[name], layer)):
+        for head in range(layer.exact.shape[1]):
+            got, exact = heads[name][:, head], layer.exact[:, head]
+            row = _metrics(got, exact, np.isfinite(exact), layer.dtype)
             known = found.get((name, head))
-            if known is None or not error <= known["error"]:
-                found[name, head] = {
-                    "layer": name,
-                    "head": head,
-                    "case": golden.name,
-                    "error": error,
-                    "eager_error": float(layer.eager_error[head]),
-                    "worst": worst,
-                }
-
-
-def _of_heads(got: Array, layer: Layer) -> list[tuple[float, list[int]]]:
-    """For each head the relative error over the batch, and where it is worst: batch, token, dimension."""
-    assert layer.exact is not None
-    rows = []
-    for head in range(layer.exact.shape[1]):
-        exact = layer.exact[:, head].astype(np.float64)
-        difference = np.abs(got[:, head] - exact)
-        place = np.unravel_index(int(difference.argmax()), exact.shape)
-        rows.append((relative_error(difference, exact), [int(index) for index in place]))
-    return rows
+            if known is None or (row["lost"], row["error"]) > (known["lost"], known["error"]):
+                about = {"layer": name, "head": head, "case": golden.name}
+                found[name, head] = about | row | {"eager_error": float(layer.eager_error[head])}

@@ -118,7 +118,8 @@ class Reference:
         difference = (eager.double() - exact).square().mean(dim=(0, 2, 3)).sqrt()
         size = exact.square().mean(dim=(0, 2, 3)).sqrt()
         errors = torch.where(size > 0, difference / size, difference)
-        return Layer(array(precision), array(rank), array(edge), array(exact.float()), array(errors))
+        dtype = str(eager.dtype).removeprefix("torch.")
+        return Layer(array(precision), array(rank), array(edge), array(exact.float()), array(errors), dtype)
 
     def _nudged_plans(self, case: Case) -> list[list[tuple[Tensor, Tensor]]]:
         """Eager's plans with its moments moved a little, each way."""

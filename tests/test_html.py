@@ -105,7 +105,7 @@ def report() -> dict[str, Any]:
                 plans={"heads": 771, "differ": 5, "excused": 4},
                 heads=[
                     {"layer": f"stack.{n}.attention", "head": n, "error": 1e-3 * n, "eager_error": 1e-4, "case": "odd",
-                     "worst": [0, n, 2]}
+                     "worst": [0, n, 2], "max_abs": 0.5, "cosine": 1 - 1e-6, "ulp": [1.0, 2.0, 9.0], "lost": 0}
                     for n in range(7)
                 ],
             ),
@@ -159,7 +159,7 @@ def test_rows_hold_the_numbers(report: dict[str, Any]) -> None:
         "tensorrt-rtx not run - - - 0.002 MiB 1.2 s no GPU here",
         "y shortest 1.2e-05 3.1e-05 1.0e-03 0.01 2.5e-01 2.0e-07 3.0e+00 1.7e+01 [0, 17, 3] passed",
         "z odd 4.0e-03 3.1e-05 1.0e-03 4.00 2.5e-01 2.0e-07 3.0e+00 1.7e+01 [0, 17, 3] failed over",
-        "stack.6.attention 6 6.0e-03 1.0e-04 odd [0, 6, 2]",
+        "stack.6.attention 6 6.0e-03 1.0e-04 odd 5.0e-01 1.0e-06 2.0e+00 9.0e+00 [0, 6, 2]",
         "y, shortest 1.2e-05 passed -", "z, odd - 4.0e-03 failed",
         "stack.0.attention 900 60.0 31.5", "stack.1.attention it is dense",
         "x B,S,64:float32", "B 1:1:8", "torch 2.11.0", "capture 3.1 s", "report 0.0 s",

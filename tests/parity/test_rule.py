@@ -146,6 +146,20 @@ def test_only_what_eager_lost_may_be_lost() -> None:
     assert of(one([3, 4], "int64"), [3, 5])["reason"] == "integers differ"
 
 
+def test_heads_have_the_same_metrics_and_lose_no_nan() -> None:
+    (golden,) = OneLayer(distance=0.5).goldens
+    layer = golden.layers["layer"]
+    heads = layer.exact * (1 + np.arange(HEADS).reshape(1, HEADS, 1, 1) * 2.0**-20)
+    heads[0, 3, 5, 2] = np.nan
+    plans = {"layer": (layer.precision, layer.rank)}
+    outputs = {name: x.exact for name, x in golden.outputs.items()}
+    rows = parity.compare([golden], lambda of: Ran(outputs, plans, {"layer": heads}))["heads"]
+    assert [row["error"] for row in rows] == pytest.approx([0, 2**-20, 2**-19, 3 * 2**-20], rel=0.1, abs=1e-12)
+    assert rows[1]["ulp"][2] == pytest.approx(2 * 2**3, rel=0.2)  # of float32: 2⁻²³, over numbers of 1 to 2
+    assert [row["lost"] for row in rows] == [0, 0, 0, 1]
+    assert rows[3]["worst"] == [0, 5, 2]
+
+
 def test_golden_results_survive_their_file(tmp_path: Path) -> None:
     layer = OneLayer(distance=0.5)
     lost = Output(np.ones(2), "float16", 1e-4, 1e-3, np.array([True, False]))
