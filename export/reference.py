@@ -13,7 +13,7 @@ from adaattn.errors import ConfigError
 from adaattn.export.capture import Captured
 from adaattn.export.cases import Case
 from adaattn.export.golden import Array, Golden, Layer, Output
-from adaattn.export.parity import DIGITS, NUDGE, ROUNDING, PlanPair, limit_of, relative_error
+from adaattn.export.parity import NUDGE, SHAKE, PlanPair, limit_of, relative_error
 from adaattn.export.yardstick import PlanMode, run, to_double
 
 
@@ -90,8 +90,8 @@ class Reference:
         """float64 outputs with q and k a rounding off, each way."""
         if not expected.mode.plans:
             return []
-        share = ROUNDING * 2.0 ** -DIGITS[self.dtype]
-        modes = [PlanMode(double=True, plans=expected.mode.plans, shake=sign * share) for sign in (1, -1)]
+        shake = SHAKE[self.dtype]
+        modes = [PlanMode(double=True, plans=expected.mode.plans, shake=share) for share in (shake, -shake)]
         return [self._in_double(expected.case, mode)[0] for mode in modes]
 
     def _output(self, eager: Tensor, exact: Tensor, rounding: float, shaken: Sequence[Tensor]) -> Output:
@@ -100,12 +100,12 @@ class Reference:
             return Output(array(eager), dtype, 0.0, 0.0)
         usable = eager.isfinite() & exact.isfinite()
         known = torch.where(usable, exact, 0)
-        error, *others = (
+        error, *moved = (
             relative_error(array((torch.where(usable, x.double(), 0) - known).abs()), array(known))
             for x in (eager, *shaken)
         )
         lost = None if bool(eager.isfinite().all()) else array(~eager.isfinite())
-        return Output(array(exact), dtype, error, limit_of(max((error, *others)), self.dtype, rounding), lost)
+        return Output(array(exact), dtype, error, limit_of(error, self.dtype, rounding, moved), lost)
 
     def _layer(self, expected: Expected, place: int) -> Layer:
         precision, rank = expected.mode.plans[place]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adaattn.budget import Moments, plan_of
-from adaattn.config import FP32
+from adaattn.config import FP32, INT8
 from adaattn.masks import attended_keys
 
 PlanPair = tuple[Tensor, Tensor]  # precision and rank, (B, H) each
@@ -41,7 +41,7 @@ class PlanMode(TorchDispatchMode):
         measure: compare each call with exact attention on its own operands.
         nudge: move all moments by this share first, to see which plans hang on their last digits.
         tilt: move the first dimensions so and the last ones the other way.
-        shake: multiply q and k by 1 + this share of normal noise, seeded.
+        shake: move each number of q and k up or down, seeded, by this share of the usual size at its place.
 
     What it saw is in `plans`, `errors` (with `measure`) and `outputs`, of each call; an output larger than LARGE is
     None.
@@ -78,7 +78,7 @@ class PlanMode(TorchDispatchMode):
         if self._replay is not None:
             args = (*args[:5], *self._replay[len(self.plans)], *args[7:])
         if self._shake:
-            args = (*(self._shaken(x) for x in args[:2]), *args[2:])
+            args = (*self._shaken(args[0], args[1], args[3], args[5], args[6]), *args[2:])
         self.plans.append((args[5], args[6]))
         output = func(*args, **kwargs)
         self.outputs.append(output if output.numel() <= LARGE else None)
@@ -90,9 +90,28 @@ class PlanMode(TorchDispatchMode):
         slope = torch.linspace(1, -1, x.shape[-1], dtype=x.dtype) if self._tilt else 1
         return x * (1 + self._nudge * slope)
 
-    def _shaken(self, x: Tensor) -> Tensor:
-        generator = torch.Generator(x.device).manual_seed(len(self.plans))
-        return x * (1 + self._shake * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device))
+    def _shaken(
+        self, query: Tensor, key: Tensor, key_mean: Tensor, precision: Tensor, rank: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        kept = torch.arange(query.shape[3]) < rank[:, :, None, None]
+        integers = precision >= INT8
+        generator = torch.Generator().manual_seed(len(self.plans))
+        return (
+            query + self._shake * _move(query, query * kept, integers, generator),
+            key + self._shake * _move(key, key - key_mean.unsqueeze(2), integers, generator),
+        )
+
+
+def _move(x: Tensor, rounded: Tensor, integers: Tensor, generator: torch.Generator) -> Tensor:
+    """Up or down by the usual size of a number at its place, of what is rounded to integers in some heads."""
+    # Sums err by the size of their terms, whatever is left of them: by that of the token and of the dimension.
+    token, dim, all_of_them = (x.square().mean(axes, keepdim=True).sqrt() for axes in (-1, -2, (-1, -2)))
+    size = token * dim / all_of_them.clamp_min(torch.finfo(x.dtype).tiny)
+    noise = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
+    move = size * (noise + noise.sign() / 2)  # equal ones could leave a tie a tie
+    # The largest number of a token is 127 steps; if it moved, another could stay on its side of an edge.
+    steps = integers.unflatten(1, (x.shape[1], -1)).any(-1)[:, :, None, None]
+    return move.where(~steps | (rounded.abs() < rounded.abs().amax(-1, keepdim=True)), 0)
 
 
 def run(eager: Callable[..., Any], inputs: Mapping[str, Tensor], mode: PlanMode | None = None) -> list[Tensor]:

@@ -75,26 +75,34 @@ def test_a_head_away_from_its_limit_may_not_differ() -> None:
     assert "layer, batch 0, head 0" in found["reason"]
 
 
-@pytest.mark.parametrize(("gap", "tie"), [(2.0**-6, True), (1.0, False)])
-def test_where_the_best_keys_of_a_row_nearly_tie_the_last_digit_may_decide(gap: float, tie: bool) -> None:
-    model = adaattn.AdaptivePrecisionAttention(4, 1, default_precision="fp32", bias=False).half().eval()
+def golden_of_identity(precision: str, query: list[float], keys: list[list[float]], dtype: torch.dtype) -> Output:
+    """What is golden of attention without projections, whose keys have the mean zero."""
+    model = adaattn.AdaptivePrecisionAttention(4, 1, default_precision=precision, bias=False).to(dtype).eval()
     with torch.no_grad():
         for layer in (model.q_proj, model.k_proj, model.v_proj, model.out_proj):
             layer.weight.copy_(torch.eye(4))
-    # All exact in float16, so eager has next to no error; but a rounding of q or k moves scores of 512 by 1/8, and the
-    # best two differ by 16 gaps.
-    large = 32.0
-    keys = [large, large - gap, gap - large, -large]
-    inputs = {
-        "query": torch.tensor([[[large, 0, 0, 0]]], dtype=torch.half),
-        "key": torch.tensor([[[x, 0, 0, 0] for x in keys]], dtype=torch.half),
-        "value": torch.eye(4, dtype=torch.half)[None],
-    }
+    keys = [*keys, *([-x for x in key] for key in keys)]
+    given = {"query": [query], "key": keys, "value": torch.eye(len(keys), 4).tolist()}
+    inputs = {name: torch.tensor([rows], dtype=dtype) for name, rows in given.items()}
     captured = capture_module(model, [InputSpec(name, tuple(x.shape)) for name, x in inputs.items()], {})
     reference = Reference(captured)
-    output = reference.golden(reference.expect(cases.Case("ties", inputs)), ["layer"]).outputs["output"]
+    return reference.golden(reference.expect(cases.Case("edge", inputs)), ["layer"]).outputs["output"]
+
+
+@pytest.mark.parametrize(("gap", "tie"), [(2.0**-6, True), (1.0, False)])
+def test_where_two_keys_nearly_tie_the_last_digit_may_decide(gap: float, tie: bool) -> None:
+    # Exact in float16, so eager has next to no error; but a rounding of q or k moves scores of 512 by 1/8, and those of
+    # the two keys differ by 16 gaps.
+    keys = [[32.0, 0, 0, 0], [32 - gap, 0, 0, 0]]
+    output = golden_of_identity("fp32", [32.0, 0, 0, 0], keys, torch.float16)
     assert output.eager_error < 5e-4
     assert (output.limit > 1e-2) == tie
+
+
+@pytest.mark.parametrize(("steps", "edge"), [(10.5, True), (10.7, False), (126.5, True), (-126.5, True)])
+def test_where_a_number_is_between_two_integers_it_may_become_either(steps: float, edge: bool) -> None:
+    output = golden_of_identity("int8", [1.27, 0.9, 0, 0], [[1.27, steps / 100, 0, 0]], torch.float32)
+    assert (output.limit > 4e-4) == edge
 
 
 def test_a_missing_output_and_a_wrong_shape_fail() -> None:
