@@ -1,16 +1,17 @@
-"""The benchmarks that want a GPU, or tools of others: what of them runs without, and what they write from results."""
+"""The benchmarks: what of them runs in seconds, without a GPU or others' tools, and what they write from results."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from click import Command
+from click.testing import CliRunner
 
-from benchmarks import attention, optimum
+from benchmarks import attention, error_model, export, optimum
 from benchmarks.attention import Result
 from benchmarks.contenders import CONTENDERS, DENSE, INT8_FP8, STATISTICS, settings
 from benchmarks.roofline import GPUS, roofline
@@ -18,23 +19,25 @@ from benchmarks.roofline import GPUS, roofline
 ROOT = Path(__file__).parent.parent
 
 
-def test_attention_runs_in_a_tiny_setting() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.attention", "--tiny"],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_attention_runs_in_a_tiny_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    done = CliRunner().invoke(attention.main, ["--tiny"], catch_exceptions=False)
+    assert done.exit_code == 0
     rows = {}
-    for line in done.stdout.splitlines():
+    for line in done.output.splitlines():
         names = [name for name in CONTENDERS if line.startswith(name)]
         if names:
             rows[max(names, key=len)] = line.split()
     assert rows.keys() == CONTENDERS.keys()
     assert float(rows[DENSE][-2]) < 1e-3  # relative error; fp16 inputs
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.onnx itself, which is measured too
+@pytest.mark.parametrize(("main", "said"), [(error_model.main, "predicted"), (export.main, "at most")])
+def test_quick_runs(main: Command, said: str) -> None:
+    done = CliRunner().invoke(main, ["--quick"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert said in done.output
 
 
 def test_settings_begin_with_the_most_telling() -> None:

@@ -232,6 +232,7 @@ def test_layers_of_a_functional_model_get_numbers(tmp_path: Path) -> None:
     assert list(planned_nodes(onnx_ir.load(result.directory / "model.onnx"))) == ["attention_0", "attention_1"]
 
 
+@pytest.mark.thorough  # of external data, thresholds and embedding there are tests with less to write
 def test_a_model_above_2_gib(tmp_path: Path) -> None:
     class Large(nn.Module):
         def __init__(self) -> None:

@@ -232,7 +232,7 @@ def test_only_a_kernel_that_needs_no_scratch_memory_is_fit_to_travel() -> None:
 
 
 @pytest.mark.parametrize(
-    "capability", [x if x in (80, 90, 120) else pytest.param(x, marks=pytest.mark.thorough) for x in ARCHITECTURES]
+    "capability", [x if x in (90, 120) else pytest.param(x, marks=pytest.mark.thorough) for x in ARCHITECTURES]
 )
 def test_an_assembler_takes_the_kernels_for_every_architecture(capability: int) -> None:
     done = subprocess.run(
