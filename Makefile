@@ -18,7 +18,8 @@ help:
 install: .venv/installed
 
 # torch by its exact version: a looser request can take a build with gigabytes of CUDA. What is never imported need not
-# be compiled to bytecode, which is half of the time.
+# be compiled to bytecode, which is half of the time; the rest is when it first is, and kept, whatever the shell says.
+unexport PYTHONDONTWRITEBYTECODE
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt "$$(grep '^torch==' constraints.txt)"
