@@ -45,9 +45,9 @@ def judged() -> list[str]:
 
 
 def shipped() -> list[str]:
-    """Sentences of the README and the docs, without tables, code and links."""
+    """Sentences of the docs, without tables, code and links."""
     found = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in sorted((ROOT / "docs").glob("*.md")):
         text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
         text = "\n".join(line for line in text.splitlines() if not line.startswith(("|", "#", "    ")))
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "").replace("*", "")
