@@ -80,7 +80,7 @@ def test_outputs_agree_with_float64(graph: Graph, backend: str, tmp_path: Path, 
         goldens, runs, lambda of, plans: reference.exact_at(given[of.name], [plans[name] for name in layers])
     )
     failed = {row["case"]: row["reason"] for row in found["outputs"] if row["verdict"] != "passed"}
-    known = {case: out_of_range(graph, case) for case in failed}
+    known = {case: out_of_range(graph, case) if "NaN or Inf" in reason else None for case, reason in failed.items()}
     wrong = [f"{case}: {reason}" for case, reason in failed.items() if not known[case]]
     assert not wrong, f"{len(wrong)} of {len(found['outputs'])}\n" + "\n".join(wrong)
     if failed:
