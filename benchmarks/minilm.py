@@ -1,4 +1,4 @@
-"""What a tolerance does to a real sentence encoder: MiniLM-L6, calibrated on the prose of this repository.
+"""What a tolerance does to a real sentence encoder: MiniLM-L6, calibrated on sentences of other topics.
 
     make demo-minilm
 
@@ -23,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.sentences import judged, shipped
+from benchmarks.sentences import calibration_text, judged_text
 
 RESULTS = Path(__file__).parent / "results"
 PLOT = Path(__file__).parent.parent / "docs" / "minilm.png"
@@ -125,14 +125,14 @@ def measure(
         register(dense_below=0, precisions=precisions, name=name)
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    text = judged()[:: max(1, len(judged()) // sentences)]
+    text = judged_text()[:: max(1, len(judged_text()) // sentences)]
     original = Encoder(folder, "sdpa")
     want, _ = original.embed(text, double=True)
     rows = []
     for kind, calibrated in product(kinds, (False, True)):
         encoder = Encoder(folder, kind)
         if calibrated:
-            adaattn.calibrate(encoder.model, encoder.batches(shipped()))
+            adaattn.calibrate(encoder.model, encoder.batches(calibration_text()))
         if kind == "adaattn" and calibrated:
             shipping = encoder
         for tolerance in tolerances:
@@ -219,7 +219,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     for axes in (heads, saved):
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     for axes in (errors, heads, saved):
-        axes.legend(fontsize=7, frameon=False, ncols=3 if axes is heads else 1 if axes is errors else 2)
+        axes.legend(
+            fontsize=7, frameon=False, handlelength=2.6, ncols=3 if axes is heads else 1 if axes is errors else 2
+        )
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 

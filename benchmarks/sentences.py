@@ -1,14 +1,12 @@
-"""Text for `benchmarks.minilm`: prose of this repository to calibrate with, and made-up sentences to be judged by."""
+"""Made-up sentences for `benchmarks.minilm`: some to calibrate with, and others, of other topics, to be judged by."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
 # For each topic who does what to what. Sentences of a topic are alike, and of two topics are not.
-TOPICS = """
+JUDGED = """
 The cook, My aunt, A tired baker; tastes, stirs; the lentil soup, a bowl of dough
 The ferry, A fishing boat, Our captain; leaves, circles; the harbour, a rocky island
 The gardener, Our neighbour, A child; waters, digs up; the roses, some carrots
@@ -31,12 +29,48 @@ The grower, A wine dealer, The waiter; opens, praises; a dusty bottle, the new v
 The reporter, An angry reader, The editor; corrects, doubts; the headline, the long column
 """
 
+CALIBRATION = """
+the plumber, a careful tenant, the landlord; repairs, notices; the leaking tap, an old boiler
+the chemist, a keen student, the laboratory; dissolves, weighs; the white powder, a copper salt
+the pilot, a steward, the control tower; checks, repeats; the altitude, the landing lights
+the farmer, a hired hand, the vet; feeds, counts; the brown cows, a dozen hens
+the poet, a translator, the publisher; rewrites, recites; the second verse, a long ballad
+the mayor, a voter, the council; opposes, funds; the new bridge, a public library
+the diver, a marine biologist, the research vessel; explores, maps; the coral reef, a deep trench
+the tailor, a bridegroom, the apprentice; shortens, irons; the grey trousers, a silk tie
+the astronomer, a schoolboy, the old professor; calculates, draws; the orbit, a lunar eclipse
+the dentist, an anxious patient, the receptionist; postpones, expects; the appointment, a small filling
+the carpenter, a furniture maker, my grandfather; sands, varnishes; the oak table, a rocking chair
+the referee, a chess club, the champion; studies, offers; the endgame, a quiet draw
+the programmer, a code reviewer, the compiler; rejects, simplifies; the recursive function, a type error
+the historian, a local guide, the archive; dates, preserves; the town charter, a bundle of letters
+the driver, a cyclist, the traffic warden; ignores, curses; the red light, a parked van
+the merchant, a customs officer, the harbour master; inspects, taxes; the spice crates, a bale of cotton
+the actor, a stage hand, the director; forgets, changes; the opening line, a heavy curtain
+the geologist, a miner, the survey team; drills, samples; the granite slope, a vein of quartz
+the swimmer, a lifeguard, the trainer; times, applauds; the last lap, a clean dive
+the widow, a distant cousin, the notary; inherits, disputes; the country house, a string of pearls
+"""
+FRAMES = """
+{}.
+Nobody in the village knows why {}.
+Is it true that {}?
+{}, which came as a surprise to everyone who had read the report of the year before.
+According to the morning paper, {}.
+Whenever it rains, {}, although there is little to be gained by it and much to be lost!
+I doubt that {} at all.
+"He told me twice," she said, "that {}."
+In the spring of 1987, {} for the first time.
+Before anybody can answer, {}; then the room falls silent and the meeting is over.
+{}, or so we think.
+On Mondays {}, on Tuesdays there is nothing to do, and by Friday all of it has to be done again.
+"""
 
-def judged() -> list[str]:
+
+def judged_text() -> list[str]:
     """240 sentences, 12 of each topic, of one and two clauses."""
     found = []
-    for topic in TOPICS.strip().splitlines():
-        who, does, what = (part.split(", ") for part in topic.split("; "))
+    for who, does, what in _topics(JUDGED):
         for place, words in enumerate(product(who, does, what)):
             sentence = " ".join(words)
             more = f", and {who[(place + 1) % 3].lower()} {does[place % 2]} {what[(place + 1) % 2]} until evening"
@@ -44,13 +78,16 @@ def judged() -> list[str]:
     return found
 
 
-def shipped() -> list[str]:
-    """Sentences of the docs, without tables, code and links."""
+def calibration_text() -> list[str]:
+    """240 sentences of other topics, each of a topic in another frame, of five to twenty-eight words."""
     found = []
-    for path in sorted((ROOT / "docs").glob("*.md")):
-        text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
-        text = "\n".join(line for line in text.splitlines() if not line.startswith(("|", "#", "    ")))
-        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "").replace("*", "")
-        sentences = re.split(r"(?<=[.:;!?])\s+", " ".join(text.split()))
-        found += [sentence for sentence in sentences if len(sentence.split()) > 4 and "|" not in sentence]
+    for who, does, what in _topics(CALIBRATION):
+        for frame, words in zip(FRAMES.strip().splitlines(), product(who, does, what), strict=True):
+            sentence = frame.format(" ".join(words))
+            found.append(sentence[0].upper() + sentence[1:])
     return found
+
+
+def _topics(text: str) -> Iterator[list[list[str]]]:
+    for line in text.strip().splitlines():
+        yield [part.split(", ") for part in line.split("; ")]
