@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from adaattn.errors import TargetError
 from adaattn.export import engine
+from adaattn.export.folder import read_json
 from adaattn.export.golden import Array, Golden
 from adaattn.export.parity import Backend, Ran
 from adaattn.plugins import NAMESPACE, driver
@@ -24,7 +24,7 @@ BACKENDS = (*PROVIDERS, *engine.PACKAGES)
 """By the names of commands and reports."""
 
 
-class CannotRun(Exception):
+class CannotRun(TargetError):
     """This machine cannot run the artifact: a fact to report, no fault of it."""
 
 
@@ -53,31 +53,16 @@ def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> B
         CannotRun: ONNX Runtime has no such provider here, or no kernel of it for a type of the model.
         TargetError: ONNX Runtime refuses the file.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise CannotRun("onnxruntime is not installed: pip install 'adaattn[cpu]' or 'adaattn[gpu]'") from error
-    if provider not in onnxruntime.get_available_providers():
-        raise CannotRun(f"onnxruntime {onnxruntime.__version__} has no {provider} here")
-    if provider != "CPUExecutionProvider" and driver.capability() is None:
-        raise CannotRun(f"{provider} needs a GPU, and a CUDA driver finds none on this machine")
-
-    def session(model: Path | bytes) -> Any:
-        try:
-            return session_of(model, path.parent, provider)
-        except Exception as error:  # its exceptions have no public base class
-            reason = str(error).strip().splitlines()[-1]
-            if "NOT_IMPLEMENTED" in reason or "Could not find an implementation" in reason:
-                raise CannotRun(f"{provider} cannot run it: {reason.split(' : ')[-1]}") from error
-            raise TargetError(f"ONNX Runtime refuses the file: {reason}") from error
-
-    plain = session(path)
+    plain = session_of(path, path.parent, provider)
     names = [output.name for output in plain.get_outputs()]
     layers = planned_layers(path)
-    shown = session(showing(path, [name for values in layers.values() for name in values])) if layers else None
+    shown = None
+    if layers:
+        every = showing(path, [name for values in layers.values() for name in values])
+        shown = session_of(every, path.parent, provider)
 
     def call(of: Any, wanted: list[str], golden: Golden) -> dict[str, Array]:
-        feed = {x.name: as_type(x.type, golden.inputs[x.name]) for x in plain.get_inputs()}
+        feed = feed_of(plain, golden.inputs)
         try:
             return {name: wide(x) for name, x in zip(wanted, of.run(wanted, feed), strict=True)}
         except Exception as error:  # as above
@@ -116,7 +101,7 @@ def engine_backend(path: Path, log: Path) -> Backend:
     for file in (path, engine.sidecar(path)):
         if not file.exists():
             raise CannotRun(f"there is no {file.name}")
-    about = json.loads(engine.sidecar(path).read_text())
+    about = read_json(engine.sidecar(path))
     capability = driver.capability()
     if capability is None:
         raise CannotRun("built, not run: a CUDA driver finds no GPU on this machine")
@@ -139,13 +124,49 @@ def planned_layers(path: Path) -> dict[str, tuple[str, str, str]]:
 
 
 def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
-    """ONNX Runtime's session of a file, or of a model from memory whose external data are in a folder."""
-    import onnxruntime
+    """ONNX Runtime's session of a file, or of a model from memory whose external data are in a folder.
 
+    Raises:
+        CannotRun: ONNX Runtime has no such provider here, or no kernel of it for a type of the model.
+        TargetError: ONNX Runtime refuses the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise CannotRun("onnxruntime is not installed: pip install 'adaattn[cpu]' or 'adaattn[gpu]'") from error
+    if provider not in onnxruntime.get_available_providers():
+        raise CannotRun(
+            f"onnxruntime {onnxruntime.__version__} has no {provider} here: pip install onnxruntime-gpu, and CUDA"
+        )
+    if provider != "CPUExecutionProvider" and driver.capability() is None:
+        raise CannotRun(f"{provider} needs a GPU, and a CUDA driver finds none on this machine")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return onnxruntime.InferenceSession(model, options, providers=[provider])
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    except Exception as error:  # its exceptions have no public base class
+        reason = str(error).strip().splitlines()[-1]
+        if "NOT_IMPLEMENTED" in reason or "Could not find an implementation" in reason:
+            raise CannotRun(f"{provider} cannot run it: {reason.split(' : ')[-1]}") from error
+        file = model if isinstance(model, Path) else "the file"
+        raise TargetError(f"ONNX Runtime refuses {file}: {reason}") from error
+    if provider not in session.get_providers():
+        raise CannotRun(f"{provider} does not load here (its libraries of CUDA?), and ONNX Runtime would use the CPU")
+    return session
+
+
+def feed_of(session: Any, values: Mapping[str, Array]) -> dict[str, Array]:
+    """What a session takes, of named values.
+
+    Raises:
+        TargetError: it takes something else.
+    """
+    wanted = {x.name: x.type for x in session.get_inputs()}
+    unknown = [name for name in wanted if name not in values]
+    if unknown:
+        raise TargetError(f"model.onnx has an input {unknown[0]!r}, of which the golden results know nothing")
+    return {name: as_type(kind, values[name]) for name, kind in wanted.items()}
 
 
 def showing(path: Path, names: Collection[str]) -> bytes:

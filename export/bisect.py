@@ -13,7 +13,7 @@ from onnx import external_data_helper, helper
 
 from adaattn.errors import TargetError
 from adaattn.export import backends, golden, parity, trace
-from adaattn.export.golden import Array
+from adaattn.export.golden import Array, Output
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Departure:
     Args:
         value: the first that does and takes an output with it.
         error: relative, against eager PyTorch in the model's type.
-        limit: what it might have been, the largest limit of an output of the export.
+        limit: what it might have been: the largest limit of an output of the export, and a few floors of its type.
         nodes: lines about the nodes that make the value from others that agree.
         model: these nodes as a model.
     """
@@ -43,16 +43,23 @@ def bisect(folder: Path, provider: str = "CPUExecutionProvider") -> Departure | 
 
     Raises:
         ConfigError: the folder has no trace of eager PyTorch.
-        TargetError: ONNX Runtime refuses the file or fails.
+        TargetError: ONNX Runtime refuses the file or fails, or the file lacks an output.
     """
     path = folder / "model.onnx"
     values = trace.load(folder / "trace.npz")
-    limit = max(output.limit for case in golden.load(folder / "golden.npz") for output in case.outputs.values())
-    graph = onnx.load(path, load_external_data=False).graph
+    outputs = [item for case in golden.load(folder / "golden.npz") for item in case.outputs.items()]
+    limit = _limit([output for _, output in outputs], values)
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # of protobuf, which is onnx's affair
+        raise TargetError(f"{path} is no ONNX file, or cut off: {error}") from error
+    missing = {name for name, _ in outputs} - {output.name for output in graph.output}
+    if missing:
+        raise TargetError(f"{path} has no output {sorted(missing)[0]!r}, which the export had")
     names = [name for node in graph.node for name in node.output if name in values]
     found = dict(zip(names, _run(path, provider, names, graph, values), strict=True))
     errors = {name: _error(found[name], values[name]) for name in names}
-    departed = {name for name, error in errors.items() if not error <= limit}
+    departed = {name for name, error in errors.items() if not error <= (limit if values[name].dtype.kind == "f" else 0)}
     first = _first(graph, departed, set(names))
     if first is None:
         return None
@@ -60,10 +67,18 @@ def bisect(folder: Path, provider: str = "CPUExecutionProvider") -> Departure | 
     return Departure(first, errors[first], limit, _lines(nodes, errors), _model(path, nodes, known, first, values))
 
 
+def _limit(outputs: Collection[Output], values: Mapping[str, Array]) -> float:
+    """For floating-point values; integers must be the same."""
+    floors = [parity.FLOOR[name] for x in values.values() if (name := str(x.dtype)) in parity.FLOOR]
+    floors += [parity.FLOOR[output.dtype] for output in outputs if output.dtype in parity.FLOOR]
+    limits = [output.limit for output in outputs if output.limit <= parity.USELESS]
+    return max([*(4 * floor for floor in floors), *limits])
+
+
 def _run(path: Path, provider: str, names: list[str], graph: Any, values: Mapping[str, Array]) -> list[Array]:
+    session = backends.session_of(backends.showing(path, names), path.parent, provider)
+    feed = backends.feed_of(session, values)
     try:
-        session = backends.session_of(backends.showing(path, names), path.parent, provider)
-        feed = {x.name: backends.as_type(x.type, values[x.name]) for x in session.get_inputs()}
         return [backends.wide(x) for x in session.run(names, feed)]
     except Exception as error:  # its exceptions have no public base class
         raise TargetError(f"ONNX Runtime does not run {path}: {str(error).strip().splitlines()[-1]}") from error

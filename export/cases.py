@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -79,15 +80,16 @@ def _odd(dim: Dimension) -> int:
 def _values(item: CapturedInput, sizes: Mapping[str, int], case: str, generator: torch.Generator) -> Tensor:
     shape = item.sizes(sizes)
     hide = case in ("odd", "outliers")
+    named = re.search(r"(^|_)(mask|bias)$", item.name) is not None
     # Tokenizers write masks as integers, ones where there is a token.
-    if item.dtype == torch.bool or (item.below == 2 and "mask" in item.name):
+    if item.dtype == torch.bool or (item.below == 2 and named):
         mask = (
             torch.rand(shape, generator=generator) < 0.8 if case != "shortest" else torch.ones(shape, dtype=torch.bool)
         )
         return (_hide_first_row(mask, False) if hide else mask).to(item.dtype)
     if not item.dtype.is_floating_point:
         return torch.randint(0, item.below or 2, shape, generator=generator).to(item.dtype)
-    if "mask" in item.name or "bias" in item.name:
+    if named:
         mask = torch.where(torch.rand(shape, generator=generator) < 0.8, 0.0, -torch.inf if hide else 0.0)
         return (_hide_first_row(mask, -torch.inf) if hide else mask).to(item.dtype)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)

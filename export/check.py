@@ -50,7 +50,10 @@ def main() -> None:
 
 
 def _names(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+    names = tuple(dict.fromkeys(name.strip() for value in values for name in value.split(",") if name.strip()))
+    if values and not names:
+        raise click.BadParameter("it names no backend")
+    return names
 
 
 @main.command()
@@ -74,6 +77,8 @@ def check(folder: Path, names: tuple[str, ...], as_json: bool, junit: Path | Non
     from adaattn.export.folder import write_whole
     from adaattn.export.verify import check as run
 
+    if junit is not None and html is not None and junit.absolute() == html.absolute():
+        raise click.UsageError(f"--junit and --html are one file, {junit}")
     console = Console(stderr=True)
     try:
         with console.status("") as status:
@@ -120,11 +125,12 @@ def bisect(folder: Path, backend: str, output: Path) -> None:
     from adaattn.export.backends import PROVIDERS
     from adaattn.export.bisect import bisect as run
     from adaattn.export.folder import write_whole
+    from adaattn.export.verify import check as check_all
 
     try:
         departure = run(folder, PROVIDERS[backend])
         if departure is None:
-            click.echo("no output departs on the small case")
+            _say_where_else(check_all(folder, [backend]))
             return
         write_whole(output, departure.model.SerializeToString())
     except AdaAttnError as error:
@@ -138,12 +144,21 @@ def bisect(folder: Path, backend: str, output: Path) -> None:
     sys.exit(1)
 
 
+def _say_where_else(report: Mapping[str, Any]) -> None:
+    """Nothing departs on the small case; exits where something does on the golden inputs."""
+    click.echo("no output departs on the small case")
+    reason = report["targets"][0]["reason"]
+    if report["verdict"] == "failed":
+        click.echo(f"but on the golden inputs: {reason}; it takes their sizes or numbers, of which there is no trace")
+        sys.exit(1)
+
+
 def _junit(report: Mapping[str, Any]) -> bytes:
     """The report in the form that CI servers read."""
     root = ElementTree.Element("testsuites", name=NAME)
     for target in report["targets"]:
         suite = ElementTree.SubElement(root, "testsuite", name=target["name"])
-        rows = target["outputs"] or [{"name": "run", "case": "all", **target}]
+        rows = target["outputs"] or [{"case": "all", **target, "name": "run"}]
         for row in rows:
             case = ElementTree.SubElement(
                 suite, "testcase", classname=f"{target['name']}.{row['case']}", name=row["name"]
@@ -153,6 +168,10 @@ def _junit(report: Mapping[str, Any]) -> bytes:
                 ElementTree.SubElement(case, tag, message=row["reason"] or target["reason"] or "")
         for key, verdict in (("tests", None), ("failures", "failed"), ("skipped", "not run")):
             suite.set(key, str(sum(verdict is None or row["verdict"] == verdict for row in rows)))
+    if report["verdict"] == "failed" and all(target["verdict"] != "failed" for target in report["targets"]):
+        suite = ElementTree.SubElement(root, "testsuite", name="verdict", tests="1", failures="1")
+        case = ElementTree.SubElement(suite, "testcase", classname="verdict", name="some backend ran")
+        ElementTree.SubElement(case, "failure", message="no backend could run the artifacts")
     content: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return content
 

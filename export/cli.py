@@ -216,7 +216,7 @@ def main(model: str, as_json: bool, quiet: bool, verbose: bool, **arguments: Any
         from adaattn.export.show import show
 
         show(report, f"{directory}/report.html")
-    sys.exit(0 if report["verdict"] == "passed" else 1)
+    sys.exit(1 if report["verdict"] == "failed" else 0)
 
 
 def _export(

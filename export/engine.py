@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export.golden import Array
+from adaattn.export.golden import Array, save_arrays
 from adaattn.plugins import driver
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -216,7 +216,7 @@ def run(target: str, engine: Path, log: Path, inputs: Mapping[str, Array]) -> di
     """
     with tempfile.TemporaryDirectory(prefix="adaattn-") as scratch:
         files = {"inputs": Path(scratch) / "inputs.npz", "outputs": Path(scratch) / "outputs.npz"}
-        np.savez(files["inputs"], **inputs)  # type: ignore[arg-type]
+        save_arrays(files["inputs"], inputs)
         job = {"do": "run", "target": target, "engine": str(engine), **{n: str(f) for n, f in files.items()}}
         _run_child(job, Path(scratch) / "job.json", log)
         with np.load(files["outputs"]) as outputs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export.engine import INSTALL, sidecar, versions_found
+from adaattn.export.folder import read_json
 from adaattn.plugins import driver
 
 
@@ -101,10 +101,6 @@ def profile_of(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]], shapes
 
 def _about(path: Path) -> dict[str, Any]:
     file = sidecar(path)
-    try:
-        about: dict[str, Any] = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path.name} has no {file.name} beside it, which says what it is") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is not what adaattn-export wrote: {error}") from error
-    return about
+    if not file.exists():
+        raise ConfigError(f"{path.name} has no {file.name} beside it, which says what it is")
+    return read_json(file)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from adaattn.errors import ConfigError
 
@@ -26,8 +28,27 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     try:
         new.write_bytes(content)
         new.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # of the two names the one that was asked for
+        raise
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What an export wrote into a .json file.
+
+    Raises:
+        ConfigError: there is no such file, or it is cut off or none of ours.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not what adaattn-export wrote: {error}") from error
+    return found
 
 
 def model_name(source: str) -> str:

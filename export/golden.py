@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 
@@ -23,7 +25,8 @@ class Output:
         dtype: of the model's output, in numpy's words, or "bfloat16".
         eager_error: relative error of eager PyTorch in the model's type.
         limit: what a backend may have.
-        lost: elements that eager itself has as NaN or Inf; None where there are none.
+        lost: elements that are not compared: eager has NaN, or Inf where float64 has a number; of integers those that
+            hang on a rounding. None where there are none.
     """
 
     exact: Array
@@ -81,7 +84,15 @@ def save(path: Path, goldens: Sequence[Golden]) -> None:
                 arrays[f"{at}/lost/{name}"] = output.lost
         for name, layer in golden.layers.items():
             arrays |= {f"{at}/layer.{key}/{name}": x for key, x in vars(layer).items() if x is not None}
-    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    save_arrays(path, arrays)
+
+
+def save_arrays(file: Path | IO[bytes], arrays: Mapping[str, Array]) -> None:
+    """An .npz of arrays; numpy.savez would take names such as `file` for its own."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, x in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, np.asanyarray(x), allow_pickle=False)
 
 
 def load(path: Path) -> list[Golden]:
@@ -91,14 +102,32 @@ def load(path: Path) -> list[Golden]:
         ConfigError: there is no such file, or it is none of ours.
     """
     found: dict[str, dict[str, dict[str, Array]]] = {}
+    arrays = load_arrays(path, "golden results")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            for key in archive.files:
-                case, kind, name = key.split("/", 2)
-                found.setdefault(case, {}).setdefault(kind, {})[name] = archive[key]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} holds no golden results ({error}); export without --no-verify") from error
-    return [_golden(case, kinds) for case, kinds in found.items()]
+        for key, x in arrays.items():
+            case, kind, name = key.split("/", 2)
+            found.setdefault(case, {}).setdefault(kind, {})[name] = x
+        return [_golden(case, kinds) for case, kinds in found.items()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} holds no golden results, but {error}") from error
+
+
+def load_arrays(path: Path, what: str) -> dict[str, Array]:
+    """Read what `save_arrays` wrote.
+
+    Raises:
+        ConfigError: there is no such file, or it holds no arrays; it says that it should hold `what`.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(
+            f"{path} holds no {what} ({error}); it is cut off, or the export was made with --no-verify"
+        ) from error
+    if not arrays:
+        raise ConfigError(f"{path} holds no {what}: it is empty")
+    return arrays
 
 
 def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:

@@ -47,7 +47,7 @@ def render(report: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(number=_number, decimal=_decimal, mebibytes=_mebibytes, over=_ratio)
+    environment.filters.update(number=_number, decimal=_decimal, mebibytes=_mebibytes, over=_over)
     targets = report["targets"] or []
     rows = [{**layer, "cells": _cells(layer)} for layer in report["layers"] or []]
     cells = [cell for row in rows for cell in row["cells"]]
@@ -78,15 +78,19 @@ def _float(value: Any) -> float:
 
 
 def _number(value: Any) -> str:
-    return "0" if value == 0 else f"{_float(value):.1e}".replace("nan", "NaN")
+    return "–" if value is None else "0" if value == 0 else f"{value:.1e}".replace("nan", "NaN")
 
 
 def _decimal(value: Any, digits: int = 1) -> str:
-    return f"{_float(value):.{digits}f}".replace("nan", "NaN")
+    return "–" if value is None else f"{value:.{digits}f}".replace("nan", "NaN")
 
 
 def _mebibytes(count: Any) -> str:
     return f"{_decimal(_float(count) / 2**20, 1 if _float(count) >= 2**20 else 3)} MiB"
+
+
+def _over(error: Any, limit: Any) -> float | None:
+    return None if error is None else _ratio(error, limit)
 
 
 def _ratio(error: Any, limit: Any) -> float:
@@ -95,6 +99,8 @@ def _ratio(error: Any, limit: Any) -> float:
 
 
 def _badness(output: dict[str, Any]) -> tuple[bool, float]:
+    if output["error"] is None:  # integers are right or wrong
+        return output["verdict"] == "failed", -1.0
     ratio = _ratio(output["error"], output["limit"])
     return output["verdict"] == "failed", math.inf if math.isnan(ratio) else ratio
 

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
+from torch.export.graph_signature import OutputKind
 
 import adaattn.ops  # registers the ops that the program calls
 from adaattn.errors import ExportError
@@ -53,7 +54,7 @@ def lower(
         emit_plan: add precision and rank of each planned attention as outputs, `LAYER.precision` and `LAYER.rank`.
 
     Raises:
-        ExportError: torch.onnx cannot translate the program.
+        ExportError: torch.onnx cannot translate the program, or it keeps something from one call to the next.
     """
     _register_schemas()
     try:
@@ -68,6 +69,8 @@ def lower(
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"torch.onnx cannot translate the program: {_reason(error)}") from error
     assert exported is not None  # torch.onnx.export returns None only for TorchScript models
+    assert exported.exported_program is not None
+    _refuse_state(exported.exported_program)
     model = exported.model
     for graph_input, name in zip(model.graph.inputs, input_names, strict=True):
         graph_input.name = name  # torch renames an input that is an output too
@@ -91,7 +94,6 @@ def lower(
     if used:
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
     model.producer_name, model.producer_version = "adaattn", adaattn.__version__
-    assert exported.exported_program is not None
     return Lowered(model, exported.exported_program)
 
 
@@ -130,6 +132,20 @@ def save(model: ir.Model, path: Path, external_above: int | None = None) -> list
     if external_above is None and weights <= EXTERNAL_ABOVE and data.exists():
         embed(path, data)
     return [file for file in (path, data) if file.exists()]
+
+
+def _refuse_state(program: torch.export.ExportedProgram) -> None:
+    """Raises ExportError where a call leaves something for the next one: an artifact has nothing to keep it in."""
+    changed = [
+        str(item.target)
+        for item in program.graph_signature.output_specs
+        if item.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+    ]
+    if changed:
+        raise ExportError(
+            f"the model changes {', '.join(changed)} when it is called, and an artifact keeps nothing between calls; "
+            "take it as an input and return it"
+        )
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaattn.config import INT8
 from adaattn.errors import ConfigError
 from adaattn.export.capture import Captured
 from adaattn.export.cases import Case
 from adaattn.export.golden import Array, Golden, Layer, Output
-from adaattn.export.parity import NUDGE, SHAKE, PlanPair, limit_of, relative_error
+from adaattn.export.parity import NOISE, NUDGE, SHAKE, PlanPair, judged, limit_of, relative_error, within
 from adaattn.export.yardstick import PlanMode, run, to_double
 
 
@@ -68,13 +69,15 @@ class Reference:
         Args:
             layers: names of the planned attentions, in the order of their calls.
         """
-        known = [error.rounding.nan_to_num(posinf=0.0) for error in expected.mode.errors]  # inf: moments overflowed
-        rounding = max((float(x.max()) for x in known), default=0.0)
-        shaken = self._shaken(expected)
-        outputs = {
-            name: self._output(x, expected.exact[name], rounding, [each[name] for each in shaken])
-            for name, x in expected.outputs.items()
-        }
+        rounding = 0.0
+        for (precision, _), errors in zip(expected.mode.plans, expected.mode.errors, strict=True):
+            known = errors.rounding.nan_to_num(posinf=0.0)[precision >= INT8]  # inf: moments overflowed
+            rounding = max([rounding, *known.clamp(max=1.0).tolist()])
+        shaken, noisy = self._shaken(expected), self._noisy(expected)
+        outputs = {}
+        for name, x in expected.outputs.items():
+            moved = [each[name] for each in (shaken if x.is_floating_point() else noisy)]
+            outputs[name] = self._output(x, expected.exact[name], rounding, moved)
         inputs = {name: array(x) for name, x in expected.case.inputs.items()}
         # Fewer layers than calls: calls that were one and the same have become one.
         named = layers if len(layers) == len(expected.mode.plans) else ()
@@ -94,18 +97,30 @@ class Reference:
         modes = [PlanMode(double=True, plans=expected.mode.plans, shake=share) for share in (shake, -shake)]
         return [self._in_double(expected.case, mode)[0] for mode in modes]
 
-    def _output(self, eager: Tensor, exact: Tensor, rounding: float, shaken: Sequence[Tensor]) -> Output:
+    def _noisy(self, expected: Expected) -> list[dict[str, Tensor]]:
+        """float64 outputs with every result a rounding off, where an output is of integers."""
+        if all(x.is_floating_point() for x in expected.outputs.values()):
+            return []
+        modes = [
+            PlanMode(double=True, plans=expected.mode.plans, noise=NOISE[self.dtype], seed=seed) for seed in range(4)
+        ]
+        return [self._in_double(expected.case, mode)[0] for mode in modes]
+
+    def _output(self, eager: Tensor, exact: Tensor, rounding: float, moved: Sequence[Tensor]) -> Output:
         dtype = str(eager.dtype).removeprefix("torch.")
         if not eager.is_floating_point():
-            return Output(array(eager), dtype, 0.0, 0.0)
-        usable = eager.isfinite() & exact.isfinite()
-        known = torch.where(usable, exact, 0)
-        error, *moved = (
-            relative_error(array((torch.where(usable, x.double(), 0) - known).abs()), array(known))
-            for x in (eager, *shaken)
+            lost = torch.stack([x != eager for x in (exact, *moved)]).any(0)
+            return Output(array(eager), dtype, 0.0, 0.0, array(lost) if lost.any() else None)
+        got, wanted = array(eager.double()), within(array(exact), dtype)
+        lost_to_eager = ~((np.isfinite(got) & np.isfinite(wanted)) | (got == wanted))
+        usable, _ = judged(wanted, lost_to_eager)
+        known = np.where(usable, wanted, 0)
+        error, *others = (
+            relative_error(np.abs(np.where(usable, x, 0) - known), known)
+            for x in (got, *(within(array(x), dtype) for x in moved))
         )
-        lost = None if bool(eager.isfinite().all()) else array(~eager.isfinite())
-        return Output(array(exact), dtype, error, limit_of(error, self.dtype, rounding, moved), lost)
+        limit = limit_of(error, dtype, rounding, others, self.dtype)
+        return Output(array(exact), dtype, error, limit, lost_to_eager if lost_to_eager.any() else None)
 
     def _layer(self, expected: Expected, place: int) -> Layer:
         precision, rank = expected.mode.plans[place]

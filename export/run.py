@@ -51,6 +51,7 @@ def main(
 
     from adaattn.errors import AdaAttnError
     from adaattn.export.folder import write_whole
+    from adaattn.export.golden import save_arrays
     from adaattn.export.runtime import open_runtime
 
     random = np.random.default_rng(seed)
@@ -67,7 +68,7 @@ def main(
             timing = model.measure(calls, **arrays) if timed else None
         if output is not None:
             archive = io.BytesIO()
-            np.savez(archive, **found)
+            save_arrays(archive, found)
             write_whole(output, archive.getbuffer())
     except AdaAttnError as error:
         click.echo(f"adaattn-run: {' '.join(str(error).split())}", err=True)

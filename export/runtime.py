@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from adaattn.errors import ConfigError, TargetError
+from adaattn.export.backends import PROVIDERS, session_of
 from adaattn.export.engine import PACKAGES
 from adaattn.export.engine_file import open_engine, profile_of
 
@@ -162,24 +163,9 @@ class OnnxRuntime(Runtime):
     """ONNX Runtime's session of a file."""
 
     def __init__(self, path: Path, device: str) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise TargetError("onnxruntime is not installed: pip install 'adaattn[cpu]' or 'adaattn[gpu]'") from error
         self._device = device
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        wanted = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
-        if path.name.endswith("epcontext.onnx"):
-            wanted = "TensorrtExecutionProvider"
-        if wanted not in onnxruntime.get_available_providers():
-            raise TargetError(
-                f"onnxruntime {onnxruntime.__version__} has no {wanted} here: pip install onnxruntime-gpu, and CUDA"
-            )
-        try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=[wanted])
-        except Exception as error:  # its exceptions have no public base class
-            raise TargetError(f"ONNX Runtime refuses {path}: {str(error).strip().splitlines()[-1]}") from error
+        backend = "ort-tensorrt" if path.name.endswith("epcontext.onnx") else f"ort-{device}"
+        self._session = session_of(path, path.parent, PROVIDERS[backend])
         self.inputs = {x.name: _onnx_info(x) for x in self._session.get_inputs()}
         self.outputs = {x.name: _onnx_info(x) for x in self._session.get_outputs()}
 

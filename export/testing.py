@@ -36,7 +36,7 @@ def assert_parity(
         model: a module, or a folder that `adaattn-export` made.
         inputs, dims: as of `adaattn.export.export`.
         options: of the export; by default it makes the ONNX file alone.
-        backends: for a folder, those that must pass, of `adaattn.export.backends.BACKENDS`; None for all that can run.
+        backends: those that must pass, of `adaattn.export.backends.BACKENDS`; None for all that can run, one at least.
         folder: where to export to; by default a folder that is deleted.
 
     Returns:
@@ -47,25 +47,36 @@ def assert_parity(
         'passed'
 
     Raises:
-        AssertionError: a target failed; the message has a line for each output that is wrong.
+        AssertionError: a target failed, or nothing ran; the message has a line for each output that is wrong.
         ConfigError: arguments that do not go together.
     """
+    from adaattn.errors import ConfigError
+    from adaattn.export.verify import check
+
+    if isinstance(backends, str):
+        raise ConfigError(f"backends is {backends!r}; give a list of names")
     if isinstance(model, (str, Path)):
-        from adaattn.export.verify import check
+        if inputs is not None or dims is not None or options is not None or folder is not None:
+            raise ConfigError("inputs, dims, options and folder are of an export, and a folder is exported already")
+        return _passed(check(Path(model), backends), backends)
+    from adaattn.export import Options, export
 
-        report = check(Path(model), backends)
-        wanted = set(backends or ())
-    else:
-        from adaattn.export import Options, export
+    with tempfile.TemporaryDirectory(prefix="adaattn-") as scratch:
+        out = folder or Path(scratch) / "export"
+        report = _passed(export(model, inputs, out, dims=dims, options=options or Options(("onnx",))).report)
+        return report if backends is None else _passed(check(out, backends), backends)
 
-        with tempfile.TemporaryDirectory(prefix="adaattn-") as scratch:
-            out = folder or Path(scratch) / "export"
-            report = export(model, inputs, out, dims=dims, options=options or Options(("onnx",))).report
-        wanted = set()
-    bad = [each for each in report["targets"] if each["verdict"] == "failed"]
-    bad += [each for each in report["targets"] if each["name"] in wanted and each["verdict"] == "not run"]
-    if bad or report["verdict"] != "passed":
-        raise AssertionError("\n".join(_lines(bad)) or "no backend could run the artifacts")
+
+def _passed(report: dict[str, Any], wanted: Sequence[str] | None = None) -> dict[str, Any]:
+    bad = [
+        each
+        for each in report["targets"]
+        if each["verdict"] == "failed" or (each["verdict"] == "not run" and each["name"] in (wanted or ()))
+    ]
+    if not bad and report["verdict"] != "passed":
+        bad = report["targets"]  # none ran
+    if bad:
+        raise AssertionError("\n".join(_lines(bad)))
     return report
 
 
@@ -94,13 +105,15 @@ def _assert_parity(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def adaattn_export(tmp_path: Path) -> Callable[..., Path]:
-    """`adaattn.export.export` into tmp_path: the folder of a verified export, for tests of what becomes of it."""
+    """`adaattn.export.export` into tmp_path: the folder of an export that passed, for tests of what becomes of it."""
     count = iter(range(1_000_000))
 
     def call(model: Any, inputs: Any = None, **arguments: Any) -> Path:
         from adaattn.export import Options, export
 
         arguments.setdefault("options", Options(("onnx",)))
-        return export(model, inputs, tmp_path / f"exported{next(count)}", **arguments).directory
+        made = export(model, inputs, tmp_path / f"exported{next(count)}", **arguments)
+        _passed(made.report)
+        return made.directory
 
     return call

@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from adaattn.errors import ConfigError
-from adaattn.export.golden import Array
+from adaattn.export.golden import Array, load_arrays, save_arrays
 
 if TYPE_CHECKING:
     from adaattn.export.cases import Case
@@ -47,7 +44,7 @@ def record(lowered: Lowered, case: Case) -> dict[str, Array]:
 
 def save(path: Path, values: Mapping[str, Array]) -> None:
     """Write the values as arrays of one .npz."""
-    np.savez_compressed(path, **values)  # type: ignore[arg-type]
+    save_arrays(path, values)
 
 
 def load(path: Path) -> dict[str, Array]:
@@ -56,8 +53,4 @@ def load(path: Path) -> dict[str, Array]:
     Raises:
         ConfigError: there is no such file, or it is none of ours.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} holds no trace of eager PyTorch ({error}); export without --no-verify") from error
+    return load_arrays(path, "trace of eager PyTorch")

@@ -6,7 +6,6 @@ Nothing here needs torch, or the model: `check` gives on the machine of deployme
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import tempfile
 import time
@@ -17,7 +16,7 @@ from typing import Any
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export import backends, engine, golden, parity
 from adaattn.export.engine_file import profile_of
-from adaattn.export.folder import MARKER
+from adaattn.export.folder import MARKER, read_json
 from adaattn.export.golden import Golden
 from adaattn.export.versions import versions
 
@@ -95,7 +94,9 @@ def check(
     if not (folder / MARKER).is_file():
         raise ConfigError(f"{folder} holds no {MARKER}; give a folder that adaattn-export made")
     goldens = golden.load(folder / "golden.npz")
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    report = read_json(folder / "report.json")
+    if not {"layers", "model", "tokens", "calibration"} <= report.keys():
+        raise ConfigError(f"{folder / 'report.json'} is not what adaattn-export wrote")
     targets = []
     for name in names or backends.BACKENDS:
         files = [folder / "model.onnx" if name in backends.PROVIDERS else folder / f"{name}.engine"]
@@ -106,6 +107,8 @@ def check(
         targets.append(target(name, folder, [file for file in files if file.exists()]))
         verify(targets[-1], name, folder, goldens)
         targets[-1]["seconds"] = time.perf_counter() - start
+    if not targets:
+        raise ConfigError(f"{folder} has neither a model.onnx nor an engine")
     verdicts = {each["verdict"] for each in targets}
     found: dict[str, Any] = plain(
         report
@@ -131,9 +134,8 @@ def plain(value: Any) -> Any:
 
 def changed_files(folder: Path) -> list[str]:
     """A line for each file that is not the one which was exported."""
-    known: Mapping[str, Mapping[str, Any]] = json.loads((folder / MARKER).read_text())["files"]
     lines = []
-    for name, about in known.items():
+    for name, about in read_json(folder / MARKER)["files"].items():
         if not (folder / name).exists():
             lines.append(f"{name} is missing")
         elif sha256(folder / name) != about["sha256"]:
@@ -151,7 +153,7 @@ def _served(path: Path, goldens: Sequence[Golden]) -> tuple[list[Golden], list[s
     """The cases that a backend takes, and the names of the others; only engines are choosy."""
     if not engine.sidecar(path).exists():
         return list(goldens), []
-    profiles = json.loads(engine.sidecar(path).read_text())["profiles"]
+    profiles = read_json(engine.sidecar(path))["profiles"]
     served, others = [], []
     for each in goldens:
         try:

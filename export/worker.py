@@ -17,6 +17,7 @@ import numpy as np
 from adaattn.errors import AdaAttnError, TargetError
 from adaattn.export.engine import PACKAGES, BuildOptions, sidecar
 from adaattn.export.folder import write_whole
+from adaattn.export.golden import save_arrays
 from adaattn.plugins import NAMESPACE, driver
 
 
@@ -236,8 +237,7 @@ def _run(job: Mapping[str, Any]) -> None:
     shapes = {name: tuple(x.shape) for name, x in inputs.items()}
     with TrtRunner(opened.engine, optimization_profile=profile_of(opened.about["profiles"], shapes)) as runner:
         outputs = runner.infer(inputs)
-        wide = {name: np.asarray(_wide(x)) for name, x in outputs.items()}
-        np.savez(job["outputs"], **wide)  # type: ignore[arg-type]
+        save_arrays(Path(job["outputs"]), {name: np.asarray(_wide(x)) for name, x in outputs.items()})
 
 
 def _as(kind: str, x: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -42,10 +43,13 @@ class PlanMode(TorchDispatchMode):
         nudge: move all moments by this share first, to see which plans hang on their last digits.
         tilt: move the first dimensions so and the last ones the other way.
         shake: move each number of q and k up or down, seeded, by this share of the usual size at its place.
+        noise: lessen every number that an operator makes by up to this share, at random by `seed`.
 
     What it saw is in `plans`, `errors` (with `measure`) and `outputs`, of each call; an output larger than LARGE is
     None.
     """
+
+    supports_higher_order_operators = True  # torch asks
 
     def __init__(
         self,
@@ -55,13 +59,15 @@ class PlanMode(TorchDispatchMode):
         nudge: float = 0.0,
         tilt: bool = False,
         shake: float = 0.0,
+        noise: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.plans: list[PlanPair] = []
         self.errors: list[HeadErrors] = []
         self.outputs: list[Tensor | None] = []
         self._double, self._replay, self._measure, self._nudge, self._tilt = double, plans, measure, nudge, tilt
-        self._shake = shake
+        self._shake, self._noise, self._random = shake, noise, torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -69,22 +75,46 @@ class PlanMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._double:
             args, kwargs = tree_map(_as_double_dtype, (args, kwargs))
+        if isinstance(func, HigherOrderOperator):  # torch.cond and its like
+            return func(*tree_map(self._within, args), **kwargs)
         if func is torch.ops.adaattn.token_moments.default:
             moments = func(*args[:3])  # without `impl`: in float64 only the reference runs
             return tuple(self._nudged(x) for x in moments) if self._nudge else moments
         if func is not torch.ops.adaattn.adaptive_attention.default:
-            return func(*args, **kwargs)
+            return self._noised(func, func(*args, **kwargs))
         args = args[:10]
         if self._replay is not None:
             args = (*args[:5], *self._replay[len(self.plans)], *args[7:])
         if self._shake:
             args = (*self._shaken(args[0], args[1], args[3], args[5], args[6]), *args[2:])
         self.plans.append((args[5], args[6]))
-        output = func(*args, **kwargs)
+        output: Tensor = self._noised(func, func(*args, **kwargs))
         self.outputs.append(output if output.numel() <= LARGE else None)
         if self._measure:
             self.errors.append(_head_errors(output, *args))
         return output
+
+    def _within(self, x: Any) -> Any:
+        """A branch of an operator, run under this mode."""
+        if isinstance(x, Tensor) or not callable(x):
+            return x
+
+        def call(*arguments: Any) -> Any:
+            with self:
+                return x(*arguments)
+
+        return call
+
+    def _noised(self, func: Any, result: Any) -> Any:
+        """Not of views and of what is written in place: what they show was made by another operator."""
+        if not self._noise or any(x.alias_info is not None for x in func._schema.returns):
+            return result
+        return tree_map(self._lessened, result)
+
+    def _lessened(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return x * (1 - self._noise * torch.rand(x.shape, generator=self._random, dtype=x.dtype))
 
     def _nudged(self, x: Tensor) -> Tensor:
         slope = torch.linspace(1, -1, x.shape[-1], dtype=x.dtype) if self._tilt else 1
@@ -115,7 +145,8 @@ def _move(x: Tensor, rounded: Tensor, integers: Tensor, generator: torch.Generat
 
 
 def run(eager: Callable[..., Any], inputs: Mapping[str, Tensor], mode: PlanMode | None = None) -> list[Tensor]:
-    """The tensors that a model returns, in order."""
+    """The tensors that a model returns, in order; it may write into its inputs, which are copies."""
+    inputs = {name: x.clone() for name, x in inputs.items()}
     with torch.no_grad():
         if mode is None:
             outputs = eager(**inputs)
@@ -169,4 +200,6 @@ def _head_errors(
     rounding = plan_of(precision, torch.full_like(rank, query.shape[3]), q, k, v, scale).predicted_error
     assert predicted is not None
     assert rounding is not None
+    # Where a head attends to nothing there is nothing to round, and the model divides by next to nothing.
+    predicted, rounding = (torch.where(size > 0, x, 0) for x in (predicted, rounding))
     return HeadErrors(query.shape[3], predicted, rounding, torch.where(size > 0, difference / size, difference))

@@ -256,7 +256,7 @@ def test_targets_without_outputs_and_heads_without_errors(report: dict[str, Any]
     assert any("above the tolerance: 0." in text for text in texts)
 
 
-@pytest.mark.parametrize(("value", "printed"), [(None, "NaN"), (math.nan, "NaN"), (math.inf, "inf"), (0.0, "0")])
+@pytest.mark.parametrize(("value", "printed"), [(None, "–"), (math.nan, "NaN"), (math.inf, "inf"), (0.0, "0")])
 def test_numbers_that_cannot_be_drawn_are_printed(report: dict[str, Any], value: float | None, printed: str) -> None:
     report["targets"][1]["outputs"][1].update(error=value, eager_error=value, limit=value, max_abs=value)
     report["targets"][0]["histogram"]["log10_edges"] = [value, -5.0, -4.0, value]

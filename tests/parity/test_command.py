@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -89,12 +90,114 @@ def test_bisect_finds_nothing_in_a_good_folder(good: Path, tmp_path: Path) -> No
     assert not (tmp_path / "part.onnx").exists()
 
 
+def test_bisect_says_where_it_cannot_look(good: Path, tmp_path: Path) -> None:
+    renamed = Path(shutil.copytree(good, tmp_path / "renamed"))
+    model = onnx.load(renamed / "model.onnx")
+    model.graph.node.add(op_type="Identity", input=["output"], output=["other"])
+    model.graph.output[0].name = "other"
+    onnx.save(model, renamed / "model.onnx")
+    result = run("bisect", renamed, "-o", tmp_path / "part.onnx")
+    assert (result.exit_code, "has no output 'output', which the export had" in result.stderr) == (2, True)
+
+    longer = Path(shutil.copytree(good, tmp_path / "longer"))
+    model = onnx.load(longer / "model.onnx")
+    (maker,) = (node for node in model.graph.node if "output" in node.output)
+    maker.output[0] = "whole"
+    # Wrong from the tenth token on: the small case has nine.
+    for name, values in (("at", [0]), ("ten", [10]), ("end", [2**60]), ("axis", [1])):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(values), name))
+    nodes = model.graph.node
+    nodes.add(op_type="Slice", input=["whole", "at", "ten", "axis"], output=["first"])
+    nodes.add(op_type="Slice", input=["whole", "ten", "end", "axis"], output=["rest"])
+    nodes.add(op_type="Neg", input=["rest"], output=["wrong"])
+    nodes.add(op_type="Concat", input=["first", "wrong"], output=["output"]).attribute.add(name="axis", i=1, type=2)
+    onnx.save(model, longer / "model.onnx")
+    result = run("bisect", longer, "-o", tmp_path / "part.onnx")
+    assert result.exit_code == 1, result.output
+    assert "no output departs on the small case\nbut on the golden inputs: output (" in result.stdout
+
+
+def test_bisect_does_not_blame_rounding_where_outputs_are_integers(tmp_path: Path) -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.norm(x)).argmax(-1)
+
+    folder = adaattn.export.export(
+        Picks().eval(), {"x": "B,S,16"}, tmp_path / "out", options=adaattn.export.Options(("onnx",))
+    ).directory
+    model = onnx.load(folder / "model.onnx")
+    bias = next(x for x in model.graph.initializer if x.name == "linear.bias")
+    bias.CopyFrom(numpy_helper.from_array(np.arange(16, dtype=np.float32), bias.name))
+    onnx.save(model, folder / "model.onnx")
+    result = run("bisect", folder, "-o", tmp_path / "part.onnx")
+    assert (result.exit_code, result.stdout.split()[0]) == (1, "linear"), result.output
+
+
+@pytest.mark.parametrize("name", ["golden.npz", "trace.npz", "report.json", "manifest.json", "model.onnx"])
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_files_that_were_cut_off_are_one_line(name: str, left: float, good: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "cut"))
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(left * len(content))])
+    command = ["bisect", folder, "-o", tmp_path / "part.onnx"] if name == "trace.npz" else [folder]
+    result = run(*command, "--backend", "ort-cpu")
+    if name == "model.onnx":
+        assert (result.exit_code, "ort-cpu: ONNX Runtime refuses" in result.stdout) == (1, True)
+        result = run("bisect", folder, "-o", tmp_path / "part.onnx")
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert name in line
+
+
+def test_another_models_results_are_no_crash(good: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "copy"))
+    model = onnx.load(folder / "model.onnx")
+    model.graph.node.insert(0, onnx.helper.make_node("Identity", ["renamed"], ["x"]))
+    model.graph.input[0].name = "renamed"
+    onnx.save(model, folder / "model.onnx")
+    result = run(folder, "--backend", "ort-cpu")
+    assert result.exit_code == 1
+    assert "model.onnx has an input 'renamed', of which the golden results know nothing" in result.stdout
+
+
+def test_junit_fails_where_the_command_does(good: Path, tmp_path: Path) -> None:
+    result = run(good, "--backend", "tensorrt,tensorrt", "--junit", tmp_path / "junit.xml")
+    assert result.exit_code == 1
+    suites = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert [suite.get("name") for suite in suites] == ["tensorrt", "verdict"]
+    assert suites[1].get("failures") == "1"
+
+
+def test_a_provider_that_falls_back_to_the_cpu_has_not_run(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    from adaattn.plugins import driver
+
+    if driver.capability() is not None:
+        pytest.skip("for machines without a GPU")
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(driver, "capability", lambda: 90)
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"):  # from ONNX Runtime, which goes on
+        result = run(good, "--backend", "ort-cuda")
+    assert result.exit_code == 1
+    assert "CUDAExecutionProvider does not load here" in result.stdout
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"):
+        result = run("bisect", good, "--backend", "ort-cuda")
+    assert (result.exit_code, "CUDAExecutionProvider does not load here" in result.stderr) == (2, True)
+
+
 def test_what_cannot_be_checked_is_one_line(good: Path, tmp_path: Path) -> None:
     for arguments, said in (
         ((tmp_path,), "holds no manifest.json; give a folder that adaattn-export made"),
         ((good, "--backend", "ort-tpu"), "backend 'ort-tpu' is unknown; choose of ort-cpu"),
         (("bisect", tmp_path), "trace.npz holds no trace of eager PyTorch"),
-        ((good, "--junit", tmp_path / "none" / "j.xml"), "No such file"),
+        ((good, "--junit", tmp_path / "none" / "j.xml"), f"{tmp_path / 'none' / 'j.xml'}: No such file"),
+        (("bisect", good, "--backend", "ort-cuda"), "CUDAExecutionProvider"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2, result.output
@@ -102,6 +205,8 @@ def test_what_cannot_be_checked_is_one_line(good: Path, tmp_path: Path) -> None:
         assert line.startswith("adaattn-parity: ")
         assert said in line
     assert run(good, "--backend", "tensorrt").exit_code == 1  # nothing could run
+    for arguments in (("--backend", " , "), ("--html", "same", "--junit", "same")):
+        assert run(good, *arguments).exit_code == 2
     assert run(tmp_path / "none").exit_code == 2
 
 
@@ -130,6 +235,20 @@ def test_a_user_asserts_parity(assert_parity: Callable[..., Any], adaattn_export
     assert assert_parity(folder, backends=["ort-cpu"])["verdict"] == "passed"
     with pytest.raises(AssertionError, match=r"tensorrt: there is no tensorrt\.engine"):
         assert_parity(folder, backends=["ort-cpu", "tensorrt"])
+
+
+def test_an_assertion_needs_something_that_ran(assert_parity: Callable[..., Any], tmp_path: Path) -> None:
+    model, inputs = nn.Linear(8, 4), {"input": "B,8"}
+    with pytest.raises(AssertionError, match="onnx: made, not verified"):
+        assert_parity(model, inputs, options=adaattn.export.Options(("onnx",), verify=False))
+    with pytest.raises(AssertionError, match=r"tensorrt: there is no tensorrt\.engine"):
+        assert_parity(model, inputs, backends=["ort-cpu", "tensorrt"])
+    with pytest.raises(ConfigError, match="backend 'nonsense' is unknown"):
+        assert_parity(model, inputs, backends=["nonsense"])
+    with pytest.raises(ConfigError, match="give a list of names"):
+        assert_parity(model, inputs, backends="ort-cpu")
+    with pytest.raises(ConfigError, match="a folder is exported already"):
+        assert_parity(tmp_path, inputs)
 
 
 def test_a_failed_assertion_names_the_outputs(bad: Path) -> None:

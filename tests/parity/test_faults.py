@@ -141,7 +141,7 @@ FAULTS = [
     Fault(heads_transposed, departs="transpose_3"),
     Fault(keys_and_values_swapped),
     Fault(overflow, base="half"),
-    Fault(opset_downgraded, said="ONNX Runtime refuses the file", departs=None),
+    Fault(opset_downgraded, said="ONNX Runtime refuses ", departs=None),
 ]
 
 

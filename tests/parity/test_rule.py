@@ -150,8 +150,55 @@ def test_only_what_eager_lost_may_be_lost() -> None:
     lost = np.array([False, True])
     assert of(one([1.0, 1e9], lost=lost), [1.0, np.inf])["verdict"] == "passed"
     row = of(one([1.0, 1e9], lost=lost), [np.nan, np.inf])
-    assert row["reason"] == "1 elements are NaN or Inf where eager has numbers, first at [0]"
-    assert of(one([3, 4], "int64"), [3, 5])["reason"] == "integers differ"
+    assert row["reason"] == "1 of 2 elements are NaN or Inf where eager has numbers, first at [0]"
+    everything = of(one([1.0, 1e9], lost=np.array([True, True])), [1.0, 1e9])
+    assert (everything["verdict"], everything["reason"][:19]) == ("not run", "nothing to compare:")
+
+
+def test_integers_differ_by_place() -> None:
+    assert of(one([3, 4], "int64"), [3, 5])["reason"] == "1 of 2 elements differ from eager's, first at [1]"
+    row = of(one([3, 4], "int64", lost=np.array([False, True])), [3, 5])
+    assert row["verdict"] == "passed"
+    assert row["reason"] == "1 of 2 elements are not compared: a rounding decides them"
+
+
+def test_fill_values_and_infinities_stand_for_themselves() -> None:
+    exact = [1.0, 2.0, -1e9, -np.inf]
+    assert of(one(exact), [1.0, 2.0, -1e9, -np.inf])["verdict"] == "passed"
+    for got in ([1.0, 2.0, -1e9, np.inf], [1.0, 2.0, -2e9, -np.inf], [1.0, 2.0, np.nan, -np.inf]):
+        assert "are not the infinities or fill values" in of(one(exact), got)["reason"]
+    assert of(one(exact), [1.0, 2.1, -1e9, -np.inf])["error"] == pytest.approx(0.1 / np.sqrt(5))
+    # Large numbers with others between, or none beside them, are results like any other.
+    assert of(one([1.0, 300.0, 2000.0]), [1.0, 300.0, 2001.0])["verdict"] == "passed"
+    assert of(one([5000.0, 5000.0]), [5000.0, 5001.0])["error"] == pytest.approx(1e-4, rel=0.5)
+    # The least number of a type is written for -inf, and is another in float64.
+    assert of(one([1.0, -1.7e308]), np.array([1.0, -3.4028235e38], np.float32))["verdict"] == "passed"
+
+
+def test_a_limit_that_passes_anything_passes_nothing() -> None:
+    row = of(one([1.0, 2.0], limit=0.6), [1.0, 2.0])
+    assert row["verdict"] == "not run"
+    assert "eager PyTorch errs too much itself" in row["reason"]
+    row = of(one([1.0, 2.0], limit=0.2), [1.0, 2.0])
+    assert (row["verdict"], row["reason"]) == ("passed", "the limit is 2.0e-01: so uncertain is eager PyTorch itself")
+
+
+def test_the_weights_type_counts_as_far_as_eager_errs() -> None:
+    for error, floor in ((1e-7, 2e-6), (1e-4, 1e-4), (1e-1, 4e-3)):
+        assert parity.limit_of(error, "float32", inner="bfloat16") == pytest.approx(2 * error + floor)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8_fp8"])
+def test_a_head_that_attends_to_nothing_has_no_loose_limit(precision: str) -> None:
+    model = adaattn.AdaptivePrecisionAttention(WIDTH, HEADS, default_precision=precision).eval()
+    specs = [
+        *(InputSpec(n, (1, 1, WIDTH)) for n in ("query", "key", "value")),
+        InputSpec("attention_mask", (1, 1), "bool"),
+    ]
+    reference = Reference(capture_module(model, specs, {}))
+    inputs = {spec.name: torch.randn(1, 1, WIDTH) for spec in specs[:3]} | {"attention_mask": torch.zeros(1, 1) > 0}
+    output = reference.golden(reference.expect(cases.Case("masked", inputs)), ["layer"]).outputs["output"]
+    assert output.limit < 5e-6
 
 
 def test_heads_have_the_same_metrics_and_lose_no_nan() -> None:

@@ -1,0 +1,174 @@
+"""Models whose results are awkward to hold a backend to, and what must be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from adaattn.errors import ExportError
+from adaattn.export import Options, export
+from adaattn.export.verify import check
+
+SIZES = {"S": "2:9:17"}
+
+
+class Model(nn.Module):
+    """A linear layer, and what is done with what comes of it."""
+
+    def __init__(self, then: Callable[[Tensor], Any], width: int = 16, outputs: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.linear = nn.Linear(width, outputs)
+        self.then = then
+
+    def forward(self, x: Tensor) -> Any:
+        return self.then(self.linear(x))
+
+
+def made(folder: Path, model: nn.Module, dtype: str | None = None, **inputs: Any) -> dict[str, Any]:
+    inputs = inputs or {"x": "B,S,16"}
+    dims = SIZES if any(isinstance(text, str) and "S" in text for text in inputs.values()) else None
+    options = Options(("onnx",), dtype=dtype)
+    return export(model.eval(), inputs, folder / "out", dims=dims, options=options).report
+
+
+def corrupted(folder: Path, scale: float = -3.0) -> dict[str, Any]:
+    """The verdict once the weights are multiplied."""
+    path = folder / "out" / "model.onnx"
+    model = onnx.load(path)
+    for weight in model.graph.initializer:
+        values = numpy_helper.to_array(weight)
+        if values.ndim == 2:
+            weight.CopyFrom(numpy_helper.from_array((values * scale).astype(values.dtype), weight.name))
+    onnx.save(model, path)
+    return check(folder / "out", ["ort-cpu"])
+
+
+def masked(value: float | None) -> Callable[[Tensor], Tensor]:
+    def then(x: Tensor) -> Tensor:
+        scores = x @ x.transpose(1, 2)
+        earlier = torch.ones(scores.shape[1:], dtype=torch.bool).tril()
+        return scores.masked_fill(~earlier, torch.finfo(scores.dtype).min if value is None else value)
+
+    return then
+
+
+@pytest.mark.parametrize("value", [-torch.inf, -1e9, None], ids=["-inf", "-1e9", "least"])
+def test_fill_values_do_not_hide_the_rest(value: float | None, tmp_path: Path) -> None:
+    report = made(tmp_path, Model(masked(value)))
+    assert report["verdict"] == "passed", report["targets"]
+    assert all(row["limit"] < 3e-6 for row in report["targets"][0]["outputs"])
+    (target,) = corrupted(tmp_path)["targets"]
+    assert {row["verdict"] for row in target["outputs"]} == {"failed"}
+
+
+def test_fill_values_must_be_there(tmp_path: Path) -> None:
+    made(tmp_path, Model(masked(-torch.inf)))
+    path = tmp_path / "out" / "model.onnx"
+    model = onnx.load(path)
+    held = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute if a.HasField("t"))]
+    minus = [x for x in held if x.data_type == 1 and np.isneginf(numpy_helper.to_array(x)).all()]
+    assert minus
+    for x in minus:
+        x.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(x), np.nan), x.name))
+    onnx.save(model, path)
+    (target,) = check(tmp_path / "out", ["ort-cpu"])["targets"]
+    assert "are not the infinities or fill values that eager has, first at [0, 0, 1]" in target["reason"]
+
+
+def test_where_eager_has_no_number_nothing_is_passed(tmp_path: Path) -> None:
+    report = made(tmp_path, Model(lambda x: x * 1e5 * 1e5), dtype="float16")
+    assert (report["verdict"], report["targets"][0]["verdict"]) == ("not run", "not run")
+    assert report["targets"][0]["reason"].endswith("nothing to compare: eager PyTorch has NaN or Inf for all of it")
+    assert corrupted(tmp_path)["verdict"] == "failed"
+
+
+def test_what_eager_does_not_know_itself_is_not_passed(tmp_path: Path) -> None:
+    table = nn.Embedding(1000, 8)
+    model = Model(lambda x: table((x * 1e7).long() % 1000))
+    model.table = table
+    (target,) = made(tmp_path, model)["targets"]
+    assert {row["verdict"] for row in target["outputs"]} == {"not run"}
+    assert "eager PyTorch errs too much itself: the limit would be" in target["reason"]
+
+
+def test_integers_count_where_no_rounding_decides_them(tmp_path: Path) -> None:
+    def then(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x.argmax(-1), x.softmax(-1).topk(5).indices, x > 0
+
+    report = made(tmp_path, Model(then, 128, 1000), "float16", x="B,S,128")
+    (target,) = report["targets"]
+    assert target["verdict"] == "passed", target["reason"]
+    assert "elements are not compared: a rounding decides them" in target["reason"]
+    assert "NaN" not in (tmp_path / "out" / "report.html").read_text()
+    assert {row["verdict"] for row in corrupted(tmp_path, -1)["targets"][0]["outputs"]} == {"failed"}
+
+
+def test_the_floor_is_that_of_the_outputs_type(tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.linear = nn.Embedding(50, 16).bfloat16(), nn.Linear(16, 16)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.linear(self.table(ids).float())
+
+    report = made(tmp_path, Mixed(), ids="B,S:int64<50")
+    assert report["verdict"] == "passed"
+    assert all(row["limit"] < 3e-6 for row in report["targets"][0]["outputs"])
+
+
+def test_branches_are_verified_too(tmp_path: Path) -> None:
+    class Branches(Model):
+        def forward(self, x: Tensor) -> Any:
+            return torch.cond(x.sum() > 0, lambda x: self.linear(x), lambda x: x * 2, (x,))
+
+    report = made(tmp_path, Branches(nn.Identity()))
+    assert report["verdict"] == "passed", report["targets"]
+
+
+def test_a_model_may_write_into_its_inputs(tmp_path: Path) -> None:
+    class Adds(Model):
+        def forward(self, x: Tensor) -> Any:
+            x += 0.5
+            return self.linear(x)
+
+    x = torch.ones(2, 3, 16)
+    report = made(tmp_path, Adds(nn.Identity()), x=x)
+    assert report["verdict"] == "passed", report["targets"]
+    assert torch.equal(x, torch.ones(2, 3, 16))
+    assert all(row["limit"] < 3e-6 for row in report["targets"][0]["outputs"])
+
+
+def test_a_model_that_keeps_something_between_calls_is_refused(tmp_path: Path) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x + self.calls
+
+    model = Counts()
+    with pytest.raises(ExportError, match="the model changes calls when it is called"):
+        made(tmp_path, model)
+    assert not model.calls.any()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "allow_pickle", "masked_image", "debiased"])
+def test_inputs_may_have_any_name(name: str, tmp_path: Path) -> None:
+    namespace: dict[str, Any] = {"nn": nn}
+    exec(f"class Named(nn.Linear):\n def forward(self, {name}): return super().forward({name})", namespace)
+    report = made(tmp_path, namespace["Named"](16, 16), **{name: "B,S,16"})
+    assert report["verdict"] == "passed", report["targets"]
+    assert corrupted(tmp_path)["verdict"] == "failed"
