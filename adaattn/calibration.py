@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from adaattn.attention.base import PlannedAttention
 from adaattn.balance import SecondMoments, balance, energies, fold
 from adaattn.budget import power_rank
-from adaattn.calibration_file import read, write
+from adaattn.calibration_file import fingerprint, read, write
+from adaattn.calibration_proof import Basis, try_bases
 from adaattn.errors import ConfigError
 from adaattn.pairs import Pair, pairs
 
@@ -63,12 +63,14 @@ def calibrate(
     """Fold into a model's projections, in place, the basis in which the fewest dimensions hold the scores' energy.
 
     The model runs in evaluation mode and without gradients, and is then in the mode it was in; the statistics of
-    adaptive modules start anew. Weights change only when all batches are done.
+    adaptive modules start anew. Weights change only when all batches are done, and only of attentions whose output, at
+    full rank in float64, is on the first batch what it was.
 
     Args:
         model: with adaptive attention of this package, or of a kind that a finder knows (`adaattn.pairs`).
         batches: each a tensor, a tuple or list of arguments, or a mapping of keyword arguments of the model, on its
-            device. Some thousand tokens of what the model will meet; padding that masks exclude does not count.
+            device. Some thousand tokens of what the model will meet; padding that masks exclude does not count. The
+            first is kept until the end.
         resume: a file that holds the statistics so far. If it exists, as many batches as it has counted are skipped.
         save_every: write that file after so many batches, and at the end.
         on_batch: called after each batch with the number done.
@@ -94,21 +96,30 @@ def calibrate(
     sums = {name: SecondMoments.zeros(pair) for name, pair in chosen.items()}
     if not chosen:
         return Calibration(0, {}, refused)
-    done = saved = read(resume, chosen, sums) if resume is not None and Path(resume).exists() else 0
+    weights = fingerprint(model) if resume is not None else ""
+    done = saved = 0
+    if resume is not None and Path(resume).exists():
+        done = saved = read(resume, weights, sums)
+    elif resume is not None:
+        write(resume, done, weights, sums)  # fails now rather than after all the work
+    first: Any = None
     with _evaluation(model), _observed(chosen, sums), torch.no_grad():
-        for batch in islice(batches, done, None):
+        for place, batch in enumerate(batches):
+            first = batch if place == 0 else first
+            if place < done:
+                continue
             _call(model, batch)
             done += 1
             if resume is not None and done % save_every == 0:
-                write(resume, done, chosen, sums)
+                write(resume, done, weights, sums)
                 saved = done
             on_batch(done)
-    if done == 0:
+    if first is None:
         raise ConfigError("there was no batch to calibrate with; give at least one")
     if resume is not None and saved != done:
-        write(resume, done, chosen, sums)
+        write(resume, done, weights, sums)
 
-    layers = {}
+    layers, bases = {}, dict[str, Basis]()
     for name, pair in chosen.items():
         moments = sums[name]
         if not moments.queries:
@@ -116,11 +127,19 @@ def calibrate(
         elif not all(bool(x.isfinite().all()) for x in moments.state().values()):
             refused[name] = "its queries or keys are not finite"
         else:
-            basis = balance(moments)
+            bases[name] = basis = balance(moments)
             identity = torch.eye(pair.head_dim, dtype=torch.float64).expand_as(basis[0])
             before = energies(moments, pair.scale, identity, identity)
             layers[name] = Spectrum(before, energies(moments, pair.scale, *basis), int(moments.keys.min()))
-            fold(pair, *basis)
+    with _evaluation(model):
+        tried = try_bases(chosen, bases, partial(_call, model, first))
+    for name, basis in bases.items():
+        reason = tried.get(name, "the first batch does not reach it, so the basis could not be tried")
+        if reason is None:
+            fold(chosen[name], *basis)
+        else:
+            refused[name] = reason
+            del layers[name]
     return Calibration(done, layers, refused)
 
 

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaattn.balance import SecondMoments
 from adaattn.checkpoint import write_whole
 from adaattn.errors import CheckpointError
-from adaattn.pairs import Pair
 
-FORMAT, VERSION = "adaattn-calibration", 1
+FORMAT, VERSION = "adaattn-calibration", 2
 
 
-def write(
-    path: str | os.PathLike[str], done: int, chosen: Mapping[str, Pair], sums: Mapping[str, SecondMoments]
-) -> None:
+def write(path: str | os.PathLike[str], done: int, weights: str, sums: Mapping[str, SecondMoments]) -> None:
     """Write the sums over so many batches; the file appears whole or not at all."""
-    layers = {name: {"weights": _fingerprint(pair), **sums[name].state()} for name, pair in chosen.items()}
-    write_whole({"format": FORMAT, "version": VERSION, "batches": done, "layers": layers}, path)
+    layers = {name: moments.state() for name, moments in sums.items()}
+    content = {"format": FORMAT, "version": VERSION, "batches": done, "weights": weights, "layers": layers}
+    write_whole(content, path)
 
 
-def read(path: str | os.PathLike[str], chosen: Mapping[str, Pair], sums: dict[str, SecondMoments]) -> int:
+def read(path: str | os.PathLike[str], weights: str, sums: dict[str, SecondMoments]) -> int:
     """Fill in the sums from a file; how many batches it has counted.
 
     Raises:
@@ -42,14 +41,15 @@ def read(path: str | os.PathLike[str], chosen: Mapping[str, Pair], sums: dict[st
             f"{path} holds no statistics of a calibration of version {VERSION}; delete it, or give another"
         )
     done = payload.get("batches")
-    expected = {name: {"weights": _fingerprint(pair), **sums[name].state()} for name, pair in chosen.items()}
-    if not isinstance(done, int) or _form(payload.get("layers")) != _form(expected):
+    expected = {name: moments.state() for name, moments in sums.items()}
+    same = payload.get("weights") == weights and _form(payload.get("layers")) == _form(expected)
+    if not isinstance(done, int) or not same:
         raise CheckpointError(
             f"{path} was made of another model or other weights, maybe of this model before its calibration; delete it "
             "to begin anew"
         )
     for name, layer in payload["layers"].items():
-        sums[name] = SecondMoments(**{field: x for field, x in layer.items() if field != "weights"})
+        sums[name] = SecondMoments(**layer)
     return done
 
 
@@ -60,7 +60,11 @@ def _form(statistics: Any) -> Any:
     return (statistics.dtype, statistics.shape) if isinstance(statistics, Tensor) else statistics
 
 
-def _fingerprint(pair: Pair) -> str:
-    """Statistics are worthless for other weights than those they were made with."""
-    hashes = (torch.hash_tensor(linear.weight.detach().cpu().double()) for linear in (pair.query, pair.key))
-    return " ".join(str(x.view(torch.int64).item()) for x in hashes)
+def fingerprint(model: nn.Module) -> str:
+    """Of all weights: statistics are worthless for others than those they were made with."""
+    digest = hashlib.sha256()
+    for name, x in model.state_dict().items():
+        if isinstance(x, Tensor):
+            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -39,10 +39,18 @@ class Budget:
     low_rank: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.tolerance < float("inf"):
-            raise ConfigError(f"tolerance is {self.tolerance!r}; give a relative error above 0, such as 1e-2")
-        if not 0 < self.safety < float("inf"):
-            raise ConfigError(f"safety is {self.safety!r}; give a factor above 0, usually 1 to 2")
+        for name, wanted in (
+            ("tolerance", "a relative error above 0, such as 1e-2"),
+            ("safety", "a factor above 0, usually 1 to 2"),
+        ):
+            given = getattr(self, name)
+            try:
+                number = float(given)  # of numpy's and torch's numbers, too
+            except (TypeError, ValueError):
+                number = 0.0
+            if not 0 < number < float("inf"):
+                raise ConfigError(f"{name} is {given!r}; give {wanted}")
+            object.__setattr__(self, name, number)
         unknown = [name for name in self.precisions if name not in PRECISIONS]
         if unknown or not self.precisions:
             raise ConfigError(f"precisions are {self.precisions!r}; choose at least one of {', '.join(PRECISIONS)}")

@@ -18,7 +18,7 @@ from adaattn.attention.multihead import MultiheadAttention
 from adaattn.config import POLICIES, PRECISIONS, Budget, resolve_tolerance
 from adaattn.encoder import ATTENTION
 from adaattn.errors import ConfigError
-from adaattn.weights import are_plain, owners
+from adaattn.weights import address, are_plain, owners
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def convert(model: nn.Module, config: Conversion | None = None) -> list[Converte
         ConfigError: the model is itself a `torch.nn.MultiheadAttention`, which has no parent to be replaced in; use
             `replacement`.
     """
-    config = config or Conversion()
+    config = Conversion() if config is None else config
+    if not isinstance(config, Conversion):
+        raise ConfigError(f"config is {config!r}; give an adaattn.Conversion")
     if isinstance(model, nn.MultiheadAttention):
         raise ConfigError(
             "the model is itself a torch.nn.MultiheadAttention and cannot be replaced within itself; use "
@@ -107,7 +109,10 @@ def convert(model: nn.Module, config: Conversion | None = None) -> list[Converte
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             reason = refusal(module)
-            others = {holder for p in module.parameters() for holder in holders[p]} - {name, f"{name}.out_proj"}
+            others = {holder for p in module.parameters() for holder in holders[address(p)]} - {
+                name,
+                f"{name}.out_proj",
+            }
             if reason is None and others:
                 reason = f"it shares weights with {', '.join(sorted(others))}"
             if reason is None:

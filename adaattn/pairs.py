@@ -16,7 +16,7 @@ from adaattn.attention.adaptive_rank import AdaptiveRankAttention
 from adaattn.attention.base import AttentionBase, PlannedAttention
 from adaattn.errors import ConfigError
 from adaattn.masks import attended_keys, expand_mask
-from adaattn.weights import are_plain, owners
+from adaattn.weights import address, are_plain, owners
 
 Attended = Callable[[Mapping[str, Any], int, int, int], Tensor | None]
 
@@ -26,7 +26,7 @@ class Pair:
     """The query and key projections of one attention, whose products alone its scores are made of.
 
     Nothing may come between projections and scores that does not commute with a linear map of a head's dimensions, as
-    rotary embedding does not.
+    rotary embedding does not, and nothing else may be made of queries or keys: `calibrate` tries each pair first.
 
     Args:
         module: a call of it is one attention, in which it calls `query` and `key`.
@@ -111,12 +111,18 @@ def pairs(model: nn.Module) -> dict[str, Pair | str]:
     for name, pair in found.items():
         if isinstance(pair, str):
             continue
-        if any(type(linear) is not nn.Linear or not are_plain(linear) for linear in (pair.query, pair.key)):
+        if any(type(linear) is not nn.Linear or not _is_plain(linear) for linear in (pair.query, pair.key)):
             found[name] = "its projections are parametrized, quantised, or otherwise no plain torch.nn.Linear"
-        elif any(uses[weight] > 1 or len(holders[weight]) > 1 for weight in _weights(pair)):
+        elif any(uses[weight] > 1 or len(holders.get(weight, "")) > 1 for weight in _weights(pair)):
             found[name] = "it shares the weights of its projections with others"
     return found
 
 
-def _weights(pair: Pair) -> list[nn.Parameter]:
-    return [*pair.query.parameters(), *pair.key.parameters()]
+def _weights(pair: Pair) -> list[int]:
+    return [address(weight) for linear in (pair.query, pair.key) for weight in linear.parameters()]
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether what it computes is made of its weight and bias, and these are what it holds."""
+    names = {name for name, _ in linear.named_parameters()}
+    return are_plain(linear) and names <= {"weight", "bias"} and "forward" not in vars(linear)

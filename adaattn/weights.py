@@ -5,13 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 
-def owners(model: nn.Module) -> dict[nn.Parameter, set[str]]:
-    """The names of the modules that hold a parameter themselves; several, where weights are tied."""
-    found: dict[nn.Parameter, set[str]] = {}
+def owners(model: nn.Module) -> dict[int, set[str]]:
+    """By the address of a parameter the names of the modules that hold it themselves; several, where it is tied."""
+    found: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            found.setdefault(parameter, set()).add(name)
+            found.setdefault(address(parameter), set()).add(name)
     return found
+
+
+def address(parameter: nn.Parameter) -> int:
+    """Where its numbers are: two parameters may be one memory. One without any has an address of its own."""
+    return (parameter.data_ptr() if type(parameter) is nn.Parameter else 0) or -id(parameter)
 
 
 def are_plain(module: nn.Module) -> bool:

@@ -200,7 +200,9 @@ def main(model: str, as_json: bool, quiet: bool, verbose: bool, **arguments: Any
         with _quiet_tools(verbose), redirect_stdout(sys.stderr):
             report, directory = _export(model, quiet or as_json, **arguments)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", verbose)
+        state = arguments["calibration_state"]
+        kept = f" but {state}, which a next run goes on from" if state is not None and state.exists() else ""
+        _fail(f"interrupted; nothing was written{kept}", verbose)
     except click.ClickException:
         raise
     except OSError as error:

@@ -51,7 +51,11 @@ class HuggingFaceModel(nn.Module):
         if self.pooling is not None:
             assert attention_mask is not None  # described by inputs_of for every sentence encoder
             return {"sentence_embedding": self.pooling(outputs["last_hidden_state"], attention_mask)}
-        return {name: x for name, x in outputs.items() if isinstance(x, Tensor)}
+        found = {name: x for name, x in outputs.items() if isinstance(x, Tensor)}
+        for name, several in outputs.items():  # hidden states, where the config asks for them
+            if isinstance(several, tuple):
+                found |= {f"{name}_{place}": x for place, x in enumerate(several) if isinstance(x, Tensor)}
+        return found
 
 
 def load(folder: Path, allow_pickle: bool = False) -> Source:
@@ -72,7 +76,7 @@ def load(folder: Path, allow_pickle: bool = False) -> Source:
             "anew by save_pretrained"
         )
     pooling = sentence.pooling_of(folder)
-    model = _from_pretrained(folder, allow_pickle, needs_pooler=pooling is None)
+    model = _from_pretrained(folder, allow_pickle, pooled=pooling is not None)
     inputs = inputs_of(model, folder)
     longest = longest_of(model)
     dims = tuple(Dimension(name, 1, min(128, longest), longest) for name in ("S", "T"))
@@ -110,15 +114,16 @@ def inputs_of(model: Any, folder: Path) -> tuple[InputSpec, ...]:
 def longest_of(model: Any) -> int:
     """The longest text: what the table of positions holds, and not more than LONGEST."""
     table = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    for module in model.modules():
+    for name, module in model.named_modules():
         # As in RoBERTa: positions are counted from behind the padding's own.
-        if isinstance(module, nn.Embedding) and module.num_embeddings == table and module.padding_idx is not None:
+        positions = isinstance(module, nn.Embedding) and "position" in name and module.num_embeddings == table
+        if positions and module.padding_idx is not None:
             table -= module.padding_idx + 1
             break
     return min(int(table), LONGEST)
 
 
-def _from_pretrained(folder: Path, allow_pickle: bool, needs_pooler: bool) -> nn.Module:
+def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Module:
     import transformers
 
     version = f"transformers {transformers.__version__}"
@@ -134,6 +139,9 @@ def _from_pretrained(folder: Path, allow_pickle: bool, needs_pooler: bool) -> nn
         architecture: Any = getattr(transformers, names[0], None) if names else None
         if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
             architecture = transformers.AutoModel
+        if pooled:  # hidden states, whatever head the weights were saved with; of T5 those of its encoder
+            prefix = transformers.CONFIG_MAPPING[kind].__name__.removesuffix("Config")
+            architecture = getattr(transformers, f"{prefix}EncoderModel", transformers.AutoModel)
         with _without_progress():
             model, found = architecture.from_pretrained(
                 str(folder),
@@ -150,7 +158,7 @@ def _from_pretrained(folder: Path, allow_pickle: bool, needs_pooler: bool) -> nn
             f"{type(model).__name__} of {version} computes attention by itself and calls no other; {ELSE}"
         )
     missing = sorted(found["missing_keys"])
-    if not needs_pooler:
+    if pooled:
         missing = [key for key in missing if "pooler." not in key]
     if missing:
         raise CheckpointError(

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from adaattn.attention.base import PlannedAttention
 from adaattn.calibration import Calibration, calibrate
 from adaattn.config import Budget
-from adaattn.errors import ConfigError, TargetError
+from adaattn.errors import AdaAttnError, ConfigError, TargetError
 from adaattn.export import cases, engine, folder, golden, onnx, parity, serving, summary, trace, verify
 from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs
 from adaattn.export.html import render
@@ -251,7 +251,12 @@ def _calibrate(
     def on_batch(done: int) -> None:
         on_progress(f"{done} batches", 0.0)  # of how many only the data knows
 
-    found = calibrate(model, options.calibrate, resume=options.calibration_state, on_batch=on_batch)
+    try:
+        found = calibrate(model, options.calibrate, resume=options.calibration_state, on_batch=on_batch)
+    except AdaAttnError:
+        raise
+    except Exception as error:  # the user's own code
+        raise ConfigError(f"the model fails on the sample data: {type(error).__name__}: {error}") from error
     if not found.layers:
         reasons = (
             "; ".join(dict.fromkeys(found.refused.values())) or "the model has no attention that calibration knows"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import runpy
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +40,64 @@ def batches(source: str) -> Iterable[Any]:
     if path.suffix == ".py":
         if not path.is_file():
             raise ConfigError(f"{source} does not exist; {EXPECTED}")
-        function = runpy.run_path(source).get("batches")
+        with _importing(path.parent):
+            try:
+                function = runpy.run_path(source).get("batches")
+            except (Exception, SystemExit) as error:  # the user's own code
+                raise _failure(source, error) from error
         if not callable(function):
             raise ConfigError(f"{source} has no function batches; {EXPECTED}")
         return _made(source, function)
     module, colon, name = source.partition(":")
     if not colon:
         raise ConfigError(f"{source!r} is no sample data; {EXPECTED}")
-    sys.path.insert(0, "")  # as python -m does: modules of the current folder
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{source} cannot be imported: {error}; {EXPECTED}") from error
-    finally:
-        sys.path.remove("")
+    with _importing(Path()):  # as python -m does: modules of the current folder
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{source} cannot be imported: {error}; {EXPECTED}") from error
+        except (Exception, SystemExit) as error:
+            raise _failure(source, error) from error
     return _made(source, function)
+
+
+@contextmanager
+def _importing(folder: Path) -> Iterator[None]:
+    """With the folder's modules at hand, as for a script in it."""
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder.resolve()))
+
+
+def _failure(source: str, error: BaseException) -> ConfigError:
+    said = "it ends the program" if isinstance(error, SystemExit) else str(error)
+    return ConfigError(f"{source} fails: {type(error).__name__}: {said}")
 
 
 def _made(source: str, function: Any) -> Iterable[Any]:
     try:
         found = function()
-    except Exception as error:  # the user's own code
-        raise ConfigError(f"{source} fails: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise _failure(source, error) from error
     if not isinstance(found, Iterable):
         raise ConfigError(f"{source} returns a {type(found).__name__}; it must yield batches")
-    return found
+    return _each(source, found)
+
+
+def _each(source: str, batches: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except (Exception, SystemExit) as error:
+        raise _failure(source, error) from error
 
 
 def _from_arrays(path: Path) -> Iterator[dict[str, torch.Tensor]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} cannot be read ({error}); {EXPECTED}") from error
     counts = {name: len(x) if x.ndim else 0 for name, x in arrays.items()}
     if len(set(counts.values())) != 1 or not next(iter(counts.values())):

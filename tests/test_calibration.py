@@ -6,7 +6,7 @@ One file, though long: all of it is told on the same few models and the same cor
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 import yardstick
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import adaattn
 from adaattn import pairs as pairs_module
@@ -409,6 +410,100 @@ def test_attention_of_another_library_is_found_by_its_finder(monkeypatch: pytest
     mask[..., 9:] = torch.finfo(torch.float32).min
     result = calibrate(alone, [{"hidden_states": x, "attention_mask": mask}])
     assert result.layers[""].tokens == 2 * 9
+
+
+def scaled(linear: nn.Linear, factor: Any) -> None:
+    linear.register_forward_hook(lambda module, args, output: output * factor)
+
+
+def replaced(linear: nn.Linear) -> None:
+    forward = linear.forward
+    linear.forward = lambda x: forward(x) * torch.linspace(0.5, 2, WIDTH)  # type: ignore[method-assign]
+
+
+def one_memory(linear: nn.Linear, other: nn.Linear) -> None:
+    other.weight = nn.Parameter(linear.weight.data)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "pruned": (lambda m: prune.l1_unstructured(m.q_proj, "weight", 0.3), "no plain torch.nn.Linear"),
+    "weight norm": (lambda m: nn.utils.weight_norm(m.q_proj), "no plain torch.nn.Linear"),
+    "spectral norm": (lambda m: nn.utils.spectral_norm(m.k_proj), "no plain torch.nn.Linear"),
+    "a forward of its own": (lambda m: replaced(m.q_proj), "no plain torch.nn.Linear"),
+    "one memory": (lambda m: one_memory(m.q_proj, m.k_proj), "shares the weights"),
+    "a hook": (lambda m: scaled(m.q_proj, torch.linspace(0.5, 2, WIDTH)), "changes its output"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("change", CHANGES)
+def test_projections_that_are_not_what_they_seem_are_left_alone(change: str) -> None:
+    apply, said = CHANGES[change]
+    module, x = adaattn.AdaptiveAttention(WIDTH, HEADS, tolerance=1e-7), correlated(2, 31, WIDTH)
+    apply(module)
+    module.eval()
+    want = module(x, x, x)[0]
+    result = calibrate(module, [(x, x, x)])
+    assert result.layers == {}
+    assert said in result.refused[""]
+    assert torch.equal(module(x, x, x)[0], want)
+
+
+def test_a_hook_that_commutes_is_no_hindrance() -> None:
+    module, x = adaattn.AdaptiveAttention(WIDTH, HEADS, tolerance=1e-7), correlated(2, 31, WIDTH)
+    scaled(module.q_proj, 2.0)
+    want = module(x, x, x)[0]
+    assert list(calibrate(module, [(x, x, x)]).layers) == [""]
+    torch.testing.assert_close(module(x, x, x)[0], want, rtol=1e-4, atol=1e-4)
+
+
+class Relative(Foreign):
+    """As where positions are multiplied with the queries, or dimensions scaled, between projection and scores."""
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        scale = torch.linspace(0.5, 2, WIDTH // self.heads, dtype=hidden_states.dtype)
+        q, k, v = (p(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in self.children())
+        return nn.functional.scaled_dot_product_attention(q * scale, k, v).transpose(1, 2).flatten(2)
+
+
+def test_code_that_makes_more_of_queries_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs_module, "_finders", [*pairs_module._finders, find_foreign])
+    model = nn.Sequential(Foreign(), Relative(), Foreign()).half()
+    x = correlated(2, 17, WIDTH).half()
+    result = calibrate(model, [x])
+    assert list(result.layers) == ["0", "2"]
+    assert "another basis of its queries and keys changes its output (by" in result.refused["1"]
+
+
+def test_what_the_first_batch_does_not_reach_is_left_alone() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (adaattn.AdaptiveAttention(WIDTH, HEADS) for _ in range(2))
+
+        def forward(self, x: Tensor, second: bool) -> Tensor:
+            return (self.b if second else self.a)(x, x, x)[0]
+
+    x = correlated(1, 31, WIDTH)
+    result = calibrate(Either(), [(x, False), (x, True)])
+    assert list(result.layers) == ["a"]
+    assert "the first batch does not reach it" in result.refused["b"]
+
+
+def test_statistics_are_of_all_the_weights(tmp_path: Path) -> None:
+    model = adaattn.Encoder(WIDTH, HEADS, ("adaptive",))
+    batches, path = [correlated(2, 7, WIDTH)], tmp_path / "statistics.pt"
+    calibrate(copy.deepcopy(model), batches, resume=path)
+    for name, change in (("mlp.2.bias", lambda x: x + 1), ("attention.q_proj.weight", lambda x: x.flip(0))):
+        other = copy.deepcopy(model)
+        weight = other.get_parameter(f"stack.0.{name}")
+        weight.data = change(weight.data)
+        with pytest.raises(CheckpointError, match="other weights"):
+            calibrate(other, batches, resume=path)
+    seen: list[int] = []
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        calibrate(model, batches, resume=tmp_path / "none" / "statistics.pt", on_batch=seen.append)
+    assert not seen
 
 
 def test_a_pair_whose_sizes_do_not_fit_is_an_error() -> None:

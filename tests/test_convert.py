@@ -414,6 +414,14 @@ def test_bad_inputs_say_what_was_expected(given: dict[str, Tensor], error: type[
         layer(**{name: torch.zeros(2, 5, WIDTH) for name in ("query", "key", "value")} | given)
 
 
+def test_a_batch_may_be_empty() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1).eval()
+    convert(model)
+    assert model(torch.zeros(0, 9, 32)).shape == (0, 9, 32)
+    with pytest.raises(ConfigError, match=r"config is 'adaptive'; give an adaattn\.Conversion"):
+        convert(model, "adaptive")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_exports_for_any_batch_and_length(batch_first: bool) -> None:
     layer = replacement(torch_attention(batch_first=batch_first), Conversion("adaptive"))

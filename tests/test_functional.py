@@ -94,6 +94,7 @@ BAD: list[tuple[dict[str, Any], type[AdaAttnError], str]] = [
     ({"query": torch.zeros(B, H, SQ, D + 1)}, ShapeError, r"key has shape.*expected \(2, kv heads, keys, 21\)"),
     ({"query": torch.zeros(B + 1, H, SQ, D)}, ShapeError, r"key has shape.*expected \(3,"),
     ({"query": torch.zeros(B, H, 0, D)}, ShapeError, "query has 0 tokens"),
+    (dict.fromkeys(("query", "key", "value"), torch.zeros(B, H, SQ, 0)) | {"scale": 1.0}, ShapeError, "0 dimensions"),
     ({"query": torch.zeros(B, H, SQ, D).long()}, DtypeError, "query is torch.int64; expected a floating"),
     ({"query": torch.zeros(B, H, SQ, D).half()}, DtypeError, "key is torch.float32 and query torch.float16"),
     ({"value": torch.zeros(B, H, SK + 1, D)}, ShapeError, "value has shape.*expected that of key"),

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from adaattn.errors import ConfigError
 from adaattn.export import Options, export, huggingface
 from adaattn.export.folder import model_name
+from adaattn.export.huggingface import load, longest_of
 from adaattn.export.sentence import Pooling, pooling_of
 from adaattn.integrations.transformers import register, set_tolerance
 
@@ -259,6 +260,31 @@ def test_a_pooler_that_no_embedding_uses_may_be_missing() -> None:
     state = {name: x for name, x in load_file(folder / "model.safetensors").items() if "pooler" not in name}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     assert huggingface.load(folder).inputs
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_an_embedding_comes_from_weights_saved_with_a_head(name: str) -> None:
+    folder = sentence_encoder()
+    head = {"bert": hf.BertForMaskedLM, "t5": hf.T5ForConditionalGeneration}[name]
+    saved(name, head)
+    Path("folder/1_Pooling/config.json").write_text(json.dumps({**POOLING, "word_embedding_dimension": 32}))
+    source = load(folder)
+    ids = torch.randint(0, WORDS, (2, 9))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert source.model(**given)["sentence_embedding"].shape == (2, 32)
+
+
+def test_hidden_states_that_the_config_asks_for_are_outputs() -> None:
+    load_kept = load(saved("bert", output_hidden_states=True)).model
+    ids = torch.randint(0, WORDS, (2, 9))
+    found = load_kept(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert [name for name in found if name.startswith("hidden_states")] == [f"hidden_states_{i}" for i in range(3)]
+
+
+def test_words_are_not_taken_for_positions() -> None:
+    """A table of as many words as positions has a padding that moves none of them."""
+    model = load(saved("bert", vocab_size=LONGEST, max_position_embeddings=LONGEST)).model
+    assert longest_of(model.model) == LONGEST
 
 
 def test_other_words_on_the_command_line() -> None:

@@ -82,7 +82,20 @@ def test_what_is_no_sample_data_is_refused() -> None:
     Path("broken.py").write_text("def batches():\n    raise RuntimeError('no data')\n")
     Path("none.py").write_text("def batches():\n    pass\n")
     Path("nothing.py").write_text("")
+    Path("ends.py").write_text("import sys\nsys.exit(0)\n")
+    Path("stops.py").write_text("import sys\n\ndef batches():\n    sys.exit(0)\n")
+    Path("syntax.py").write_text("def batches(:\n")
+    Path("text.npz").write_text("no archive")
+    Path("cut.npz").write_bytes(Path("uneven.npz").read_bytes()[:300])
+    np.save("one.npy", np.zeros(3))
+    Path("one.npy").rename("one.npz")
     for source, said in (
+        ("ends.py", "fails: SystemExit: it ends the program"),
+        ("stops.py", "fails: SystemExit: it ends the program"),
+        ("syntax.py", "fails: SyntaxError"),
+        ("text.npz", "cannot be read"),
+        ("cut.npz", "cannot be read"),
+        ("one.npz", "cannot be read"),
         ("missing.npz", "cannot be read"),
         ("uneven.npz", "as many samples of each input, and at least one; it has x 3, y 4"),
         ("empty.npz", "it has x 0"),
@@ -100,6 +113,25 @@ def test_what_is_no_sample_data_is_refused() -> None:
     adaattn.save(adaattn.DenseAttention(32, 2), "dense.pt")
     Path("some.py").write_text("import torch\n\ndef batches():\n    return [[torch.ones(1, 3, 32)] * 3]\n")
     refused(run("dense.pt", *QUICK, "--calibrate", "some.py"), "nothing to act on: it never cuts the rank")
+
+
+def test_data_that_fail_on_the_way_are_told_apart_from_the_model() -> None:
+    model()
+    Path("late.py").write_text(
+        "import sys\n\ndef batches():\n    yield [__import__('torch').ones(1, 3, 32)]\n    sys.exit(0)\n"
+    )
+    refused(run("model.pt", *QUICK, "--calibrate", "late.py"), "late.py fails: SystemExit: it ends the program")
+    np.savez("names.npz", ids=correlated(4, 20, 32))
+    refused(run("model.pt", *QUICK, "--calibrate", "names.npz"), "the model fails on the sample data: TypeError: ")
+
+
+def test_a_file_finds_the_modules_beside_it() -> None:
+    Path("data").mkdir()
+    Path("data/samples_helper.py").write_text("SHAPE = (2, 9, 32)\n")
+    Path("data/mine.py").write_text(
+        "import torch\nfrom samples_helper import SHAPE\n\ndef batches():\n    return [torch.ones(SHAPE)]\n"
+    )
+    assert [x.shape for x in batches("data/mine.py")] == [(2, 9, 32)]
 
 
 ROTARY, SHARED = "rotary embedding turns", "share a projection"

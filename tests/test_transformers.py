@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -16,11 +17,13 @@ from architectures import build, inputs, shown
 from torch import Tensor, nn
 from torch.export import Dim
 
+import adaattn
 from adaattn.errors import AdaAttnError, ConfigError
 from adaattn.export.parity import FACTOR, FLOOR, relative_error
 from adaattn.export.yardstick import PlanMode, run
 from adaattn.integrations import transformers as ours
 from adaattn.integrations.transformers import register, set_tolerance, tolerance_of
+from adaattn.pairs import pairs
 
 EXACT, ALWAYS = "adaattn-exact", "adaattn-always"  # unrounded, dense only for single tokens; never dense
 SHAPES = [(1, 1, "none"), (2, 17, "none"), (1, 9, "none"), (3, 13, "left"), (3, 13, "right"), (2, 12, "full")]
@@ -269,6 +272,68 @@ def test_a_tolerance_needs_something_to_act_on() -> None:
         set_tolerance(build("bert", "sdpa"), 1e-3)
     with pytest.raises(AdaAttnError, match="tolerance is -1"):
         set_tolerance(build("bert", "adaattn"), -1)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_autocast_is_taken_as_by_sdpa(name: str) -> None:
+    given = inputs(name, 2, 33)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        want, got = (build(name, kind)(**given)[0].float() for kind in ("sdpa", EXACT))
+    assert error(got, want) < 3e-2
+
+
+def test_a_model_that_attends_by_itself_takes_no_tolerance() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = hf.DebertaV2Config(vocab_size=99, **sizes)
+    model = hf.AutoModel.from_config(config, attn_implementation="adaattn")
+    with pytest.raises(ConfigError, match="DebertaV2Model computes attention by itself and calls no other"):
+        set_tolerance(model, 1e-2)
+    assert set(pairs(model).values()) == {"it computes attention by itself, and calls no other"}
+
+
+def test_a_model_typed_into_a_shell_is_calibrated(tmp_path: Path) -> None:
+    """Its class has no source that could be read."""
+    namespace: dict[str, Any] = {"nn": nn}
+    code = """class Typed(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+    def forward(self, **given):
+        return self.model(**given)[0]"""
+    exec(code, namespace)
+    given = inputs("bert", 2, 17)
+    assert len(adaattn.calibrate(namespace["Typed"](build("bert", ALWAYS)), [given]).layers) == 2
+
+
+def test_a_tolerance_may_be_a_number_of_numpy(tmp_path: Path) -> None:
+    model = build("bert", ALWAYS)
+    set_tolerance(model, np.float32(0.25))
+    model.save_pretrained(tmp_path)
+    assert model.config.adaattn_tolerance == 0.25
+    with pytest.raises(ConfigError, match="tolerance is 'much'; give a relative error"):
+        set_tolerance(model, "much")
+
+
+def test_relative_positions_between_projection_and_scores_are_not_calibrated() -> None:
+    """Parakeet adds a bias to queries and multiplies them with positions, too."""
+    config = hf.ParakeetEncoderConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_mel_bins=16,
+        subsampling_conv_channels=8,
+        conv_kernel_size=3,
+        initializer_range=0.3,
+    )
+    model = hf.ParakeetEncoder._from_config(config, attn_implementation=EXACT).eval()
+    x = torch.randn(2, 160, 16)
+    with torch.no_grad():
+        want = model(x)[0]
+        result = adaattn.calibrate(model, [x])
+        assert torch.equal(model(x)[0], want)
+    assert result.layers == {}
+    assert all("changes its output" in reason for reason in result.refused.values())
 
 
 def test_transformers_is_imported_by_register_alone() -> None:

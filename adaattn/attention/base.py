@@ -210,7 +210,7 @@ class PlannedAttention(AttentionBase):
             return self._make_plan(q_moments, k_moments, v_moments, q.dtype)
 
         output, plan = planned_attention(q, k, v, mask, self.causal, self.scale, make_plan)
-        if not torch.compiler.is_exporting():
+        if not torch.compiler.is_exporting() and q.shape[0]:
             self._record(plan)
         return output, plan.rank
 

@@ -67,7 +67,7 @@ def register(
             option of its attention that ours does not have.
     """
     budget = Budget(tolerance, safety, tuple(precisions), low_rank)
-    if dense_below < 0:
+    if not isinstance(dense_below, int) or dense_below < 0:
         raise ConfigError(f"dense_below is {dense_below}; give a number of queries, 0 for never")
     if not name.startswith("adaattn") or not name.replace("-", "_").isidentifier():
         # Transformers reads meaning into names: "a/b" is downloaded, "flash…" and "sdpa…" are its own.
@@ -96,8 +96,14 @@ def set_tolerance(model: nn.Module, tolerance: float) -> None:
     Raises:
         ConfigError: the tolerance is out of range, or the model does not attend by `register`'s implementation.
     """
-    Budget(tolerance)  # refuses what is out of range
+    tolerance = Budget(tolerance).tolerance  # refuses what is out of range
     configs = configs_of(model)
+    attending = [module for module in model.modules() if tolerance_of(module) is not None]
+    alone = [type(module).__name__ for module in attending if not takes_implementations(module)]
+    if alone and not any(_is_model(module) and takes_implementations(module) for module in attending):
+        raise ConfigError(
+            f"{alone[0]} computes attention by itself and calls no other: a tolerance changes nothing in it"
+        )
     if not configs:
         names = " or ".join(map(repr, _registered)) or "'adaattn', after register()"
         raise ConfigError(
@@ -112,6 +118,22 @@ def configs_of(model: nn.Module) -> list[Any]:
     """The configs, of a model and of its parts, that ask for an implementation of ours."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     return [config for config in configs.values() if getattr(config, "_attn_implementation", None) in _registered]
+
+
+def takes_implementations(module: nn.Module) -> bool:
+    """Whether a model of transformers calls the attention that its config names; some compute it by themselves."""
+    if not _is_model(module):
+        return True
+    try:
+        return bool(module._can_set_attn_implementation())  # type: ignore[operator]
+    except (AttributeError, OSError):  # it reads the model's source, which a class of a shell has not
+        return True
+
+
+def _is_model(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
 
 
 def tolerance_of(module: nn.Module) -> float | None:
@@ -188,6 +210,9 @@ def _attend(
         else:  # a prompt in a static cache, whose end is still empty
             key, value = key[:, :, : sizes[0]], value[:, :, : sizes[0]]
             position_bias = None if position_bias is None else position_bias[..., : sizes[0]]
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # rotary embedding leaves q and k in float32
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     output = adaptive_attention(
         query,
         key,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaattn.integrations.transformers import tolerance_of
+from adaattn.integrations.transformers import takes_implementations, tolerance_of
 from adaattn.masks import attended_keys
 from adaattn.pairs import Pair
 
@@ -24,15 +24,21 @@ def find(module: nn.Module) -> Pair | str | None:
     """
     if tolerance_of(module) is None:
         return None
-    code = inspect.getsource(type(module).forward)
+    children = dict(module.named_children())
+    projections = next(((children[q], children[k]) for q, k in NAMES if {q, k} <= children.keys()), None)
+    if not takes_implementations(module):
+        return "it computes attention by itself, and calls no other"
+    try:
+        code = inspect.getsource(type(module).forward)
+    except (OSError, TypeError):  # a class that was typed into a shell, or code without its source
+        return None if projections is None else "its source is not here to be read"
     if "ALL_ATTENTION_FUNCTIONS" not in code:  # a layer or a model, which has attention in it
         return None
     if "rotary" in code.lower():
         return "rotary embedding turns its queries and keys after their projections, which no basis commutes with"
     if any(name.endswith(("q_norm", "k_norm", "query_norm", "key_norm")) for name, _ in module.named_children()):
         return "its queries and keys are normalised after their projections"
-    children = dict(module.named_children())
-    query, key = next(((children[q], children[k]) for q, k in NAMES if {q, k} <= children.keys()), (None, None))
+    query, key = projections or (None, None)
     if not isinstance(query, nn.Linear) or not isinstance(key, nn.Linear):
         return "its queries and keys share a projection, or have one of a kind that is not known here"
     width = next((getattr(module, name) for name in WIDTHS if isinstance(getattr(module, name, None), int)), None)

@@ -90,8 +90,10 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask:
         raise ShapeError(f"value has shape {tuple(value.shape)}; expected that of key, {tuple(key.shape)}")
     if kv_heads == 0 or heads % kv_heads:
         raise ShapeError(f"query has {heads} heads and key {kv_heads}; the first must be a multiple of the second")
-    if keys == 0 or queries == 0:
-        raise ShapeError(f"query has {queries} tokens and key {keys}; at least one of each is needed")
+    if keys == 0 or queries == 0 or head_dim == 0:
+        raise ShapeError(
+            f"query has {queries} tokens and key {keys}, of {head_dim} dimensions; at least one of each is needed"
+        )
     if attn_mask is None:
         return
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
