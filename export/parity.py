@@ -19,8 +19,8 @@ from adaattn.export.golden import Array, Golden, Output
 FACTOR = 2.0  # two summation orders of equal merit differ by about this
 # Relative errors that no backend must answer for: a few ulps of the type after a handful of layers.
 FLOOR = {"float64": 1e-14, "float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
-# Where an operand lies between two integers of int8, the last bit of a sum decides: some 1e-4 of the operands may
-# round the other way, and noise of √1e-4 steps is this share of the rounding error that the plan has anyway.
+# Where an operand is between two integers of int8, or numbers of bf16, the last bit of a sum decides: some 1e-4 of them
+# may round the other way, and noise of √1e-4 steps is this share of the rounding error that the plan has anyway.
 FLIPS = 0.05
 # A head may choose another plan where its moments, moved by so much, make eager do so: sums of thousands of terms.
 NUDGE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
@@ -68,7 +68,7 @@ def limit_of(
     Args:
         eager_error: of eager PyTorch in the model's type.
         dtype: of the output.
-        rounding: largest predicted rounding error of a head in int8.
+        rounding: largest predicted rounding error of a head.
         shaken: errors of float64 with q and k off by SHAKE, each way. What lies on an edge (two keys that nearly tie
             for a row, a number between two integers of int8) falls to the other side in one of them.
         inner: the type of the weights, whose floor counts as far as eager's error shows that it matters.

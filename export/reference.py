@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaattn.config import INT8
 from adaattn.errors import ConfigError
 from adaattn.export.capture import Captured
 from adaattn.export.cases import Case
@@ -69,10 +68,8 @@ class Reference:
         Args:
             layers: names of the planned attentions, in the order of their calls.
         """
-        rounding = 0.0
-        for (precision, _), errors in zip(expected.mode.plans, expected.mode.errors, strict=True):
-            known = errors.rounding.nan_to_num(posinf=0.0)[precision >= INT8]  # inf: moments overflowed
-            rounding = max([rounding, *known.clamp(max=1.0).tolist()])
+        known = [errors.rounding.nan_to_num(posinf=0.0) for errors in expected.mode.errors]  # inf: moments overflowed
+        rounding = min(1.0, max((float(x.max()) for x in known), default=0.0))
         shaken, noisy = self._shaken(expected), self._noisy(expected)
         outputs = {}
         for name, x in expected.outputs.items():
