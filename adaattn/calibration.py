@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from adaattn.attention.base import PlannedAttention
 from adaattn.balance import SecondMoments, balance, energies, fold
 from adaattn.budget import power_rank
 from adaattn.calibration_file import fingerprint, read, write
-from adaattn.calibration_proof import Basis, try_bases
+from adaattn.calibration_proof import UNTRIED, try_basis
 from adaattn.errors import ConfigError
 from adaattn.pairs import Pair, pairs
 
@@ -64,13 +65,12 @@ def calibrate(
 
     The model runs in evaluation mode and without gradients, and is then in the mode it was in; the statistics of
     adaptive modules start anew. Weights change only when all batches are done, and only of attentions whose output, at
-    full rank in float64, is on the first batch what it was.
+    full rank in float64, another basis did not change.
 
     Args:
         model: with adaptive attention of this package, or of a kind that a finder knows (`adaattn.pairs`).
         batches: each a tensor, a tuple or list of arguments, or a mapping of keyword arguments of the model, on its
-            device. Some thousand tokens of what the model will meet; padding that masks exclude does not count. The
-            first is kept until the end.
+            device. Some thousand tokens of what the model will meet; padding that masks exclude does not count.
         resume: a file that holds the statistics so far. If it exists, as many batches as it has counted are skipped.
         save_every: write that file after so many batches, and at the end.
         on_batch: called after each batch with the number done.
@@ -96,50 +96,42 @@ def calibrate(
     sums = {name: SecondMoments.zeros(pair) for name, pair in chosen.items()}
     if not chosen:
         return Calibration(0, {}, refused)
+    tried = dict[str, str | None]()  # by attention, why its basis must stay, or None
     weights = fingerprint(model) if resume is not None else ""
     done = saved = 0
     if resume is not None and Path(resume).exists():
-        done = saved = read(resume, weights, sums)
+        done = saved = read(resume, weights, sums, tried)
     elif resume is not None:
-        write(resume, done, weights, sums)  # fails now rather than after all the work
-    first: Any = None
-    with _evaluation(model), _observed(chosen, sums), torch.no_grad():
-        for place, batch in enumerate(batches):
-            first = batch if place == 0 else first
-            if place < done:
-                continue
+        write(resume, done, weights, sums, tried)  # fails now rather than after all the work
+    with _evaluation(model), _tried(chosen, tried, refused), _observed(chosen, sums), torch.no_grad():
+        for batch in islice(batches, done, None):
             _call(model, batch)
             done += 1
             if resume is not None and done % save_every == 0:
-                write(resume, done, weights, sums)
+                write(resume, done, weights, sums, tried)
                 saved = done
             on_batch(done)
-    if first is None:
+    if done == 0:
         raise ConfigError("there was no batch to calibrate with; give at least one")
     if resume is not None and saved != done:
-        write(resume, done, weights, sums)
+        write(resume, done, weights, sums, tried)
 
-    layers, bases = {}, dict[str, Basis]()
+    layers = {}
     for name, pair in chosen.items():
         moments = sums[name]
         if not moments.queries:
             refused[name] = "no batch reached it"
         elif not all(bool(x.isfinite().all()) for x in moments.state().values()):
             refused[name] = "its queries or keys are not finite"
+        elif (reason := tried.get(name, refused.get(name, UNTRIED))) is not None:
+            refused[name] = reason
         else:
-            bases[name] = basis = balance(moments)
+            refused.pop(name, None)
+            basis = balance(moments)
             identity = torch.eye(pair.head_dim, dtype=torch.float64).expand_as(basis[0])
             before = energies(moments, pair.scale, identity, identity)
             layers[name] = Spectrum(before, energies(moments, pair.scale, *basis), int(moments.keys.min()))
-    with _evaluation(model):
-        tried = try_bases(chosen, bases, partial(_call, model, first))
-    for name, basis in bases.items():
-        reason = tried.get(name, "the first batch does not reach it, so the basis could not be tried")
-        if reason is None:
-            fold(chosen[name], *basis)
-        else:
-            refused[name] = reason
-            del layers[name]
+            fold(pair, *basis)
     return Calibration(done, layers, refused)
 
 
@@ -169,6 +161,24 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
             if isinstance(module, PlannedAttention):
                 module.reset_statistics()
+
+
+@contextmanager
+def _tried(chosen: Mapping[str, Pair], tried: dict[str, str | None], undecided: dict[str, str]) -> Iterator[None]:
+    """Try another basis at each call of an attention, until one decides."""
+
+    def attempt(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in tried:
+            decides, reason = try_basis(chosen[name], args, kwargs)
+            if decides:
+                tried[name] = reason
+            elif reason is not None:
+                undecided[name] = reason
+
+    with ExitStack() as hooks:
+        for name, pair in chosen.items():
+            hooks.enter_context(pair.module.register_forward_pre_hook(partial(attempt, name), with_kwargs=True))
+        yield
 
 
 @contextmanager
@@ -203,4 +213,5 @@ def _count(
         return
     q, k = (latest.pop(key).unflatten(-1, (-1, pair.head_dim)).transpose(1, 2) for key in ("q", "k"))
     arguments = {**signature.bind(*args, **kwargs).arguments, **kwargs}  # also those that **kwargs of its own took in
-    moments.add(q, k, pair.attended(arguments, q.shape[0], q.shape[2], k.shape[2]))
+    attended = pair.attended(arguments, q.shape[0], q.shape[2], k.shape[2])
+    moments.add(q, k, None if attended is None else attended[..., -k.shape[2] :])  # a mask covers cached keys, too

@@ -17,14 +17,22 @@ from adaattn.errors import CheckpointError
 FORMAT, VERSION = "adaattn-calibration", 2
 
 
-def write(path: str | os.PathLike[str], done: int, weights: str, sums: Mapping[str, SecondMoments]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    done: int,
+    weights: str,
+    sums: Mapping[str, SecondMoments],
+    tried: Mapping[str, str | None],
+) -> None:
     """Write the sums over so many batches; the file appears whole or not at all."""
     layers = {name: moments.state() for name, moments in sums.items()}
-    content = {"format": FORMAT, "version": VERSION, "batches": done, "weights": weights, "layers": layers}
-    write_whole(content, path)
+    content = {"format": FORMAT, "version": VERSION, "batches": done, "weights": weights, "tried": dict(tried)}
+    write_whole({**content, "layers": layers}, path)
 
 
-def read(path: str | os.PathLike[str], weights: str, sums: dict[str, SecondMoments]) -> int:
+def read(
+    path: str | os.PathLike[str], weights: str, sums: dict[str, SecondMoments], tried: dict[str, str | None]
+) -> int:
     """Fill in the sums from a file; how many batches it has counted.
 
     Raises:
@@ -48,6 +56,7 @@ def read(path: str | os.PathLike[str], weights: str, sums: dict[str, SecondMomen
             f"{path} was made of another model or other weights, maybe of this model before its calibration; delete it "
             "to begin anew"
         )
+    tried.update(payload["tried"])
     for name, layer in payload["layers"].items():
         sums[name] = SecondMoments(**layer)
     return done

@@ -475,7 +475,7 @@ def test_code_that_makes_more_of_queries_is_found_by_trying(monkeypatch: pytest.
     assert "another basis of its queries and keys changes its output (by" in result.refused["1"]
 
 
-def test_what_the_first_batch_does_not_reach_is_left_alone() -> None:
+def test_what_no_batch_reaches_is_left_alone() -> None:
     class Either(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -485,9 +485,30 @@ def test_what_the_first_batch_does_not_reach_is_left_alone() -> None:
             return (self.b if second else self.a)(x, x, x)[0]
 
     x = correlated(1, 31, WIDTH)
-    result = calibrate(Either(), [(x, False), (x, True)])
+    result = calibrate(Either(), [(x, False), (x, False)])
     assert list(result.layers) == ["a"]
-    assert "the first batch does not reach it" in result.refused["b"]
+    assert result.refused == {"b": "no batch reached it"}
+    assert list(calibrate(Either(), [(x, False), (x, True)]).layers) == ["a", "b"]
+
+
+class Boxed(Relative):
+    def forward(self, hidden_states: Tensor, **options: Any) -> Any:
+        return {"a": ({"h": super().forward(hidden_states)},)}
+
+
+@pytest.mark.parametrize("kind", [Relative, Boxed])
+@pytest.mark.parametrize("shows_nothing", ["one token", "equal tokens"])
+def test_a_batch_that_shows_nothing_decides_nothing(
+    kind: type[Foreign], shows_nothing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Softmax over one key, or over equal ones, does not depend on the queries."""
+    monkeypatch.setattr(pairs_module, "_finders", [*pairs_module._finders, find_foreign])
+    x = correlated(2, 17, WIDTH)
+    dull = x[:, :1] if shows_nothing == "one token" else x[:, :1].expand(2, 17, WIDTH)
+    assert "changes its output (by" in calibrate(kind(), [dull, x]).refused[""]
+    result = calibrate(kind(), [dull])
+    assert (result.layers, "no batch shows whether" in result.refused[""]) == ({}, True)
+    assert list(calibrate(Foreign(), [dull, x]).layers) == [""]
 
 
 def test_statistics_are_of_all_the_weights(tmp_path: Path) -> None:

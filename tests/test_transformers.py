@@ -305,6 +305,38 @@ def test_a_model_typed_into_a_shell_is_calibrated(tmp_path: Path) -> None:
     assert len(adaattn.calibrate(namespace["Typed"](build("bert", ALWAYS)), [given]).layers) == 2
 
 
+def opt() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
+    config = hf.OPTConfig(vocab_size=99, max_position_embeddings=64, word_embed_proj_dim=32, init_std=0.3, **sizes)
+    return hf.OPTForCausalLM._from_config(config, attn_implementation=EXACT).eval()
+
+
+def test_calibration_with_a_cache_counts_the_calls_own_keys() -> None:
+    ids = torch.randint(3, 99, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    batches = ({"input_ids": ids, "attention_mask": mask, "past_key_values": hf.DynamicCache()} for _ in range(3))
+    result = adaattn.calibrate(opt(), batches)
+    assert [spectrum.tokens for spectrum in result.layers.values()] == [3 * 35] * 2
+
+    class Generates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = opt()
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return self.model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+
+    result = adaattn.calibrate(Generates(), [(ids, mask)])
+    assert [spectrum.tokens for spectrum in result.layers.values()] == [35 + 2 * 2] * 2
+
+
+def test_calibration_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        result = adaattn.calibrate(build("bert", EXACT), [inputs("bert", 2, 17)])
+    assert (len(result.layers), result.refused) == (2, {})
+
+
 def test_a_tolerance_may_be_a_number_of_numpy(tmp_path: Path) -> None:
     model = build("bert", ALWAYS)
     set_tolerance(model, np.float32(0.25))

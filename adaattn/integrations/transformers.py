@@ -212,7 +212,8 @@ def _attend(
             position_bias = None if position_bias is None else position_bias[..., : sizes[0]]
     device = query.device.type
     if torch.is_autocast_enabled(device):  # rotary embedding leaves q and k in float32
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        low = torch.get_autocast_dtype(device)
+        query, key, value = (x.to(low) if x.dtype == torch.float32 else x for x in (query, key, value))
     output = adaptive_attention(
         query,
         key,
