@@ -58,7 +58,7 @@ def bisect(folder: Path, provider: str = "CPUExecutionProvider") -> Departure | 
         raise TargetError(f"{path} has no output {sorted(missing)[0]!r}, which the export had")
     names = [name for node in graph.node for name in node.output if name in values]
     found = dict(zip(names, _run(path, provider, names, graph, values), strict=True))
-    errors = {name: _error(found[name], values[name]) for name in names}
+    errors = {name: _error(found[name], values[name], limit) for name in names}
     departed = {name for name, error in errors.items() if not error <= (limit if values[name].dtype.kind == "f" else 0)}
     first = _first(graph, departed, set(names))
     if first is None:
@@ -84,16 +84,17 @@ def _run(path: Path, provider: str, names: list[str], graph: Any, values: Mappin
         raise TargetError(f"ONNX Runtime does not run {path}: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _error(got: Array, want: Array) -> float:
+def _error(got: Array, want: Array, limit: float) -> float:
+    """As the rule sees it: fill values stand for themselves."""
     if got.shape != want.shape:
         return np.inf
     if not np.issubdtype(want.dtype, np.floating):
         return float((got != want).mean()) if want.size else 0.0
-    finite = np.isfinite(want)
-    if not np.isfinite(got[finite]).all():
+    wide = want.astype(np.float64)
+    usable, filled = parity.judged(wide, np.isnan(wide))
+    if not np.isfinite(got[usable]).all() or not parity.stands(got[filled], wide[filled], limit).all():
         return np.inf
-    wide = want[finite].astype(np.float64)
-    return parity.relative_error(np.abs(got[finite] - wide), wide)
+    return parity.relative_error(np.abs(got[usable] - wide[usable]), wide[usable])
 
 
 def _first(graph: Any, departed: Collection[str], known: Collection[str]) -> str | None:

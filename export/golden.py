@@ -25,6 +25,7 @@ class Output:
         dtype: of the model's output, in numpy's words, or "bfloat16".
         eager_error: relative error of eager PyTorch in the model's type.
         limit: what a backend may have.
+        fill_limit: what it may have of each fill value (`parity.judged`).
         lost: elements that are not compared: eager has NaN, or Inf where float64 has a number; of integers those that
             hang on a rounding. None where there are none.
     """
@@ -33,6 +34,7 @@ class Output:
     dtype: str
     eager_error: float
     limit: float
+    fill_limit: float = 0.0
     lost: Array | None = None
 
 
@@ -78,7 +80,7 @@ def save(path: Path, goldens: Sequence[Golden]) -> None:
         arrays |= {f"{at}/input/{name}": x for name, x in golden.inputs.items()}
         for name, output in golden.outputs.items():
             arrays[f"{at}/output/{name}"] = output.exact
-            arrays[f"{at}/limit/{name}"] = np.array([output.eager_error, output.limit])
+            arrays[f"{at}/limit/{name}"] = np.array([output.eager_error, output.limit, output.fill_limit])
             arrays[f"{at}/dtype/{name}"] = np.array(output.dtype)
             if output.lost is not None:
                 arrays[f"{at}/lost/{name}"] = output.lost
@@ -133,9 +135,9 @@ def load_arrays(path: Path, what: str) -> dict[str, Array]:
 def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:
     outputs = {}
     for name, exact in kinds["output"].items():
-        eager_error, limit = kinds["limit"][name].tolist()
+        eager_error, limit, fill_limit = kinds["limit"][name].tolist()
         lost = kinds.get("lost", {}).get(name)
-        outputs[name] = Output(exact, str(kinds["dtype"][name]), eager_error, limit, lost)
+        outputs[name] = Output(exact, str(kinds["dtype"][name]), eager_error, limit, fill_limit, lost)
     of_layers: dict[str, dict[str, Any]] = {}
     for kind, arrays in kinds.items():
         for name, x in arrays.items() if kind.startswith("layer.") else ():

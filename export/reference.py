@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from adaattn.errors import ConfigError
 from adaattn.export.capture import Captured
 from adaattn.export.cases import Case
 from adaattn.export.golden import Array, Golden, Layer, Output
-from adaattn.export.parity import NOISE, NUDGE, SHAKE, PlanPair, judged, limit_of, relative_error, within
+from adaattn.export.parity import NOISE, NUDGE, SHAKE, PlanPair, farthest, judged, limit_of, relative_error, within
 from adaattn.export.yardstick import PlanMode, run, to_double
 
 
@@ -98,26 +99,30 @@ class Reference:
         """float64 outputs with every result a rounding off, where an output is of integers."""
         if all(x.is_floating_point() for x in expected.outputs.values()):
             return []
-        modes = [
-            PlanMode(double=True, plans=expected.mode.plans, noise=NOISE[self.dtype], seed=seed) for seed in range(4)
-        ]
+        # By pairs: what one moves off an edge, the other moves over it.
+        shares = product(range(5), (NOISE[self.dtype], -NOISE[self.dtype]))
+        modes = [PlanMode(double=True, plans=expected.mode.plans, noise=share, seed=seed) for seed, share in shares]
         return [self._in_double(expected.case, mode)[0] for mode in modes]
 
     def _output(self, eager: Tensor, exact: Tensor, rounding: float, moved: Sequence[Tensor]) -> Output:
         dtype = str(eager.dtype).removeprefix("torch.")
         if not eager.is_floating_point():
             lost = torch.stack([x != eager for x in (exact, *moved)]).any(0)
-            return Output(array(eager), dtype, 0.0, 0.0, array(lost) if lost.any() else None)
+            return Output(array(eager), dtype, 0.0, 0.0, lost=array(lost) if lost.any() else None)
         got, wanted = array(eager.double()), within(array(exact), dtype)
         lost_to_eager = ~((np.isfinite(got) & np.isfinite(wanted)) | (got == wanted))
-        usable, _ = judged(wanted, lost_to_eager)
-        known = np.where(usable, wanted, 0)
-        error, *others = (
-            relative_error(np.abs(np.where(usable, x, 0) - known), known)
-            for x in (got, *(within(array(x), dtype) for x in moved))
+        usable, filled = judged(wanted, lost_to_eager)
+        known, runs = np.where(usable, wanted, 0), [got, *(within(array(x), dtype) for x in moved)]
+        error, *others = (relative_error(np.abs(np.where(usable, x, 0) - known), known) for x in runs)
+        fill_error, *fill_others = (farthest(x[filled], wanted[filled]) for x in runs)
+        return Output(
+            array(exact),
+            dtype,
+            error,
+            limit_of(error, dtype, rounding, others, self.dtype),
+            limit_of(fill_error, dtype, rounding, fill_others, self.dtype),
+            lost_to_eager if lost_to_eager.any() else None,
         )
-        limit = limit_of(error, dtype, rounding, others, self.dtype)
-        return Output(array(exact), dtype, error, limit, lost_to_eager if lost_to_eager.any() else None)
 
     def _layer(self, expected: Expected, place: int) -> Layer:
         precision, rank = expected.mode.plans[place]

@@ -43,7 +43,7 @@ class PlanMode(TorchDispatchMode):
         nudge: move all moments by this share first, to see which plans hang on their last digits.
         tilt: move the first dimensions so and the last ones the other way.
         shake: move each number of q and k up or down, seeded, by this share of the usual size at its place.
-        noise: lessen every number that an operator makes by up to this share, at random by `seed`.
+        noise: move every number that an operator makes, but whole ones, up or down by this share, at random by `seed`.
 
     What it saw is in `plans`, `errors` (with `measure`) and `outputs`, of each call; an output larger than LARGE is
     None.
@@ -67,7 +67,8 @@ class PlanMode(TorchDispatchMode):
         self.errors: list[HeadErrors] = []
         self.outputs: list[Tensor | None] = []
         self._double, self._replay, self._measure, self._nudge, self._tilt = double, plans, measure, nudge, tilt
-        self._shake, self._noise, self._random = shake, noise, torch.Generator().manual_seed(seed)
+        self.branched = False
+        self._shake, self._noise, self._seed = shake, noise, seed
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,6 +77,7 @@ class PlanMode(TorchDispatchMode):
         if self._double:
             args, kwargs = tree_map(_as_double_dtype, (args, kwargs))
         if isinstance(func, HigherOrderOperator):  # torch.cond and its like
+            self.branched = True
             return func(*tree_map(self._within, args), **kwargs)
         if func is torch.ops.adaattn.token_moments.default:
             moments = func(*args[:3])  # without `impl`: in float64 only the reference runs
@@ -109,12 +111,14 @@ class PlanMode(TorchDispatchMode):
         """Not of views and of what is written in place: what they show was made by another operator."""
         if not self._noise or any(x.alias_info is not None for x in func._schema.returns):
             return result
-        return tree_map(self._lessened, result)
+        return tree_map(self._moved, result)
 
-    def _lessened(self, x: Any) -> Any:
+    def _moved(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
-        return x * (1 - self._noise * torch.rand(x.shape, generator=self._random, dtype=x.dtype))
+        # The same signs for all results of a shape: of a chain of operators they add up, and cancel nothing.
+        signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(self._seed)) * 2 - 1
+        return x.where(x == x.round(), x * (1 + self._noise * signs))  # counts, masks and what was rounded are exact
 
     def _nudged(self, x: Tensor) -> Tensor:
         slope = torch.linspace(1, -1, x.shape[-1], dtype=x.dtype) if self._tilt else 1
@@ -153,6 +157,8 @@ def run(eager: Callable[..., Any], inputs: Mapping[str, Tensor], mode: PlanMode 
         else:
             with mode:
                 outputs = eager(**inputs)
+            if mode.branched:  # what torch compiled of torch.cond under the mode would be used without it
+                torch._dynamo.reset()
     return [x.detach() for x in tree_leaves(outputs) if isinstance(x, Tensor)]
 
 

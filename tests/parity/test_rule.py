@@ -121,11 +121,13 @@ def test_a_missing_output_and_a_wrong_shape_fail() -> None:
 
 
 def one(exact: Any, dtype: str = "float32", limit: float = 1e-3, lost: Any = None) -> list[Golden]:
-    return [Golden("case", {}, {"y": Output(np.asarray(exact), dtype, 0.0, limit, lost)})]
+    return [Golden("case", {}, {"y": Output(np.asarray(exact), dtype, 0.0, limit, limit, lost)})]
 
 
 def of(goldens: list[Golden], got: Any) -> dict[str, Any]:
-    found = parity.compare(goldens, lambda golden: Ran({"y": np.asarray(got)}, {}, {}))
+    (output,) = goldens[0].outputs.values()
+    outputs = {"y": np.asarray(got).astype("float32" if output.dtype == "bfloat16" else output.dtype)}
+    found = parity.compare(goldens, lambda golden: Ran(outputs, {}, {}))
     (row,) = found["outputs"]
     assert found["verdict"] == row["verdict"]
     return row
@@ -175,11 +177,35 @@ def test_fill_values_and_infinities_stand_for_themselves() -> None:
     for got in ([1.0, 2.0, -1e9, np.inf], [1.0, 2.0, -2e9, -np.inf], [1.0, 2.0, np.nan, -np.inf]):
         assert "are not the infinities or fill values" in of(one(exact), got)["reason"]
     assert of(one(exact), [1.0, 2.1, -1e9, -np.inf])["error"] == pytest.approx(0.1 / np.sqrt(5))
+    # Of several kinds, and beside nothing but zeros.
+    exact = [1.0, 2.0, -1e9, -2e9, -3.4e38]
+    assert of(one(exact), exact)["verdict"] == "passed"
+    assert of(one(exact), [100.0, -7.0, *exact[2:]])["verdict"] == "failed"
+    assert of(one([0.0, 0.0, -1e9]), [500.0, -7.0, -1e9])["verdict"] == "failed"
     # Large numbers with others between, or none beside them, are results like any other.
     assert of(one([1.0, 300.0, 2000.0]), [1.0, 300.0, 2001.0])["verdict"] == "passed"
     assert of(one([5000.0, 5000.0]), [5000.0, 5001.0])["error"] == pytest.approx(1e-4, rel=0.5)
     # The least number of a type is written for -inf, and is another in float64.
     assert of(one([1.0, -1.7e308]), np.array([1.0, -3.4028235e38], np.float32))["verdict"] == "passed"
+
+
+def test_an_output_has_its_type() -> None:
+    for dtype, got in (("float32", np.float64), ("int64", np.float32), ("bool", np.int64), ("float16", np.float32)):
+        outputs = {"y": np.ones(3, got)}
+        found = parity.compare(one(np.ones(3), dtype), lambda golden, outputs=outputs: Ran(outputs, {}, {}))
+        assert found["outputs"][0]["reason"] == f"the backend returns {got.__name__}; eager returns {dtype}"
+
+
+def test_an_output_that_is_never_compared_is_no_success() -> None:
+    lost = np.array([True, True])
+    outputs = {"x": Output(np.ones(2), "float32", 0.0, 1e-3), "y": Output(np.ones(2), "int64", 0.0, 0.0, lost=lost)}
+    goldens = [Golden(name, {}, outputs) for name in ("one", "other")]
+    ran = Ran({"x": np.ones(2, np.float32), "y": np.ones(2, np.int64)}, {}, {})
+    found = parity.compare(goldens, lambda golden: ran)
+    assert (found["verdict"], found["reason"]) == (
+        "not run",
+        "y (one): nothing to compare: a rounding decides all of it",
+    )
 
 
 def test_a_limit_that_passes_anything_passes_nothing() -> None:
@@ -224,7 +250,7 @@ def test_heads_have_the_same_metrics_and_lose_no_nan() -> None:
 
 def test_golden_results_survive_their_file(tmp_path: Path) -> None:
     layer = OneLayer(distance=0.5)
-    lost = Output(np.ones(2), "float16", 1e-4, 1e-3, np.array([True, False]))
+    lost = Output(np.ones(2), "float16", 1e-4, 1e-3, 2e-3, np.array([True, False]))
     for goldens in (layer.goldens, [Golden("case", {"a/b": np.ones(3)}, {"c/d": lost})]):
         golden.save(tmp_path / "golden.npz", goldens)
         (loaded,), (given,) = golden.load(tmp_path / "golden.npz"), goldens
