@@ -215,10 +215,15 @@ def _compare_output(golden: Golden, name: str, output: Output, got: Array | None
     if output.dtype not in DIGITS:
         off = (got != exact) & ~lost
         return row | (_reason(off, "differ from eager's") if off.any() else passed)
-    exact = within(exact, output.dtype)
+    found = _compare_numbers(output, got, within(exact, output.dtype), lost)
+    return row | found | (passed if found["verdict"] == "passed" and lost.any() else {})
+
+
+def _compare_numbers(output: Output, got: Array, exact: Array, lost: Array) -> dict[str, Any]:
+    """Metrics, histogram and verdict of an output of floating-point numbers."""
     usable, standing = judged(exact, lost)
     metrics = _metrics(got, exact, usable, output.dtype)
-    row |= metrics | {"eager_error": output.eager_error, "limit": output.limit}
+    row = metrics | {"verdict": "failed", "eager_error": output.eager_error, "limit": output.limit}
     gone = usable & ~np.isfinite(got)
     if gone.any():
         return row | _reason(gone, "are NaN or Inf where eager has numbers")
@@ -226,18 +231,15 @@ def _compare_output(golden: Golden, name: str, output: Output, got: Array | None
     if off.any():
         return row | _reason(off, "are not the infinities or fill values that eager has")
     if output.limit > USELESS:
-        return row | {
-            "verdict": "not run",
-            "reason": f"eager PyTorch errs too much itself: the limit would be {output.limit:.1e}",
-        }
+        reason = f"eager PyTorch errs too much itself: the limit would be {output.limit:.1e}"
+        return row | {"verdict": "not run", "reason": reason}
     difference = np.abs(got[usable] - exact[usable])
     row["counts"] = _histogram(difference, _rms(exact[usable]))
     if metrics["error"] > output.limit:
         error, at = metrics["error"], metrics["worst"]
         return row | {"reason": f"error {error:.1e} is over the limit {output.limit:.1e}, worst at {at}"}
-    if output.limit > LOOSE and passed["reason"] is None:
-        passed["reason"] = f"the limit is {output.limit:.1e}: so uncertain is eager PyTorch itself"
-    return row | passed
+    loose = f"the limit is {output.limit:.1e}: so uncertain is eager PyTorch itself"
+    return row | {"verdict": "passed", "reason": loose if output.limit > LOOSE else None}
 
 
 def _why_lost(dtype: str) -> str:
