@@ -93,6 +93,7 @@ def lower(
         model.functions[function.identifier()] = function
     if used:
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    _forget_paths(model)
     model.producer_name, model.producer_version = "adaattn", adaattn.__version__
     return Lowered(model, exported.exported_program)
 
@@ -132,6 +133,14 @@ def save(model: ir.Model, path: Path, external_above: int | None = None) -> list
     if external_above is None and weights <= EXTERNAL_ABOVE and data.exists():
         embed(path, data)
     return [file for file in (path, data) if file.exists()]
+
+
+def _forget_paths(model: ir.Model) -> None:
+    """Torch writes into each node where in which file it comes from: the file is not for this machine."""
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
 def _refuse_state(program: torch.export.ExportedProgram) -> None:

@@ -160,6 +160,12 @@ def test_report_and_manifest_are_whole(encoder: Result) -> None:
     assert files == {"model.onnx", "golden.npz", "trace.npz", "report.json", "report.html"}
 
 
+def test_the_file_names_no_path_of_the_machine_that_made_it(encoder: Result) -> None:
+    content = (encoder.directory / "model.onnx").read_bytes()
+    for path in (Path(adaattn.__file__).parent, Path(torch.__file__).parent):
+        assert str(path).encode() not in content
+
+
 def test_example_tensors_fix_the_sizes_and_are_verified(tmp_path: Path) -> None:
     torch.manual_seed(7)
     x = torch.randn(2, 5, WIDTH)
