@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,8 +13,11 @@ from adaattn.errors import TargetError
 from adaattn.export import engine
 from adaattn.export.folder import read_json
 from adaattn.export.golden import Array, Golden
-from adaattn.export.parity import Backend, Ran
+from adaattn.export.parity import Backend, Ran, probe_inputs
 from adaattn.plugins import NAMESPACE, driver
+
+if TYPE_CHECKING:
+    import onnx
 
 PROVIDERS = {
     "ort-cpu": "CPUExecutionProvider",
@@ -47,46 +51,103 @@ def open_backend(name: str, folder: Path, log: Path) -> Backend:
 def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> Backend:
     """ONNX Runtime, with nothing of ours installed.
 
-    Outputs come from the file as it is. Plans and heads come from a copy that shows them: its graph has them inside.
+    Outputs come from the file as it is. Plans and heads come from a copy that shows them: its graph has them inside. A
+    second copy takes the plans as inputs; a probe runs the nodes that make one plan.
 
     Raises:
         CannotRun: ONNX Runtime has no such provider here, or no kernel of it for a type of the model.
         TargetError: ONNX Runtime refuses the file.
     """
-    plain = session_of(path, path.parent, provider)
-    names = [output.name for output in plain.get_outputs()]
-    layers = planned_layers(path)
-    shown = None
-    if layers:
-        every = showing(path, [name for values in layers.values() for name in values])
-        shown = session_of(every, path.parent, provider)
+    return OnnxRuntimeBackend(path, provider)
 
-    def call(of: Any, wanted: list[str], golden: Golden) -> dict[str, Array]:
-        feed = feed_of(plain, golden.inputs)
-        try:
-            return {name: wide(x) for name, x in zip(wanted, of.run(wanted, feed), strict=True)}
-        except Exception as error:  # as above
-            said = str(error).strip().splitlines()[-1]
-            raise TargetError(f"ONNX Runtime fails on {golden.name}: {said}") from error
 
-    def backend(golden: Golden) -> Ran:
-        outputs = call(plain, names, golden)
-        # Heads only where there is something to hold them against: they can be large.
-        wanted = {
-            name: layers[name] if layer.exact is not None else layers[name][:2]
-            for name, layer in golden.layers.items()
-            if name in layers
-        }
-        if not wanted:
+@dataclass(frozen=True)
+class PlannedLayer:
+    """Names of a planned attention's values in a graph: its plan, its output, and the error that the plan predicts."""
+
+    precision: str
+    rank: str
+    output: str
+    predicted: str | None
+    moments: Mapping[str, str]  # by the arguments of the op `plan`; empty where no error model made the plan
+
+
+class OnnxRuntimeBackend:
+    """See `onnxruntime_backend`."""
+
+    def __init__(self, path: Path, provider: str) -> None:
+        self._path, self._provider = path, provider
+        self._sessions: dict[str, Any] = {"": session_of(path, path.parent, provider)}
+        self._names = [output.name for output in self._sessions[""].get_outputs()]
+        self._layers = planned_layers(path)
+
+    def __call__(self, golden: Golden) -> Ran:
+        if golden.probes:
+            return Ran(self._probed(golden), {}, {})
+        unknown = [name for name in golden.layers if name not in self._layers] if golden.forced else []
+        if unknown:
+            raise TargetError(f"{self._path.name} has no planned attention {unknown[0]!r}, which the export had")
+        if golden.forced:
+            wanted = {name: (self._layers[name].output,) for name, x in golden.layers.items() if x.exact is not None}
+            found = self.values(golden, [*self._names, *(name for names in wanted.values() for name in names)])
+            heads = {layer: found[names[0]] for layer, names in wanted.items()}
+            return Ran({name: found[name] for name in self._names}, {}, heads)
+        outputs = self._call(self._sessions[""], self._names, golden.name, golden.inputs)
+        layers = {name: self._layers[name] for name in golden.layers if name in self._layers}
+        if not layers:
             return Ran(outputs, {}, {})
-        found = call(shown, list(dict.fromkeys(name for values in wanted.values() for name in values)), golden)
+        # Heads only where there is something to hold them against: they can be large.
+        shown = [name for layer in layers.values() for name in (layer.precision, layer.rank, layer.predicted) if name]
+        held = {name: layer for name, layer in layers.items() if golden.layers[name].exact is not None}
+        found = self.values(golden, list(dict.fromkeys([*shown, *(layer.output for layer in held.values())])))
         return Ran(
             outputs,
-            {layer: (found[values[0]], found[values[1]]) for layer, values in wanted.items()},
-            {layer: found[values[2]] for layer, values in wanted.items() if len(values) > 2},
+            {name: (found[layer.precision], found[layer.rank]) for name, layer in layers.items()},
+            {name: found[layer.output] for name, layer in held.items()},
+            {name: found[layer.predicted] for name, layer in layers.items() if layer.predicted},
         )
 
-    return backend
+    def values(self, golden: Golden, names: Sequence[str]) -> dict[str, Array]:
+        """Return values inside the graph by their names, with the plans forced where the golden says so.
+
+        Raises:
+            TargetError: ONNX Runtime fails.
+        """
+        key = f"{bool(golden.forced)}: {sorted(names)}"
+        if key not in self._sessions:
+            model = load_graph(self._path)
+            if golden.forced:
+                _take_plans(model, self._layers)
+            _show(model, names)
+            # One copy at a time: each holds all weights.
+            self._sessions = {"": self._sessions[""]}
+            self._sessions[key] = session_of(model.SerializeToString(), self._path.parent, self._provider)
+        plans = {}
+        for name, layer in golden.layers.items() if golden.forced else ():
+            plans |= {_forced(name, "precision"): layer.precision, _forced(name, "rank"): layer.rank}
+        return self._call(self._sessions[key], list(names), golden.name, {**golden.inputs, **plans})
+
+    def _probed(self, golden: Golden) -> dict[str, Array]:
+        layer = self._layers.get(golden.probes)
+        if layer is None or not layer.moments:
+            raise TargetError(f"{self._path.name} has no plan for {golden.probes}, which the export had")
+        model = part(self._path, [layer.precision, layer.rank], set(layer.moments.values()))
+        session = session_of(model.SerializeToString(), self._path.parent, self._provider)
+        moments = probe_inputs(golden)
+        feed = {layer.moments[name]: x for name, x in moments.items() if name in layer.moments}
+        found = self._call(session, [layer.precision, layer.rank], golden.name, feed)
+        return {
+            f"{golden.probes}.precision": found[layer.precision],
+            f"{golden.probes}.rank": found[layer.rank],
+        }
+
+    def _call(self, session: Any, names: list[str], case: str, values: Mapping[str, Array]) -> dict[str, Array]:
+        feed = feed_of(session, values)
+        try:
+            return {name: wide(x) for name, x in zip(names, session.run(names, feed), strict=True)}
+        except Exception as error:  # its exceptions have no public base class
+            said = str(error).strip().splitlines()[-1]
+            raise TargetError(f"ONNX Runtime fails on {case}: {said}") from error
 
 
 def engine_backend(path: Path, log: Path) -> Backend:
@@ -114,13 +175,123 @@ def engine_backend(path: Path, log: Path) -> Backend:
     return backend
 
 
-def planned_layers(path: Path) -> dict[str, tuple[str, str, str]]:
-    """For each planned attention of an ONNX file the names of its precision, rank and output."""
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file without its external data.
+
+    Raises:
+        TargetError: it is not an ONNX file, or it is cut off.
+    """
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
-    ours = [node for node in graph.node if node.domain == NAMESPACE and node.op_type.startswith("adaptive_attention")]
-    return {node.name: (node.input[5], node.input[6], node.output[0]) for node in ours}
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # of protobuf, whose errors are onnx's affair
+        raise TargetError(f"{path} is not an ONNX file, or it is cut off: {error}") from error
+
+
+def planned_layers(path: Path) -> dict[str, PlannedLayer]:
+    """Return the planned attentions of an ONNX file by the names of their nodes."""
+    model = load_graph(path)
+    functions = {function.name: function for function in model.functions if function.domain == NAMESPACE}
+    maker = {name: node for node in model.graph.node for name in node.output}
+    found = {}
+    for node in model.graph.node:
+        if node.domain != NAMESPACE or not node.op_type.startswith("adaptive_attention"):
+            continue
+        named = dict(zip(functions[node.op_type].input, node.input, strict=False))
+        above = ancestors(maker, named["precision"])
+        plan = next((x for x in above if x.domain == NAMESPACE and x.op_type == "plan"), None)
+        moments, predicted = {}, None
+        if plan is not None:
+            function = functions[plan.op_type]
+            moments = {name: x for name, x in zip(function.input, plan.input, strict=False) if name != "ladder"}
+            results = dict(zip(function.output, plan.output, strict=False))
+            predicted = results.get("predicted_error") or None
+        found[node.name] = PlannedLayer(named["precision"], named["rank"], node.output[0], predicted, moments)
+    return found
+
+
+def ancestors(maker: Mapping[str, Any], value: str) -> Iterator[Any]:
+    """Yield the nodes that a value is made by, the nearest first."""
+    todo, seen = [value], set[int]()
+    while todo:
+        node = maker.get(todo.pop(0))
+        if node is not None and id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            todo += node.input
+
+
+def part(path: Path, values: Sequence[str], known: Collection[str]) -> onnx.ModelProto:
+    """Return the nodes that make values from known ones as a model of their own, whose inputs those are.
+
+    Args:
+        known: names of values that the model takes as inputs.
+
+    Raises:
+        TargetError: the file is not an ONNX file.
+    """
+    import onnx
+    from onnx import external_data_helper, helper
+
+    whole = load_graph(path)
+    graph = whole.graph
+    maker = {name: node for node in graph.node for name in node.output}
+    places = {id(node): place for place, node in enumerate(graph.node)}
+    nodes, ends, todo = dict[int, Any](), set[str](), list(values)
+    while todo:
+        value = todo.pop()
+        node = maker.get(value)
+        if node is None or places[id(node)] in nodes:
+            continue
+        nodes[places[id(node)]] = node
+        ends |= {name for name in node.input if name in known}
+        todo += [name for name in node.input if name not in known]
+    chosen = [nodes[place] for place in sorted(nodes)]
+    used = {name for node in chosen for name in node.input}
+    weights = [x for x in graph.initializer if x.name in used]
+    for weight in weights:
+        if external_data_helper.uses_external_data(weight):
+            external_data_helper.load_external_data_for_tensor(weight, str(path.parent))
+            del weight.external_data[:]
+            weight.data_location = onnx.TensorProto.DEFAULT
+    infos = {x.name: x for x in (*graph.value_info, *graph.input, *graph.output)}
+    # Sizes are left out: a probe has other ones.
+    kinds = {name: infos[name].type.tensor_type.elem_type if name in infos else 0 for name in (*ends, *values)}
+    taken = sorted(ends - {x.name for x in weights} | {x.name for x in graph.input if x.name in used})
+    inputs = [helper.make_tensor_value_info(name, kinds.get(name) or onnx.TensorProto.FLOAT, None) for name in taken]
+    outputs = [onnx.ValueInfoProto(name=name) for name in values]
+    made = helper.make_graph(chosen, "part", inputs, outputs, weights)
+    return helper.make_model(
+        made, opset_imports=whole.opset_import, functions=whole.functions, ir_version=whole.ir_version
+    )
+
+
+def _forced(layer: str, what: str) -> str:
+    return f"forced/{layer}/{what}"
+
+
+def _take_plans(model: onnx.ModelProto, layers: Mapping[str, PlannedLayer]) -> None:
+    """Make the plan of each planned attention an input of the graph."""
+    from onnx import TensorProto, helper
+
+    for node in model.graph.node:
+        if node.domain == NAMESPACE and node.name in layers:
+            layer = layers[node.name]
+            new = {layer.precision: _forced(node.name, "precision"), layer.rank: _forced(node.name, "rank")}
+            for place, name in enumerate(node.input):
+                node.input[place] = new.get(name, name)
+            model.graph.input.extend(
+                helper.make_tensor_value_info(name, TensorProto.INT32, None) for name in new.values()
+            )
+
+
+def _show(model: onnx.ModelProto, names: Collection[str]) -> None:
+    """Make values of a graph its outputs too."""
+    import onnx
+
+    have = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in have)
 
 
 def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
@@ -167,17 +338,6 @@ def feed_of(session: Any, values: Mapping[str, Array]) -> dict[str, Array]:
     if unknown:
         raise TargetError(f"model.onnx has an input {unknown[0]!r}, of which the golden results know nothing")
     return {name: as_type(kind, values[name]) for name, kind in wanted.items()}
-
-
-def showing(path: Path, names: Collection[str]) -> bytes:
-    """A model with more outputs, as ONNX Runtime loads it from memory."""
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    have = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in have)
-    content: bytes = model.SerializeToString()
-    return content
 
 
 def as_type(kind: str, x: Array) -> Array:

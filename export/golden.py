@@ -28,6 +28,7 @@ class Output:
         fill_limit: what it may have of each fill value (`parity.judged`).
         lost: elements that are not compared: eager has NaN, or Inf where float64 has a number; of integers those that
             hang on a rounding. None where there are none.
+        broken: how many of the lost elements are NaN or Inf in eager though float64 has a number that the type holds.
     """
 
     exact: Array
@@ -36,6 +37,7 @@ class Output:
     limit: float
     fill_limit: float = 0.0
     lost: Array | None = None
+    broken: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class Layer:
         edge: (B, H), whether eager itself changes the plan when its moments move by a rounding or two.
         exact: (B, H, S, D), its output in float32 at these plans; None where it is too large to keep.
         eager_error: (H,), relative error of eager's output.
+        limit: (H,), relative error that a backend's output may have.
         dtype: of its output.
+        predicted: (B, H), the error that eager's plan predicts; None where no error model made the plan.
+        predicted_limit: (B, H), by what share a backend's prediction may differ from it.
     """
 
     precision: Array
@@ -55,32 +60,65 @@ class Layer:
     edge: Array
     exact: Array | None = None
     eager_error: Array | None = None
+    limit: Array | None = None
     dtype: str = "float32"
+    predicted: Array | None = None
+    predicted_limit: Array | None = None
 
 
 @dataclass(frozen=True)
 class Golden:
-    """A case, what should come of it, and of each planned attention by its name; bfloat16 inputs as float32."""
+    """A case, what should come of it, and of each planned attention by its name; bfloat16 inputs as float32.
+
+    Args:
+        forced: what every plan is forced to, such as "fp32" or "int8"; empty where the model makes its own plans. The
+            plans themselves are those of `layers`.
+        probes: the layer whose plan alone is computed, of moments that `parity.probe_inputs` makes of the inputs; empty
+            where the whole model runs.
+        trivial: whether every dynamic size is at its minimum.
+    """
 
     name: str
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Output]
     layers: Mapping[str, Layer] = field(default_factory=dict)
+    forced: str = ""
+    probes: str = ""
+    trivial: bool = False
+
+    @property
+    def case(self) -> str:
+        """The name of the case that the inputs are of, whatever the plans are forced to."""
+        return self.name.removesuffix(f" at {self.forced}") if self.forced else self.name
+
+    @property
+    def whole(self) -> bool:
+        """Whether the artifact runs as it is, with plans of its own."""
+        return not self.forced and not self.probes
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each input."""
         return {name: x.shape for name, x in self.inputs.items()}
 
 
 def save(path: Path, goldens: Sequence[Golden]) -> None:
     """Write `CASE/input/NAME`, `CASE/output/NAME` and the rest as arrays of one .npz."""
     arrays: dict[str, Array] = {}
+    written: dict[int, str] = {}  # inputs that several cases share are written once
     for golden in goldens:
         at = golden.name
-        arrays |= {f"{at}/input/{name}": x for name, x in golden.inputs.items()}
+        arrays[f"{at}/about/fields"] = np.array([golden.forced, golden.probes, str(golden.trivial)])
+        base = written.setdefault(id(golden.inputs), at)
+        if base == at:
+            arrays |= {f"{at}/input/{name}": x for name, x in golden.inputs.items()}
+        else:
+            arrays[f"{at}/about/inputs of"] = np.array(base)
         for name, output in golden.outputs.items():
             arrays[f"{at}/output/{name}"] = output.exact
-            arrays[f"{at}/limit/{name}"] = np.array([output.eager_error, output.limit, output.fill_limit])
+            arrays[f"{at}/limit/{name}"] = np.array(
+                [output.eager_error, output.limit, output.fill_limit, output.broken]
+            )
             arrays[f"{at}/dtype/{name}"] = np.array(output.dtype)
             if output.lost is not None:
                 arrays[f"{at}/lost/{name}"] = output.lost
@@ -109,6 +147,9 @@ def load(path: Path) -> list[Golden]:
         for key, x in arrays.items():
             case, kind, name = key.split("/", 2)
             found.setdefault(case, {}).setdefault(kind, {})[name] = x
+        for kinds in found.values():
+            base = kinds["about"].get("inputs of")
+            kinds["input"] = found[str(base)]["input"] if base is not None else kinds.get("input", {})
         return [_golden(case, kinds) for case, kinds in found.items()]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} holds no golden results, but {error}") from error
@@ -135,12 +176,13 @@ def load_arrays(path: Path, what: str) -> dict[str, Array]:
 def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:
     outputs = {}
     for name, exact in kinds["output"].items():
-        eager_error, limit, fill_limit = kinds["limit"][name].tolist()
+        eager_error, limit, fill_limit, broken = kinds["limit"][name].tolist()
         lost = kinds.get("lost", {}).get(name)
-        outputs[name] = Output(exact, str(kinds["dtype"][name]), eager_error, limit, fill_limit, lost)
+        outputs[name] = Output(exact, str(kinds["dtype"][name]), eager_error, limit, fill_limit, lost, int(broken))
     of_layers: dict[str, dict[str, Any]] = {}
     for kind, arrays in kinds.items():
         for name, x in arrays.items() if kind.startswith("layer.") else ():
             of_layers.setdefault(name, {})[kind.removeprefix("layer.")] = str(x) if kind == "layer.dtype" else x
     layers = {name: Layer(**fields) for name, fields in of_layers.items()}
-    return Golden(case, kinds["input"], outputs, layers)
+    forced, probes, trivial = kinds["about"]["fields"].tolist()
+    return Golden(case, kinds["input"], outputs, layers, forced, probes, trivial == "True")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from adaattn.export.golden import Array, Golden, Output
 
 FACTOR = 2.0  # two summation orders of equal merit differ by about this
-# Relative errors that no backend must answer for: a few ulps of the type after a handful of layers.
+# The most that a limit may have beside eager's error: a few ulps of the type after a handful of layers.
 FLOOR = {"float64": 1e-14, "float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
 # Where an operand is between two integers of int8, or numbers of bf16, the last bit of a sum decides: some 1e-4 of them
 # may round the other way, and noise of √1e-4 steps is this share of the rounding error that the plan has anyway.
@@ -29,6 +29,15 @@ NUDGE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
 SHAKE = {"float64": 4e-16, "float32": 2e-7, "float16": 5e-4, "bfloat16": 4e-3}
 # What every result of an operator may be off by, to see which integers that come of it hang on a rounding.
 NOISE = {dtype: 2 * share for dtype, share in SHAKE.items()}
+# Half a unit in the last place: an output that eager has exactly right may be rounded once more.
+HALF_ULP = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# What must have been compared of an output in every case but the trivial one, for a verdict to be "passed".
+MIN_SHARE = 0.5
+# Moments of a probe are those of a case, times these: the query's alone, then the query's and the value's.
+PROBE_SCALES = np.geomspace(1e-3, 1e3, 121)
+PROBE_POWERS = {"mean": 1, "second_moment": 2, "channel_peak": 1, "token_peak": 2}
+# Plans of a probe may differ where they do so within limits that differ by this share: sums in float32.
+PROBE_EDGE = 1e-4
 # A larger limit would pass zeros, or nearly: eager PyTorch does not know the answer itself.
 USELESS = 0.5
 LOOSE = 0.1  # and one above this is worth a word
@@ -48,11 +57,13 @@ class Ran:
     Args:
         plans: of each planned attention by name; empty where the backend does not show them.
         heads: outputs (B, H, S, D) of each planned attention; empty likewise.
+        predicted: the error (B, H) that each plan predicts; empty likewise.
     """
 
     outputs: Mapping[str, Array]
     plans: Mapping[str, PlanPair]
     heads: Mapping[str, Array]
+    predicted: Mapping[str, Array] = field(default_factory=dict)
 
 
 Backend = Callable[[Golden], Ran]
@@ -72,8 +83,10 @@ def limit_of(
         shaken: errors of float64 with q and k off by SHAKE, each way. What lies on an edge (two keys that nearly tie
             for a row, a number between two integers of int8) falls to the other side in one of them.
         inner: the type of the weights, whose floor counts as far as eager's error shows that it matters.
+
+    Where nothing is rounded the limit is three times eager's error: a change of the output by four times that fails.
     """
-    floor = max(FLOOR[dtype], min(FLOOR[inner or dtype], eager_error))
+    floor = min(max(FLOOR[dtype], FLOOR[inner or dtype]), max(eager_error, HALF_ULP[dtype]))
     return max(FACTOR * eager_error, math.hypot(*shaken)) + floor + FLIPS * rounding
 
 
@@ -129,7 +142,7 @@ def compare(goldens: Sequence[Golden], backend: Backend, exact_at: ExactAt | Non
     tally = {"heads": 0, "differ": 0, "excused": 0}
     for golden in goldens:
         ran = backend(golden)
-        plans = _compare_plans(golden, ran.plans)
+        plans = _compare_plans(golden, ran)
         for key in tally:
             tally[key] += plans[key]
         exact: Mapping[str, Array] | None = {name: output.exact for name, output in golden.outputs.items()}
@@ -148,18 +161,77 @@ def compare(goldens: Sequence[Golden], backend: Backend, exact_at: ExactAt | Non
         if not plans["differ"]:
             _compare_heads(heads, golden, ran.heads)
     failed = [row for row in rows if row["verdict"] == "failed"]
-    compared = {row["name"] for row in rows if row["verdict"] != "not run"}
-    passed = compared == {row["name"] for row in rows}
-    rows.sort(key=lambda row: row["name"] in compared)  # what was never compared has the first word
-    reasons = (f"{row['name']} ({row['case']}): {row['reason']}" for row in failed or rows if row["reason"])
+    missing = _never_compared(goldens, rows)
+    notes = [row for row in rows if row["reason"]]
+    reasons = [f"{row['name']} ({row['case']}): {row['reason']}" for row in failed or notes]
     return {
-        "verdict": "failed" if failed else "passed" if passed and rows else "not run",
-        "reason": next(reasons, None),
+        "verdict": "failed" if failed else "not run" if missing else "passed",
+        "reason": missing if missing and not failed else next(iter(reasons), None),
         "outputs": rows,
         "heads": list(heads.values()),
         "histogram": {"log10_edges": HISTOGRAM_EDGES, "counts": counts.tolist()},
         "plans": tally if tally["heads"] else None,
+        "compared": _coverage(goldens, rows),
     }
+
+
+def _never_compared(goldens: Sequence[Golden], rows: Sequence[dict[str, Any]]) -> str | None:
+    """Return why the rows prove nothing, or None: each output needs MIN_SHARE of its elements in each case.
+
+    The trivial case, of the least sizes, is not needed where there are others. A case whose plans lie on an edge may be
+    compared with its plans forced instead.
+    """
+    cases = {golden.name: golden for golden in goldens}
+    needed = [golden for golden in goldens if not golden.trivial] or list(goldens)
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["name"], cases[row["case"]].case)
+        if key not in best or row["compared"] > best[key]["compared"]:
+            best[key] = row
+    wanted = {golden.case for golden in needed}
+    for (name, case), row in best.items():
+        if case in wanted and row["compared"] < MIN_SHARE * row["elements"]:
+            why = row["reason"] or "eager PyTorch or the plan leaves the rest open"
+            return f"{name} ({case}): {row['compared']} of {row['elements']} elements were compared: {why}"
+    if not any(row["compared"] for row in rows):
+        return "nothing was compared: every output is empty"
+    return None
+
+
+def _coverage(goldens: Sequence[Golden], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a verdict rests on: cases, elements, and the plans that were forced or came of a probe."""
+    steps = [
+        np.stack([golden.outputs[f"{golden.probes}.{name}"].exact for name in ("precision", "rank")], -1).reshape(-1, 2)
+        for golden in goldens
+        if golden.probes
+    ]
+    return {
+        "cases": len({golden.case for golden in goldens if not golden.probes}),
+        "runs": len(goldens),
+        "elements": sum(row["compared"] for row in rows),
+        "of_elements": sum(row["elements"] for row in rows),
+        "forced": list(dict.fromkeys(golden.forced for golden in goldens if golden.forced)),
+        "plan_steps": len(np.unique(np.concatenate(steps), axis=0)) if steps else 0,
+    }
+
+
+def probe_inputs(golden: Golden) -> dict[str, Array]:
+    """Return the moments that a probe gives to the op `plan`, by the names of its arguments.
+
+    Args:
+        golden: a probe; its inputs are the moments of one sequence, (1, H, ...) each.
+
+    Returns:
+        Twice PROBE_SCALES as many sequences: the moments with the query's scaled, and with the query's and the value's.
+    """
+    once = np.ones_like(PROBE_SCALES)
+    scales = {"query": np.tile(PROBE_SCALES, 2), "key": np.tile(once, 2), "value": np.append(once, PROBE_SCALES)}
+    found = {}
+    for name, x in golden.inputs.items():
+        of, _, kind = name.partition("_")
+        factors = (scales[of] ** PROBE_POWERS[kind]).astype(np.float32)
+        found[name] = factors.reshape(-1, *(1,) * (x.ndim - 1)) * x
+    return found
 
 
 def relative_error(difference: Array, exact: Array) -> float:
@@ -173,14 +245,14 @@ def _rms(x: Array) -> float:
     return peak * float(np.sqrt(np.square(x / peak).mean())) if peak > 0 else peak
 
 
-def _compare_plans(golden: Golden, plans: Mapping[str, PlanPair]) -> dict[str, Any]:
+def _compare_plans(golden: Golden, ran: Ran) -> dict[str, Any]:
     """How many heads, how many whose plan differs, how many of them on the edge, and a line for each other."""
     heads = differ = excused = 0
     lines = []
     for name, layer in golden.layers.items():
-        if name not in plans:
+        if name not in ran.plans:
             continue
-        precision, rank = plans[name]
+        precision, rank = ran.plans[name]
         off = (layer.precision != precision) | (layer.rank != rank)
         heads += off.size
         differ += int(off.sum())
@@ -190,11 +262,19 @@ def _compare_plans(golden: Golden, plans: Mapping[str, PlanPair]) -> dict[str, A
                 f"{name}, batch {batch}, head {head}: plan (precision {precision[batch, head]}, rank "
                 f"{rank[batch, head]}), eager has ({layer.precision[batch, head]}, {layer.rank[batch, head]})"
             )
+        if name in ran.predicted and layer.predicted is not None and layer.predicted_limit is not None:
+            got, want = ran.predicted[name], layer.predicted
+            for batch, head in np.argwhere(~off & ~stands(got, want, layer.predicted_limit)):
+                lines.append(
+                    f"{name}, batch {batch}, head {head}: the plan predicts an error of {got[batch, head]:.3e}, that "
+                    f"of eager {want[batch, head]:.3e}"
+                )
     return {"heads": heads, "differ": differ, "excused": excused, "lines": lines}
 
 
 def _row(golden: Golden, name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "case": golden.name, "verdict": "failed", "reason": None}
+    row |= {"compared": 0, "elements": int(golden.outputs[name].exact.size)}
     metrics = dict.fromkeys(("error", "eager_error", "limit", "max_abs", "cosine", "lost"))
     return row | metrics | {"ulp": [], "worst": []}
 
@@ -208,8 +288,15 @@ def _compare_output(golden: Golden, name: str, output: Output, got: Array | None
     named = "float32" if output.dtype == "bfloat16" else output.dtype
     if str(got.dtype) != named:
         return row | {"reason": f"the backend returns {got.dtype}; eager returns {output.dtype}"}
+    if output.broken:
+        where = f"{output.broken} of {exact.size} elements"
+        return row | {
+            "reason": f"eager PyTorch itself has NaN or Inf in {where}, where float64 has numbers that "
+            f"{output.dtype} holds: the model fails in its type"
+        }
     if exact.size and lost.all():
         return row | {"verdict": "not run", "reason": f"nothing to compare: {_why_lost(output.dtype)} all of it"}
+    row["compared"] = int(exact.size - lost.sum())
     left = f"{lost.sum()} of {lost.size} elements are not compared: {_why_lost(output.dtype)} them"
     passed = {"verdict": "passed", "reason": left if lost.any() else None}
     if output.dtype not in DIGITS:
@@ -231,6 +318,7 @@ def _compare_numbers(output: Output, got: Array, exact: Array, lost: Array) -> d
     if off.any():
         return row | _reason(off, "are not the infinities or fill values that eager has")
     if output.limit > USELESS:
+        row["compared"] = 0
         reason = f"eager PyTorch errs too much itself: the limit would be {output.limit:.1e}"
         return row | {"verdict": "not run", "reason": reason}
     difference = np.abs(got[usable] - exact[usable])
@@ -251,7 +339,7 @@ def _reason(off: Array, what: str) -> dict[str, Any]:
     return {"reason": f"{off.sum()} of {off.size} elements {what}, first at {first}", "worst": first}
 
 
-def stands(got: Array, exact: Array, limit: float) -> Array:
+def stands(got: Array, exact: Array, limit: float | Array) -> Array:
     """Where infinities are the same, and other numbers within a relative limit."""
     with np.errstate(invalid="ignore", over="ignore"):
         near = np.abs(got.astype(np.float64) - exact) <= limit * np.abs(exact)

@@ -191,9 +191,9 @@ def export(
             with clock.stage("eager"):
                 reference = Reference(captured)
                 expected = [reference.expect(case) for case in cases.cases(captured)]
-                goldens = [reference.golden(want, names) for want in expected]
+                goldens = reference.goldens(expected, names)
                 golden.save(staged / "golden.npz", goldens)
-                trace.save(staged / "trace.npz", trace.record(lowered, cases.small(captured)))
+                golden.save(staged / "trace.npz", trace.record(reference, lowered, cases.small(captured), names))
                 layers = summary.layers(names, expected, module)
             given = {want.case.name: want.case for want in expected}
 

@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from adaattn.config import FP32, PRECISIONS
 from adaattn.errors import ConfigError
 from adaattn.export.capture import Captured
 from adaattn.export.cases import Case
 from adaattn.export.golden import Array, Golden, Layer, Output
-from adaattn.export.parity import NOISE, NUDGE, SHAKE, PlanPair, farthest, judged, limit_of, relative_error, within
-from adaattn.export.yardstick import PlanMode, run, to_double
+from adaattn.export.parity import (
+    FLIPS,
+    LARGEST,
+    NOISE,
+    NUDGE,
+    PROBE_EDGE,
+    SHAKE,
+    PlanPair,
+    farthest,
+    judged,
+    limit_of,
+    probe_inputs,
+    relative_error,
+    within,
+)
+from adaattn.export.yardstick import PlanCall, PlanMode, run, to_double
+
+TRIVIAL = "shortest"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A plan that every attention of a model is forced to.
+
+    Args:
+        precision: a code.
+        quarters: of head_dim, rounded up, that the rank keeps.
+    """
+
+    precision: int = FP32
+    quarters: int = 4
+
+    def __str__(self) -> str:
+        name = PRECISIONS[self.precision]
+        return name if self.quarters == 4 else f"{name}, rank {self.quarters} of 4"
+
+    def plans(self, mode: PlanMode) -> list[tuple[Tensor, Tensor]]:
+        """Return the forced plan of each call that a mode saw."""
+        return [
+            (
+                torch.full_like(precision, self.precision),
+                torch.full_like(rank, -(-errors.head_dim * self.quarters // 4)),
+            )
+            for (precision, rank), errors in zip(mode.plans, mode.errors, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A case in both types, and what the modes saw of its attention."""
+    """A case in both types, and what the modes saw of its attention; `forced` says to what plan, if to one."""
 
     case: Case
     outputs: dict[str, Tensor]
     exact: dict[str, Tensor]
     mode: PlanMode
     double: PlanMode
+    forced: Rung | None = None
 
 
 class Reference:
@@ -35,15 +80,44 @@ class Reference:
     def __init__(self, captured: Captured) -> None:
         self.dtype = str(captured.dtype).removeprefix("torch.")
         self._eager, self._double, self._names = captured.eager, captured.in_double(), captured.output_names
-        self._nudged: tuple[Case, list[list[tuple[Tensor, Tensor]]]] | None = None
+        self._nudged: tuple[Case, list[PlanMode]] | None = None
+        self._inputs: dict[str, tuple[Case, dict[str, Array]]] = {}
 
-    def expect(self, case: Case) -> Expected:
+    def goldens(self, expected: Sequence[Expected], layers: Sequence[str]) -> list[Golden]:
+        """Return all that a verdict needs: the cases, the same with forced plans, and probes of the plans.
+
+        Every case runs once more with all plans forced to fp32 at full rank, where nothing is rounded and the rule is
+        sharp. One of the smaller cases runs at each other precision and rank that the plans may take. A probe gives the
+        plan of a layer moments over six decades, so that it takes all steps of its ladder.
+
+        Args:
+            expected: the cases, run with the plans that the model makes.
+            layers: names of the planned attentions, in the order of their calls.
+        """
+        found = [self.golden(want, layers) for want in expected]
+        planned = [want for want in expected if want.mode.plans and len(want.mode.plans) == len(layers)]
+        exact = [self.expect(want.case, Rung(), want.mode) for want in planned if not _is_exact(want.mode)]
+        found += [self.golden(want, layers) for want in exact]
+        if planned:
+            usual = min(planned, key=_size)
+            for rung in rungs(want.mode for want in planned):
+                found.append(self.golden(self.expect(usual.case, rung, usual.mode), layers))
+            for layer, call in zip(layers, usual.mode.planned, strict=True):
+                if call is not None:
+                    found.append(probe(layer, call))
+        return found
+
+    def expect(self, case: Case, forced: Rung | None = None, like: PlanMode | None = None) -> Expected:
         """Run a case.
+
+        Args:
+            forced: the plan of every attention; None to let the model plan.
+            like: what was seen of the same case with plans of its own, where plans are forced.
 
         Raises:
             ConfigError: eager PyTorch itself fails on it.
         """
-        mode = PlanMode(measure=True)
+        mode = PlanMode(measure=True, plans=None if forced is None or like is None else forced.plans(like))
         try:
             outputs = self._named(run(self._eager, case.inputs, mode))
         except Exception as error:  # the user's own code
@@ -53,7 +127,7 @@ class Reference:
                 "narrow --dim, give integers their range as in ids=B,S:int64<30522, or pass --no-verify"
             ) from error
         exact, double = self.exact(case, mode.plans)
-        return Expected(case, outputs, exact, mode, double)
+        return Expected(case, outputs, exact, mode, double, forced)
 
     def exact(self, case: Case, plans: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, Tensor], PlanMode]:
         """float64 outputs at given plans."""
@@ -69,31 +143,44 @@ class Reference:
         Args:
             layers: names of the planned attentions, in the order of their calls.
         """
-        known = [errors.rounding.nan_to_num(posinf=0.0) for errors in expected.mode.errors]  # inf: moments overflowed
-        rounding = min(1.0, max((float(x.max()) for x in known), default=0.0))
+        rounding = rounding_of(expected.mode)
         shaken, noisy = self._shaken(expected), self._noisy(expected)
         outputs = {}
         for name, x in expected.outputs.items():
-            moved = [each[name] for each in (shaken if x.is_floating_point() else noisy)]
-            outputs[name] = self._output(x, expected.exact[name], rounding, moved)
-        inputs = {name: array(x) for name, x in expected.case.inputs.items()}
+            moved = [each[name] for each in ([run[0] for run in shaken] if x.is_floating_point() else noisy)]
+            outputs[name] = self.output(x, expected.exact[name], rounding, moved)
         # Fewer layers than calls: calls that were one and the same have become one.
         named = layers if len(layers) == len(expected.mode.plans) else ()
-        kept = {name: self._layer(expected, place) for place, name in enumerate(named)}
-        return Golden(expected.case.name, inputs, outputs, kept)
+        modes = [run[1] for run in shaken]
+        kept = {name: self._layer(expected, place, rounding, modes) for place, name in enumerate(named)}
+        return self.assembled(expected.case, expected.forced, outputs, kept)
+
+    def assembled(
+        self, case: Case, forced: Rung | None, outputs: Mapping[str, Output], layers: Mapping[str, Layer]
+    ) -> Golden:
+        """Return the golden of a case, whose name says what its plans are forced to."""
+        name = case.name if forced is None else f"{case.name} at {forced}"
+        trivial = case.name == TRIVIAL
+        return Golden(name, self._arrays(case), outputs, layers, "" if forced is None else str(forced), trivial=trivial)
+
+    def _arrays(self, case: Case) -> dict[str, Array]:
+        """Return the inputs for numpy, one dictionary for all goldens of a case: their file holds it once."""
+        if case.name not in self._inputs or self._inputs[case.name][0] is not case:
+            self._inputs[case.name] = (case, {name: array(x) for name, x in case.inputs.items()})
+        return self._inputs[case.name][1]
 
     def exact_at(self, case: Case, plans: Sequence[PlanPair]) -> dict[str, Array]:
         """float64 outputs at the plans of a backend."""
         pairs = [(torch.from_numpy(precision), torch.from_numpy(rank)) for precision, rank in plans]
         return {name: array(x) for name, x in self.exact(case, pairs)[0].items()}
 
-    def _shaken(self, expected: Expected) -> list[dict[str, Tensor]]:
+    def _shaken(self, expected: Expected) -> list[tuple[dict[str, Tensor], PlanMode]]:
         """float64 outputs with q and k a rounding off, each way."""
         if not expected.mode.plans:
             return []
         shake = SHAKE[self.dtype]
         modes = [PlanMode(double=True, plans=expected.mode.plans, shake=share) for share in (shake, -shake)]
-        return [self._in_double(expected.case, mode)[0] for mode in modes]
+        return [self._in_double(expected.case, mode) for mode in modes]
 
     def _noisy(self, expected: Expected) -> list[dict[str, Tensor]]:
         """float64 outputs with every result a rounding off, where an output is of integers."""
@@ -104,12 +191,21 @@ class Reference:
         modes = [PlanMode(double=True, plans=expected.mode.plans, noise=share, seed=seed) for seed, share in shares]
         return [self._in_double(expected.case, mode)[0] for mode in modes]
 
-    def _output(self, eager: Tensor, exact: Tensor, rounding: float, moved: Sequence[Tensor]) -> Output:
+    def output(self, eager: Tensor, exact: Tensor, rounding: float = 0.0, moved: Sequence[Tensor] = ()) -> Output:
+        """Return what a value should be and how far it may be off.
+
+        Args:
+            eager: the value in the model's type.
+            exact: the same in float64.
+            rounding: largest predicted rounding error of a head.
+            moved: the same in float64 with what lies on an edge moved to either side of it.
+        """
         dtype = str(eager.dtype).removeprefix("torch.")
         if not eager.is_floating_point():
             lost = torch.stack([x != eager for x in (exact, *moved)]).any(0)
             return Output(array(eager), dtype, 0.0, 0.0, lost=array(lost) if lost.any() else None)
         got, wanted = array(eager.double()), within(array(exact), dtype)
+        held = np.isfinite(array(exact)) & (np.isnan(got) | (np.abs(array(exact)) <= LARGEST[dtype]))
         lost_to_eager = ~((np.isfinite(got) & np.isfinite(wanted)) | (got == wanted))
         usable, filled = judged(wanted, lost_to_eager)
         known, runs = np.where(usable, wanted, 0), [got, *(within(array(x), dtype) for x in moved)]
@@ -122,36 +218,106 @@ class Reference:
             limit_of(error, dtype, rounding, others, self.dtype),
             limit_of(fill_error, dtype, rounding, fill_others, self.dtype),
             lost_to_eager if lost_to_eager.any() else None,
+            int((lost_to_eager & held).sum()),
         )
 
-    def _layer(self, expected: Expected, place: int) -> Layer:
+    def _layer(self, expected: Expected, place: int, rounding: float, shaken: Sequence[PlanMode]) -> Layer:
         precision, rank = expected.mode.plans[place]
-        edge = torch.zeros_like(precision, dtype=torch.bool)
-        for plans in self._nudged_plans(expected.case):
-            edge |= (plans[place][0] != precision) | (plans[place][1] != rank)
+        edge, predicted, predicted_limit = torch.zeros_like(precision, dtype=torch.bool), None, None
+        if expected.forced is None:
+            nudged, call = self._nudged_modes(expected.case), expected.mode.planned[place]
+            for mode in nudged:
+                edge |= (mode.plans[place][0] != precision) | (mode.plans[place][1] != rank)
+            if call is not None:
+                others = [other.predicted for mode in nudged if (other := mode.planned[place]) is not None]
+                predicted = array(call.predicted)
+                predicted_limit = _spread(predicted, [array(x) for x in others]) + 2 * FLIPS * rounding
+        layer = Layer(array(precision), array(rank), array(edge), predicted=predicted, predicted_limit=predicted_limit)
         eager, exact = expected.mode.outputs[place], expected.double.outputs[place]
-        if eager is None or exact is None:
-            return Layer(array(precision), array(rank), array(edge))
-        difference = (eager.double() - exact).square().mean(dim=(0, 2, 3)).sqrt()
-        size = exact.square().mean(dim=(0, 2, 3)).sqrt()
-        errors = torch.where(size > 0, difference / size, difference)
+        # With all plans at fp32 the trace says where a fault is: outputs of heads would only fill the file.
+        if eager is None or exact is None or expected.forced == Rung():
+            return layer
+        errors = _head_errors(eager, exact)
         dtype = str(eager.dtype).removeprefix("torch.")
-        return Layer(array(precision), array(rank), array(edge), array(exact.float()), array(errors), dtype)
+        others = [_head_errors(x, exact) for mode in shaken if (x := mode.outputs[place]) is not None]
+        limits = [
+            limit_of(error, dtype, rounding, [float(other[head]) for other in others], self.dtype)
+            for head, error in enumerate(errors.tolist())
+        ]
+        return replace(layer, exact=array(exact.float()), eager_error=errors, limit=np.array(limits), dtype=dtype)
 
-    def _nudged_plans(self, case: Case) -> list[list[tuple[Tensor, Tensor]]]:
-        """Eager's plans with its moments moved a little, each way."""
+    def _nudged_modes(self, case: Case) -> list[PlanMode]:
+        """What eager plans with its moments moved a little, each way."""
         if self._nudged is None or self._nudged[0] is not case:
             found = []
             for nudge in (NUDGE[self.dtype], -NUDGE[self.dtype]):
                 for tilt in (False, True):
                     mode = PlanMode(nudge=nudge, tilt=tilt)
                     run(self._eager, case.inputs, mode)
-                    found.append(mode.plans)
+                    found.append(mode)
             self._nudged = (case, found)
         return self._nudged[1]
 
     def _named(self, outputs: list[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self._names, outputs, strict=True))
+
+
+def rounding_of(mode: PlanMode) -> float:
+    """Return the largest rounding error that is predicted of a head, at most 1."""
+    known = [errors.rounding.nan_to_num(posinf=0.0) for errors in mode.errors]  # inf: moments overflowed
+    return min(1.0, max((float(x.max()) for x in known), default=0.0))
+
+
+def _is_exact(mode: PlanMode) -> bool:
+    """Whether every plan is fp32 at full rank."""
+    pairs = zip(mode.plans, Rung().plans(mode), strict=True)
+    return all(torch.equal(plan[0], exact[0]) and torch.equal(plan[1], exact[1]) for plan, exact in pairs)
+
+
+def _size(expected: Expected) -> tuple[bool, int]:
+    """By how much a case serves for what needs one case alone: not the trivial one, and few numbers."""
+    return expected.case.name == TRIVIAL, sum(x.numel() for x in expected.case.inputs.values())
+
+
+def rungs(modes: Iterable[PlanMode]) -> list[Rung]:
+    """Return the plans, other than fp32 at full rank, that models may choose: each precision, and each rank at fp32."""
+    precisions, quarters = set[int](), set[int]()
+    for mode in modes:
+        for (precision, rank), call, errors in zip(mode.plans, mode.planned, mode.errors, strict=True):
+            codes, ranks = (precision, rank) if call is None else call.ladder.unbind(0)
+            precisions |= set(codes.flatten().tolist())
+            quarters |= {max(1, 4 * n // errors.head_dim) for n in ranks.flatten().tolist()}
+    return [Rung(code) for code in sorted(precisions - {FP32})] + [Rung(FP32, n) for n in sorted(quarters - {4})]
+
+
+def probe(layer: str, call: PlanCall) -> Golden:
+    """Return the plans that the op `plan` makes of the moments of one sequence, scaled over decades."""
+    names = [argument.name for argument in torch.ops.adaattn.plan.default._schema.arguments]
+    moments = {name: array(x[-1:]) for name, x in zip(names, call.moments, strict=False)}
+    golden = Golden(f"plan of {layer}", moments, {}, probes=layer)
+    scaled = tuple(torch.from_numpy(x) for x in probe_inputs(golden).values())
+    whole = replace(call, moments=scaled)
+    wanted, near = whole.within(0), [whole.within(share) for share in (PROBE_EDGE, -PROBE_EDGE)]
+    edge = array(torch.stack([(a != b) for plan in near for a, b in zip(plan, wanted, strict=True)]).any(0))
+    outputs = {
+        f"{layer}.{name}": Output(array(x), "int32", 0.0, 0.0, lost=edge if edge.any() else None)
+        for name, x in zip(("precision", "rank"), wanted, strict=True)
+    }
+    return replace(golden, outputs=outputs)
+
+
+def _spread(value: Array, others: Sequence[Array]) -> Array:
+    """Twice the largest relative distance of others from a value, and a rounding; 0 where a value is infinite."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        moves = [np.abs(other - value) / value for other in others]
+    return 2 * np.nan_to_num(np.stack(moves), posinf=1.0).max(0) + 1e-5
+
+
+def _head_errors(x: Tensor, exact: Tensor) -> Array:
+    """Relative error of each head (H,) of an attention's output."""
+    difference = (x.double() - exact).square().mean(dim=(0, 2, 3)).sqrt()
+    size = exact.square().mean(dim=(0, 2, 3)).sqrt()
+    return array(torch.where(size > 0, difference / size, difference))
 
 
 def array(x: Tensor) -> Array:

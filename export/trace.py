@@ -1,56 +1,77 @@
-"""What the values of a graph are in eager PyTorch, on one small case: a departure is traced to its node by them."""
+"""What the values inside a graph are in eager PyTorch, on one small case: `bisect` finds a fault's node by them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Sequence
+from typing import Any
 
-from adaattn.export.golden import Array, load_arrays, save_arrays
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
 
-if TYPE_CHECKING:
-    from adaattn.export.cases import Case
-    from adaattn.export.onnx import Lowered
+from adaattn.export.cases import Case
+from adaattn.export.golden import Golden, Layer
+from adaattn.export.onnx import Lowered
+from adaattn.export.reference import Reference, Rung, array, rounding_of
+from adaattn.export.yardstick import PlanMode, to_double
 
 
-def record(lowered: Lowered, case: Case) -> dict[str, Array]:
-    """Values of eager PyTorch by their names in the ONNX graph; inputs are among them.
+def record(reference: Reference, lowered: Lowered, case: Case, layers: Sequence[str]) -> list[Golden]:
+    """Return goldens whose outputs are the values of a graph by their names, each with a limit of its own.
 
     The exporter names values after the nodes of the program; those that it adds or fuses have no counterpart.
+
+    Args:
+        layers: names of the planned attentions, in the order of their calls.
+
+    Returns:
+        One with all plans forced to fp32 at full rank, where the program plans, and one with its own plans.
     """
-    import torch
-    from torch.fx import Interpreter, Node
+    natural = PlanMode(measure=True)
+    found = [_golden(reference, lowered, case, natural)]
+    if natural.plans and len(natural.plans) == len(layers):
+        exact = PlanMode(measure=True, plans=Rung().plans(natural))
+        found.insert(0, _golden(reference, lowered, case, exact, Rung(), layers))
+    return found
 
-    from adaattn.export.reference import array
 
+def _golden(
+    reference: Reference,
+    lowered: Lowered,
+    case: Case,
+    mode: PlanMode,
+    forced: Rung | None = None,
+    layers: Sequence[str] = (),
+) -> Golden:
+    eager = _values(lowered, case, mode)
+    exact = _values(lowered, case, PlanMode(double=True, plans=mode.plans))
+    rounding = rounding_of(mode)
+    outputs = {name: reference.output(x, exact[name], rounding) for name, x in eager.items()}
+    plans = zip(layers, mode.plans, strict=True) if layers else ()
+    of_layers = {name: Layer(array(plan[0]), array(plan[1]), np.zeros(plan[0].shape, bool)) for name, plan in plans}
+    return reference.assembled(case, forced, outputs, of_layers)
+
+
+def _values(lowered: Lowered, case: Case, mode: PlanMode) -> dict[str, Tensor]:
+    """Run the program node by node under a mode, in float64 where it asks for that."""
     known = {value.name for node in lowered.graph.graph for value in node.outputs}
-    values: dict[str, Array] = {name: array(x) for name, x in case.inputs.items()}
+    module, inputs = lowered.program.module(), list(case.inputs.values())
+    if mode.double:
+        module, inputs = copy.deepcopy(module).double(), [to_double(x) for x in inputs]
+    values: dict[str, Tensor] = {}
 
     class Recorder(Interpreter):
         def run_node(self, node: Node) -> Any:
             result = super().run_node(node)
-            if isinstance(result, torch.Tensor) and node.op == "call_function" and node.name in known:
-                values[node.name] = array(result)
+            if isinstance(result, Tensor) and node.op == "call_function" and node.name in known:
+                values[node.name] = result
             return result
 
+    with torch.no_grad(), mode:
+        outputs = Recorder(module).run(*inputs)
     # Outputs have names of their own in the graph.
-    names = [output.name for output in lowered.graph.graph.outputs]
-    with torch.no_grad():
-        outputs = Recorder(lowered.program.module()).run(*case.inputs.values())
+    names = [str(output.name) for output in lowered.graph.graph.outputs]
     flat = torch.utils._pytree.tree_leaves(outputs)
-    values |= {str(name): array(x) for name, x in zip(names, flat, strict=False) if isinstance(x, torch.Tensor)}
-    return values
-
-
-def save(path: Path, values: Mapping[str, Array]) -> None:
-    """Write the values as arrays of one .npz."""
-    save_arrays(path, values)
-
-
-def load(path: Path) -> dict[str, Array]:
-    """Read what `save` wrote.
-
-    Raises:
-        ConfigError: there is no such file, or it is none of ours.
-    """
-    return load_arrays(path, "trace of eager PyTorch")
+    return values | {name: x for name, x in zip(names, flat, strict=False) if isinstance(x, Tensor)}

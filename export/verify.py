@@ -65,6 +65,7 @@ def target(
         "heads": [],
         "histogram": None,
         "plans": None,
+        "compared": None,
     }
 
 
@@ -150,12 +151,17 @@ def sha256(file: Path) -> str:
 
 
 def _served(path: Path, goldens: Sequence[Golden]) -> tuple[list[Golden], list[str]]:
-    """The cases that a backend takes, and the names of the others; only engines are choosy."""
+    """The cases that a backend takes, and the names of the others; only engines are choosy.
+
+    An engine makes its own plans: it is not run with forced ones, which would take another engine.
+    """
     if not engine.sidecar(path).exists():
         return list(goldens), []
     profiles = read_json(engine.sidecar(path))["profiles"]
     served, others = [], []
     for each in goldens:
+        if not each.whole:
+            continue
         try:
             profile_of(profiles, each.shapes)
         except ConfigError:

@@ -33,6 +33,24 @@ class HeadErrors:
     measured: Tensor
 
 
+@dataclass(frozen=True)
+class PlanCall:
+    """One call of the op `plan`: the moments, the ladder, scale and limit that it took, and what it returned."""
+
+    moments: tuple[Tensor, ...]
+    ladder: Tensor
+    scale: float
+    limit: float
+    precision: Tensor
+    rank: Tensor
+    predicted: Tensor
+
+    def within(self, share: float) -> PlanPair:
+        """Return the plans that the same moments make within a limit larger by a share."""
+        made = torch.ops.adaattn.plan(*self.moments, self.ladder, self.scale, self.limit * (1 + share))
+        return made[0], made[1]
+
+
 class PlanMode(TorchDispatchMode):
     """Watches the attention ops of a run, in order.
 
@@ -45,8 +63,8 @@ class PlanMode(TorchDispatchMode):
         shake: move each number of q and k up or down, seeded, by this share of the usual size at its place.
         noise: move every number that an operator makes, but whole ones, up or down by this share, at random by `seed`.
 
-    What it saw is in `plans`, `errors` (with `measure`) and `outputs`, of each call; an output larger than LARGE is
-    None.
+    What it saw is in `plans`, `planned`, `errors` (with `measure`) and `outputs`, of each call: `planned` is the call
+    of `plan` that made its plan, or None; an output larger than LARGE is None.
     """
 
     supports_higher_order_operators = True  # torch asks
@@ -64,9 +82,11 @@ class PlanMode(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.plans: list[PlanPair] = []
+        self.planned: list[PlanCall | None] = []
+        self._made: list[PlanCall] = []
         self.errors: list[HeadErrors] = []
         self.outputs: list[Tensor | None] = []
-        self._double, self._replay, self._measure, self._nudge, self._tilt = double, plans, measure, nudge, tilt
+        self.double, self._replay, self._measure, self._nudge, self._tilt = double, plans, measure, nudge, tilt
         self.branched = False
         self._shake, self._noise, self._seed = shake, noise, seed
 
@@ -74,7 +94,7 @@ class PlanMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._double:
+        if self.double:
             args, kwargs = tree_map(_as_double_dtype, (args, kwargs))
         if isinstance(func, HigherOrderOperator):  # torch.cond and its like
             self.branched = True
@@ -82,9 +102,14 @@ class PlanMode(TorchDispatchMode):
         if func is torch.ops.adaattn.token_moments.default:
             moments = func(*args[:3])  # without `impl`: in float64 only the reference runs
             return tuple(self._nudged(x) for x in moments) if self._nudge else moments
+        if func is torch.ops.adaattn.plan.default:
+            made = func(*args[:12])
+            self._made.append(PlanCall(args[:9], *args[9:12], *made))
+            return made
         if func is not torch.ops.adaattn.adaptive_attention.default:
             return self._noised(func, func(*args, **kwargs))
         args = args[:10]
+        self.planned.append(next((call for call in self._made if call.precision is args[5]), None))
         if self._replay is not None:
             args = (*args[:5], *self._replay[len(self.plans)], *args[7:])
         if self._shake:
