@@ -222,11 +222,14 @@ def ancestors(maker: Mapping[str, Any], value: str) -> Iterator[Any]:
             todo += node.input
 
 
-def part(path: Path, values: Sequence[str], known: Collection[str]) -> onnx.ModelProto:
+def part(
+    path: Path, values: Sequence[str], known: Collection[str], types: Mapping[str, tuple[str, int]] | None = None
+) -> onnx.ModelProto:
     """Return the nodes that make values from known ones as a model of their own, whose inputs those are.
 
     Args:
         known: names of values that the model takes as inputs.
+        types: of values, in numpy's words, and their numbers of axes, which the file itself may not say.
 
     Raises:
         TargetError: the file is not an ONNX file.
@@ -255,16 +258,26 @@ def part(path: Path, values: Sequence[str], known: Collection[str]) -> onnx.Mode
             external_data_helper.load_external_data_for_tensor(weight, str(path.parent))
             del weight.external_data[:]
             weight.data_location = onnx.TensorProto.DEFAULT
-    infos = {x.name: x for x in (*graph.value_info, *graph.input, *graph.output)}
-    # Sizes are left out: a probe has other ones.
-    kinds = {name: infos[name].type.tensor_type.elem_type if name in infos else 0 for name in (*ends, *values)}
+    kinds = {x.name: x.type.tensor_type for x in (*graph.value_info, *graph.input, *graph.output)}
+    known_types = {name: (kind.elem_type, len(kind.shape.dim)) for name, kind in kinds.items()}
+    for name, (dtype, rank) in (types or {}).items():
+        known_types[name] = (onnx.TensorProto.DataType.Value(_ONNX_WORDS.get(dtype, dtype.upper())), rank)
     taken = sorted(ends - {x.name for x in weights} | {x.name for x in graph.input if x.name in used})
-    inputs = [helper.make_tensor_value_info(name, kinds.get(name) or onnx.TensorProto.FLOAT, None) for name in taken]
-    outputs = [onnx.ValueInfoProto(name=name) for name in values]
+
+    def info(name: str) -> onnx.ValueInfoProto:
+        if name not in known_types:
+            return onnx.ValueInfoProto(name=name)
+        kind, rank = known_types[name]
+        return helper.make_tensor_value_info(name, kind, [None] * rank)  # sizes are left out: a probe has other ones
+
+    inputs, outputs = ([info(name) for name in names] for names in (taken, values))
     made = helper.make_graph(chosen, "part", inputs, outputs, weights)
     return helper.make_model(
         made, opset_imports=whole.opset_import, functions=whole.functions, ir_version=whole.ir_version
     )
+
+
+_ONNX_WORDS = {"float32": "FLOAT", "float64": "DOUBLE"}
 
 
 def _forced(layer: str, what: str) -> str:

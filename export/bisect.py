@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from onnx import external_data_helper, helper
 
 from adaattn.errors import TargetError
-from adaattn.export import backends, golden, parity, trace
-from adaattn.export.golden import Array, Output
+from adaattn.export import backends, golden, parity
+from adaattn.export.golden import Golden
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,9 @@ class Departure:
 
     Args:
         value: the first that does and takes an output with it.
-        error: relative, against eager PyTorch in the model's type.
-        limit: what it might have been: the largest limit of an output of the export, and a few floors of its type.
+        error: relative, against float64.
+        limit: what it might have been, by the parity rule for this value.
+        plans: the plans at which it departs, such as "fp32"; empty for those that the model makes.
         nodes: lines about the nodes that make the value from others that agree.
         model: these nodes as a model.
     """
@@ -31,70 +30,104 @@ class Departure:
     value: str
     error: float
     limit: float
+    plans: str
     nodes: list[str]
     model: onnx.ModelProto
 
 
 def bisect(folder: Path, provider: str = "CPUExecutionProvider") -> Departure | None:
-    """The first value of `model.onnx` that departs from eager PyTorch's on a small case; None where no output does.
+    """Return the first value of `model.onnx` that departs from eager PyTorch's; None where no output does.
 
-    Values that only cancel, whose relative error is large and of no consequence, are passed over: a value counts when
-    a path of values that all depart leads from it to an output.
+    A small case is run with all plans forced to fp32, where limits are sharp, then with the plans that the model makes.
+    Where it agrees, the plan nodes are looked at, and the attentions at the plans that the golden results force. Values
+    that only cancel, whose relative error is large and of no consequence, are passed over: a value counts when a path
+    of values that all depart leads from it to an output.
 
     Raises:
         ConfigError: the folder has no trace of eager PyTorch.
         TargetError: ONNX Runtime refuses the file or fails, or the file lacks an output.
     """
     path = folder / "model.onnx"
-    values = trace.load(folder / "trace.npz")
-    outputs = [item for case in golden.load(folder / "golden.npz") for item in case.outputs.items()]
-    limit = _limit([output for _, output in outputs], values)
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception as error:  # of protobuf, which is onnx's affair
-        raise TargetError(f"{path} is no ONNX file, or cut off: {error}") from error
-    missing = {name for name, _ in outputs} - {output.name for output in graph.output}
+    traces = golden.load(folder / "trace.npz", "trace of eager PyTorch")
+    goldens = golden.load(folder / "golden.npz")
+    graph = backends.load_graph(path).graph
+    missing = {name for case in goldens if case.whole for name in case.outputs} - {x.name for x in graph.output}
     if missing:
         raise TargetError(f"{path} has no output {sorted(missing)[0]!r}, which the export had")
-    names = [name for node in graph.node for name in node.output if name in values]
-    found = dict(zip(names, _run(path, provider, names, graph, values), strict=True))
-    errors = {name: _error(found[name], values[name], limit) for name in names}
-    departed = {name for name, error in errors.items() if not error <= (limit if values[name].dtype.kind == "f" else 0)}
+    backend = backends.OnnxRuntimeBackend(path, provider)
+    for trace in traces:
+        found = _departure(path, backend, graph, trace)
+        if found is not None:
+            return found
+    return _by_layer(path, backend, goldens)
+
+
+def _departure(path: Path, backend: backends.OnnxRuntimeBackend, graph: Any, trace: Golden) -> Departure | None:
+    names = [name for node in graph.node for name in node.output if name in trace.outputs]
+    found = backend.values(trace, names)
+    rows = {name: parity.compare_output(trace, name, trace.outputs[name], found[name]) for name in names}
+    departed = {name for name, row in rows.items() if row["verdict"] == "failed"}
     first = _first(graph, departed, set(names))
     if first is None:
         return None
-    nodes, known = _between(graph, first, set(values))
-    return Departure(first, errors[first], limit, _lines(nodes, errors), _model(path, nodes, known, first, values))
+    types = {name: (output.dtype, output.exact.ndim) for name, output in trace.outputs.items()}
+    return _described(path, first, set(trace.outputs) | set(trace.inputs), rows, trace.forced, types)
 
 
-def _limit(outputs: Collection[Output], values: Mapping[str, Array]) -> float:
-    """For floating-point values; integers must be the same."""
-    floors = [parity.FLOOR[name] for x in values.values() if (name := str(x.dtype)) in parity.FLOOR]
-    floors += [parity.FLOOR[output.dtype] for output in outputs if output.dtype in parity.FLOOR]
-    limits = [output.limit for output in outputs if output.limit <= parity.USELESS]
-    return max([*(4 * floor for floor in floors), *limits])
+def _by_layer(path: Path, backend: backends.OnnxRuntimeBackend, goldens: Sequence[Golden]) -> Departure | None:
+    """The first plan, or output of an attention at forced plans, that departs."""
+    layers = backends.planned_layers(path)
+    for case in goldens:
+        if not case.probes:
+            continue
+        ran = backend(case)
+        rows = [parity.compare_output(case, name, x, ran.outputs[name]) for name, x in case.outputs.items()]
+        if any(row["verdict"] == "failed" for row in rows):
+            layer = layers[case.probes]
+            place = 0 if rows[0]["verdict"] == "failed" else 1
+            value = (layer.precision, layer.rank)[place]
+            types = dict.fromkeys((layer.precision, layer.rank), ("int32", 2))
+            return _described(path, value, set(layer.moments.values()), {value: rows[place]}, "", types)
+    for case in goldens:
+        if not case.forced or not any(layer.limit is not None for layer in case.layers.values()):
+            continue
+        heads = backend(case).heads
+        for name, layer in case.layers.items():
+            if name not in heads or layer.exact is None or layer.limit is None:
+                continue
+            errors = parity.head_errors(heads[name], layer)
+            worst = int((errors / layer.limit).argmax())
+            if errors[worst] > layer.limit[worst]:
+                value = layers[name].output
+                row = {"error": float(errors[worst]), "limit": float(layer.limit[worst])}
+                maker = next(node for node in backends.load_graph(path).graph.node if value in node.output)
+                return _described(path, value, set(maker.input), {value: row}, case.forced)
+    return None
 
 
-def _run(path: Path, provider: str, names: list[str], graph: Any, values: Mapping[str, Array]) -> list[Array]:
-    session = backends.session_of(backends.showing(path, names), path.parent, provider)
-    feed = backends.feed_of(session, values)
-    try:
-        return [backends.wide(x) for x in session.run(names, feed)]
-    except Exception as error:  # its exceptions have no public base class
-        raise TargetError(f"ONNX Runtime does not run {path}: {str(error).strip().splitlines()[-1]}") from error
+def _described(
+    path: Path,
+    value: str,
+    known: set[str],
+    rows: Mapping[str, Mapping[str, Any]],
+    plans: str,
+    types: Mapping[str, tuple[str, int]] | None = None,
+) -> Departure:
+    model = backends.part(path, [value], known - {value}, types)
+    errors = {name: _error(row) for name, row in rows.items()}
+    limit = rows[value]["limit"]
+    return Departure(
+        value, errors[value], 0.0 if limit is None else limit, plans, _lines(model.graph.node, errors), model
+    )
 
 
-def _error(got: Array, want: Array, limit: float) -> float:
-    """As the rule sees it: fill values stand for themselves."""
-    if got.shape != want.shape:
-        return np.inf
-    if not np.issubdtype(want.dtype, np.floating):
-        return float((got != want).mean()) if want.size else 0.0
-    wide = want.astype(np.float64)
-    usable, filled = parity.judged(wide, np.isnan(wide))
-    if not np.isfinite(got[usable]).all() or not parity.stands(got[filled], wide[filled], limit).all():
-        return np.inf
-    return parity.relative_error(np.abs(got[usable] - wide[usable]), wide[usable])
+def _error(row: Mapping[str, Any]) -> float:
+    """The error of a value; infinite where it fails without a number, as whole numbers and shapes do."""
+    error = row["error"]
+    failed = row.get("verdict") == "failed"
+    if error is None or (failed and row["limit"] is not None and error <= row["limit"]):
+        return float("inf") if failed else 0.0
+    return float(error)
 
 
 def _first(graph: Any, departed: Collection[str], known: Collection[str]) -> str | None:
@@ -109,54 +142,11 @@ def _first(graph: Any, departed: Collection[str], known: Collection[str]) -> str
     return first
 
 
-def _between(graph: Any, value: str, known: Collection[str]) -> tuple[list[Any], set[str]]:
-    """The nodes that make a value from known ones, in order, and these."""
-    maker = {name: node for node in graph.node for name in node.output}
-    places = {id(node): place for place, node in enumerate(graph.node)}
-    nodes, ends, todo = {}, set(), [value]
-    while todo:
-        node = maker[todo.pop()]
-        nodes[places[id(node)]] = node
-        for name in node.input:
-            if name in known and name != value:
-                ends.add(name)
-            elif name in maker and places[id(maker[name])] not in nodes:
-                todo.append(name)
-    return [nodes[place] for place in sorted(nodes)], ends
-
-
-def _lines(nodes: list[Any], errors: Mapping[str, float]) -> list[str]:
-    def said(name: str) -> str:
+def _lines(nodes: Sequence[Any], errors: Mapping[str, float]) -> list[str]:
+    def shown(name: str) -> str:
         return f"{name} (error {errors[name]:.1e})" if name in errors else name
 
     return [
-        f"{node.op_type} {node.name}: {', '.join(map(said, node.input))} → {', '.join(map(said, node.output))}"
+        f"{node.op_type} {node.name}: {', '.join(map(shown, node.input))} → {', '.join(map(shown, node.output))}"
         for node in nodes
     ]
-
-
-def _model(path: Path, nodes: list[Any], known: set[str], value: str, values: Mapping[str, Array]) -> onnx.ModelProto:
-    """The nodes as a model of their own; what they read of eager's values are its inputs."""
-    whole = onnx.load(path, load_external_data=False)
-    used = {name for node in nodes for name in node.input}
-    weights = [x for x in whole.graph.initializer if x.name in used]
-    for weight in weights:
-        if external_data_helper.uses_external_data(weight):
-            external_data_helper.load_external_data_for_tensor(weight, str(path.parent))
-            del weight.external_data[:]
-            weight.data_location = onnx.TensorProto.DEFAULT
-    graph = whole.graph
-    infos = {x.name: x for x in (*graph.value_info, *graph.input, *graph.output)}
-
-    def info(name: str) -> onnx.ValueInfoProto:
-        if name in infos:
-            return infos[name]
-        return helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(values[name].dtype), values[name].shape
-        )
-
-    inputs = [info(name) for name in sorted(known - {x.name for x in weights})]
-    part = helper.make_graph(nodes, "departure", inputs, [info(value)], weights)
-    return helper.make_model(
-        part, opset_imports=whole.opset_import, functions=whole.functions, ir_version=whole.ir_version
-    )

@@ -137,7 +137,10 @@ def bisect(folder: Path, backend: str, output: Path) -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or folder}: {error.strerror or error}")
-    click.echo(f"{departure.value} departs: error {departure.error:.1e}, at most {departure.limit:.1e} was expected")
+    at = f" with all plans at {departure.plans}" if departure.plans else ""
+    click.echo(
+        f"first mismatch{at}: {departure.value}, relative error {departure.error:.1e} (limit {departure.limit:.1e})"
+    )
     for line in departure.nodes:
         click.echo(f"  {line}")
     click.echo(f"written to {output}")

@@ -135,14 +135,17 @@ def save_arrays(file: Path | IO[bytes], arrays: Mapping[str, Array]) -> None:
                 np.lib.format.write_array(stream, np.asanyarray(x), allow_pickle=False)
 
 
-def load(path: Path) -> list[Golden]:
+def load(path: Path, what: str = "golden results") -> list[Golden]:
     """Read what `save` wrote.
+
+    Args:
+        what: the file holds, for errors.
 
     Raises:
         ConfigError: there is no such file, or it is none of ours.
     """
     found: dict[str, dict[str, dict[str, Array]]] = {}
-    arrays = load_arrays(path, "golden results")
+    arrays = load_arrays(path, what)
     try:
         for key, x in arrays.items():
             case, kind, name = key.split("/", 2)
@@ -152,7 +155,7 @@ def load(path: Path) -> list[Golden]:
             kinds["input"] = found[str(base)]["input"] if base is not None else kinds.get("input", {})
         return [_golden(case, kinds) for case, kinds in found.items()]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} holds no golden results, but {error}") from error
+        raise ConfigError(f"{path} holds no {what}, but {error}") from error
 
 
 def load_arrays(path: Path, what: str) -> dict[str, Array]:

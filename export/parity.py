@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adaattn.export.golden import Array, Golden, Output
+from adaattn.export.golden import Array, Golden, Layer, Output
 
 FACTOR = 2.0  # two summation orders of equal merit differ by about this
 # The most that a limit may have beside eager's error: a few ulps of the type after a handful of layers.
@@ -140,6 +140,7 @@ def compare(goldens: Sequence[Golden], backend: Backend, exact_at: ExactAt | Non
     heads: dict[tuple[str, int], dict[str, Any]] = {}
     counts = np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)
     tally = {"heads": 0, "differ": 0, "excused": 0}
+    by_plan: list[dict[str, Any]] = []
     for golden in goldens:
         ran = backend(golden)
         plans = _compare_plans(golden, ran)
@@ -153,14 +154,16 @@ def compare(goldens: Sequence[Golden], backend: Backend, exact_at: ExactAt | Non
                 reason = f"not compared: {plans['excused']} plans differ from eager's on the edge of their limits"
                 rows.append(_row(golden, name) | {"verdict": "not run", "reason": reason})
                 continue
-            row = _compare_output(golden, name, output, ran.outputs.get(name), exact[name])
+            row = compare_output(golden, name, output, ran.outputs.get(name), exact[name])
             counts += row.pop("counts")
-            if plans["lines"]:
+            if plans["lines"] and row["verdict"] != "failed":
                 row.update(verdict="failed", reason=plans["lines"][0])
+                by_plan.append(row)
             rows.append(row)
         if not plans["differ"]:
             _compare_heads(heads, golden, ran.heads)
     failed = [row for row in rows if row["verdict"] == "failed"]
+    failed.sort(key=lambda row: any(row is other for other in by_plan))  # numbers of an output say more than its plans
     missing = _never_compared(goldens, rows)
     notes = [row for row in rows if row["reason"]]
     reasons = [f"{row['name']} ({row['case']}): {row['reason']}" for row in failed or notes]
@@ -279,7 +282,15 @@ def _row(golden: Golden, name: str) -> dict[str, Any]:
     return row | metrics | {"ulp": [], "worst": []}
 
 
-def _compare_output(golden: Golden, name: str, output: Output, got: Array | None, exact: Array) -> dict[str, Any]:
+def compare_output(
+    golden: Golden, name: str, output: Output, got: Array | None, exact: Array | None = None
+) -> dict[str, Any]:
+    """Return the verdict on one value with its metrics.
+
+    Args:
+        exact: float64 numbers at the backend's own plan, where that is not eager's.
+    """
+    exact = output.exact if exact is None else exact
     row = _row(golden, name) | {"counts": np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)}
     lost = np.zeros(exact.shape, bool) if output.lost is None else output.lost
     if got is None or got.shape != exact.shape:
@@ -361,6 +372,15 @@ def _metrics(got: Array, exact: Array, usable: Array, dtype: str) -> dict[str, A
         "worst": [int(index) for index in worst],
         "lost": int(lost.sum()),
     }
+
+
+def head_errors(got: Array, layer: Layer) -> Array:
+    """Return the relative error of each head (H,) of an attention's output; infinite where it has NaN or Inf."""
+    assert layer.exact is not None
+    heads = [(got[:, head].astype(np.float64), layer.exact[:, head]) for head in range(layer.exact.shape[1])]
+    return np.array(
+        [relative_error(np.abs(x - exact), exact) if np.isfinite(x).all() else np.inf for x, exact in heads]
+    )
 
 
 def _cosine(a: Array, b: Array) -> float:

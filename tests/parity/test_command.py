@@ -77,7 +77,7 @@ def test_a_bad_folder_fails_by_number_and_by_name(bad: Path, tmp_path: Path) -> 
 
     found = run("bisect", bad, "-o", tmp_path / "part.onnx")
     assert found.exit_code == 1
-    assert "linear_5 departs: error" in found.stdout
+    assert "linear_5, relative error" in found.stdout
     assert "Add node_linear_5" in found.stdout
     part = onnx.load(tmp_path / "part.onnx")
     assert [node.op_type for node in part.graph.node][-1] == "Add"
