@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from adaattn.export.parity import coverage_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -47,7 +49,8 @@ def render(report: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(number=_number, decimal=_decimal, mebibytes=_mebibytes, over=_over)
+    filters = {"number": _number, "decimal": _decimal, "mebibytes": _mebibytes, "over": _over, "coverage": coverage_text}
+    environment.filters.update(filters)
     targets = report["targets"] or []
     rows = [{**layer, "cells": _cells(layer)} for layer in report["layers"] or []]
     cells = [cell for row in rows for cell in row["cells"]]

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from adaattn.export.parity import coverage_text
+
 
 def show(report: Mapping[str, Any], where: str) -> None:
     """Print a table of the targets, and why they are not all passed.
@@ -38,6 +40,9 @@ def show(report: Mapping[str, Any], where: str) -> None:
         if target["reason"]:
             said = f"{target['name']}: {target['reason']}"
             console.print(said, style="dim", highlight=False, markup=False, soft_wrap=True)
+        if target["compared"]:
+            compared = f"{target['name']}: compared {coverage_text(target['compared'])}"
+            console.print(compared, style="dim", highlight=False, markup=False, soft_wrap=True)
         ops = list((target["ops"] or {}).values())
         if "plugin" in ops or "body" in ops:
             console.print(

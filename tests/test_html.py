@@ -76,6 +76,7 @@ def report() -> dict[str, Any]:
             "outputs": [],
             "histogram": None,
             "plans": None,
+            "compared": None,
             "heads": [],
             "ops": None,
         }
