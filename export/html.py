@@ -49,8 +49,8 @@ def render(report: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    filters = {"number": _number, "decimal": _decimal, "mebibytes": _mebibytes, "over": _over, "coverage": coverage_text}
-    environment.filters.update(filters)
+    environment.filters.update(number=_number, decimal=_decimal, mebibytes=_mebibytes, over=_over)
+    environment.filters["coverage"] = coverage_text
     targets = report["targets"] or []
     rows = [{**layer, "cells": _cells(layer)} for layer in report["layers"] or []]
     cells = [cell for row in rows for cell in row["cells"]]
