@@ -12,6 +12,7 @@ import onnx
 from adaattn.errors import TargetError
 from adaattn.export import backends, golden, parity
 from adaattn.export.golden import Golden
+from adaattn.plugins import NAMESPACE
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def bisect(folder: Path, provider: str = "CPUExecutionProvider") -> Departure | 
         found = _departure(path, backend, graph, trace)
         if found is not None:
             return found
-    return _by_layer(path, backend, goldens)
+    return _by_layer(path, backend, goldens, traces[0])
 
 
 def _departure(path: Path, backend: backends.OnnxRuntimeBackend, graph: Any, trace: Golden) -> Departure | None:
@@ -70,13 +71,19 @@ def _departure(path: Path, backend: backends.OnnxRuntimeBackend, graph: Any, tra
     first = _first(graph, departed, set(names))
     if first is None:
         return None
-    types = {name: (output.dtype, output.exact.ndim) for name, output in trace.outputs.items()}
-    return _described(path, first, set(trace.outputs) | set(trace.inputs), rows, trace.forced, types)
+    return _described(path, first, set(trace.outputs) | set(trace.inputs), rows, trace.forced, _types(trace))
 
 
-def _by_layer(path: Path, backend: backends.OnnxRuntimeBackend, goldens: Sequence[Golden]) -> Departure | None:
+def _types(trace: Golden) -> dict[str, tuple[str, int]]:
+    return {name: (output.dtype, output.exact.ndim) for name, output in trace.outputs.items()}
+
+
+def _by_layer(
+    path: Path, backend: backends.OnnxRuntimeBackend, goldens: Sequence[Golden], trace: Golden
+) -> Departure | None:
     """The first plan, or output of an attention at forced plans, that departs."""
-    layers = backends.planned_layers(path)
+    layers, known = backends.planned_layers(path), set(trace.outputs) | set(trace.inputs)
+    types = _types(trace)
     for case in goldens:
         if not case.probes:
             continue
@@ -86,7 +93,6 @@ def _by_layer(path: Path, backend: backends.OnnxRuntimeBackend, goldens: Sequenc
             layer = layers[case.probes]
             place = 0 if rows[0]["verdict"] == "failed" else 1
             value = (layer.precision, layer.rank)[place]
-            types = dict.fromkeys((layer.precision, layer.rank), ("int32", 2))
             return _described(path, value, set(layer.moments.values()), {value: rows[place]}, "", types)
     for case in goldens:
         if not case.forced or not any(layer.limit is not None for layer in case.layers.values()):
@@ -100,8 +106,7 @@ def _by_layer(path: Path, backend: backends.OnnxRuntimeBackend, goldens: Sequenc
             if errors[worst] > layer.limit[worst]:
                 value = layers[name].output
                 row = {"error": float(errors[worst]), "limit": float(layer.limit[worst])}
-                maker = next(node for node in backends.load_graph(path).graph.node if value in node.output)
-                return _described(path, value, set(maker.input), {value: row}, case.forced)
+                return _described(path, value, known, {value: row}, case.forced, types)
     return None
 
 
@@ -131,8 +136,9 @@ def _error(row: Mapping[str, Any]) -> float:
 
 
 def _first(graph: Any, departed: Collection[str], known: Collection[str]) -> str | None:
-    """The first of the values that departed from which others that did lead to an output."""
-    guilty = {output.name for output in graph.output} & set(departed)
+    """The first of the values that departed from which others that did lead to an output, or to what a plan reads."""
+    plans = [name for node in graph.node if node.domain == NAMESPACE and node.op_type == "plan" for name in node.input]
+    guilty = {*(output.name for output in graph.output), *plans} & set(departed)
     first = None
     for node in reversed(graph.node):
         # A value that eager has no name for passes on what comes of it.
