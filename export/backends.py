@@ -65,6 +65,7 @@ def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> B
 class PlannedLayer:
     """Names of a planned attention's values in a graph: its plan, its output, and the error that the plan predicts."""
 
+    query: str
     precision: str
     rank: str
     output: str
@@ -122,7 +123,7 @@ class OnnxRuntimeBackend:
             # One copy at a time: each holds all weights.
             self._sessions = {"": self._sessions[""]}
             self._sessions[key] = session_of(model.SerializeToString(), self._path.parent, self._provider)
-        plans = {}
+        plans: dict[str, Array] = {}
         for name, layer in golden.layers.items() if golden.forced else ():
             plans |= {_forced(name, "precision"): layer.precision, _forced(name, "rank"): layer.rank}
         return self._call(self._sessions[key], list(names), golden.name, {**golden.inputs, **plans})
@@ -150,7 +151,7 @@ class OnnxRuntimeBackend:
             raise TargetError(f"ONNX Runtime fails on {case}: {said}") from error
 
 
-def engine_backend(path: Path, log: Path) -> Backend:
+def engine_backend(path: Path, log: Path) -> EngineBackend:
     """An engine on the GPU of this machine.
 
     Args:
@@ -168,11 +169,76 @@ def engine_backend(path: Path, log: Path) -> Backend:
         raise CannotRun("built, not run: a CUDA driver finds no GPU on this machine")
     if str(capability / 10) not in about["compute_capabilities"] and not about["options"]["hardware_compatible"]:
         raise CannotRun(f"built, not run: this GPU has compute capability {capability / 10}")
+    return EngineBackend(path, log, about)
 
-    def backend(golden: Golden) -> Ran:
-        return Ran(engine.run(about["target"], path, log, golden.inputs), {}, {})
 
-    return backend
+class EngineBackend:
+    """See `engine_backend`. Forced plans take a second engine, which `build_exact` makes, for fp32 at full rank."""
+
+    def __init__(self, path: Path, log: Path, about: Mapping[str, Any]) -> None:
+        self._path, self._log, self._about = path, log, about
+        self._exact: Path | None = None
+
+    def __call__(self, golden: Golden) -> Ran:
+        path = self._path if golden.whole else self._exact
+        if path is None:
+            raise TargetError(f"no engine has plans that are forced to {golden.forced}")
+        return Ran(engine.run(self._about["target"], path, self._log, golden.inputs), {}, {})
+
+    def build_exact(self, scratch: Path) -> None:
+        """Build the engine with all plans at fp32 and full rank, as the engine itself was built.
+
+        Raises:
+            TargetError: the builder refuses.
+        """
+        built, options = scratch / "exact.engine", dict(self._about["options"])
+        library = options.get("plugin_library")
+        options["plugin_library"] = None if library is None else Path(library)
+        options["timing_cache"] = None
+        model = exact_copy(self._path.with_name("model.onnx"), scratch / "exact.onnx")
+        names = set(engine.BuildOptions(**options).taken_by(self._about["target"]).given())
+        chosen = {name: value for name, value in options.items() if name in names}
+        if self._about["target"] == "tensorrt-rtx":
+            chosen["compute_capabilities"] = tuple(self._about["compute_capabilities"])
+        engine.engine_from_onnx(
+            model, self._about["target"], built, self._about["profiles"], engine.BuildOptions(**chosen)
+        )
+        self._exact = built
+
+
+def exact_copy(path: Path, copy: Path) -> Path:
+    """Write a copy of an ONNX file whose plans are all fp32 at full rank, whatever its plan nodes choose.
+
+    Args:
+        copy: the file to write, in another folder; external data are linked there.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model, layers = load_graph(path), planned_layers(path)
+    made: list[onnx.NodeProto] = []
+    for number, node in enumerate([x for x in model.graph.node if x.domain == NAMESPACE and x.name in layers]):
+        layer, at = layers[node.name], f"exact/{number}"
+        model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int32), f"{at}/code"))
+        made += [
+            helper.make_node("Shape", [layer.precision], [f"{at}/shape"]),
+            helper.make_node("Shape", [layer.query], [f"{at}/head_dim"], start=3, end=4),
+            helper.make_node("Cast", [f"{at}/head_dim"], [f"{at}/full"], to=onnx.TensorProto.INT32),
+            helper.make_node("Expand", [f"{at}/code", f"{at}/shape"], [f"{at}/precision"]),
+            helper.make_node("Expand", [f"{at}/full", f"{at}/shape"], [f"{at}/rank"]),
+        ]
+        new = {layer.precision: f"{at}/precision", layer.rank: f"{at}/rank"}
+        for place, name in enumerate(node.input):
+            node.input[place] = new.get(name, name)
+        place = list(model.graph.node).index(node)
+        for each in reversed(made):
+            model.graph.node.insert(place, each)
+        made.clear()
+    copy.write_bytes(model.SerializeToString())
+    data = path.with_name(path.name + ".data")
+    if data.exists():
+        (copy.parent / data.name).symlink_to(data.resolve())
+    return copy
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -207,7 +273,9 @@ def planned_layers(path: Path) -> dict[str, PlannedLayer]:
             moments = {name: x for name, x in zip(function.input, plan.input, strict=False) if name != "ladder"}
             results = dict(zip(function.output, plan.output, strict=False))
             predicted = results.get("predicted_error") or None
-        found[node.name] = PlannedLayer(named["precision"], named["rank"], node.output[0], predicted, moments)
+        found[node.name] = PlannedLayer(
+            named["query"], named["precision"], named["rank"], node.output[0], predicted, moments
+        )
     return found
 
 

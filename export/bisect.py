@@ -98,14 +98,14 @@ def _by_layer(
         if not case.forced or not any(layer.limit is not None for layer in case.layers.values()):
             continue
         heads = backend(case).heads
-        for name, layer in case.layers.items():
-            if name not in heads or layer.exact is None or layer.limit is None:
+        for name, want in case.layers.items():
+            if name not in heads or want.exact is None or want.limit is None:
                 continue
-            errors = parity.head_errors(heads[name], layer)
-            worst = int((errors / layer.limit).argmax())
-            if errors[worst] > layer.limit[worst]:
+            errors = parity.head_errors(heads[name], want)
+            worst = int((errors / want.limit).argmax())
+            if errors[worst] > want.limit[worst]:
                 value = layers[name].output
-                row = {"error": float(errors[worst]), "limit": float(layer.limit[worst])}
+                row = {"error": float(errors[worst]), "limit": float(want.limit[worst])}
                 return _described(path, value, known, {value: row}, case.forced, types)
     return None
 

@@ -41,6 +41,7 @@ PROBE_EDGE = 1e-4
 # A larger limit would pass zeros, or nearly: eager PyTorch does not know the answer itself.
 USELESS = 0.5
 LOOSE = 0.1  # and one above this is worth a word
+EXACT = "fp32"  # the name of plans that are forced to fp32 at full rank
 HISTOGRAM_EDGES = [-12 + 0.5 * i for i in range(29)]
 DIGITS = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}  # of the mantissa
 LARGEST = {"float64": math.inf, "float32": 3.4028235e38, "float16": 65504.0, "bfloat16": 3.3895314e38}

@@ -229,9 +229,9 @@ class Reference:
             for mode in nudged:
                 edge |= (mode.plans[place][0] != precision) | (mode.plans[place][1] != rank)
             if call is not None:
-                others = [other.predicted for mode in nudged if (other := mode.planned[place]) is not None]
+                moved = [array(other.predicted) for mode in nudged if (other := mode.planned[place]) is not None]
                 predicted = array(call.predicted)
-                predicted_limit = _spread(predicted, [array(x) for x in others]) + 2 * FLIPS * rounding
+                predicted_limit = _spread(predicted, moved) + 2 * FLIPS * rounding
         layer = Layer(array(precision), array(rank), array(edge), predicted=predicted, predicted_limit=predicted_limit)
         eager, exact = expected.mode.outputs[place], expected.double.outputs[place]
         # With all plans at fp32 the trace says where a fault is: outputs of heads would only fill the file.
@@ -310,7 +310,7 @@ def _spread(value: Array, others: Sequence[Array]) -> Array:
     """Twice the largest relative distance of others from a value, and a rounding; 0 where a value is infinite."""
     with np.errstate(invalid="ignore", divide="ignore"):
         moves = [np.abs(other - value) / value for other in others]
-    return 2 * np.nan_to_num(np.stack(moves), posinf=1.0).max(0) + 1e-5
+    return np.asarray(2 * np.nan_to_num(np.stack(moves), posinf=1.0).max(0) + 1e-5)
 
 
 def _head_errors(x: Tensor, exact: Tensor) -> Array:

@@ -75,7 +75,9 @@ def test_outputs_agree_with_float64(graph: Graph, backend: str, tmp_path: Path, 
         except backends.CannotRun as error:
             pytest.skip(f"{backend}: {error}")
     reference = Reference(captured)
-    goldens = [reference.golden(reference.expect(case), layers) for case in given.values()]
+    goldens = reference.goldens([reference.expect(case) for case in given.values()], layers)
+    if backend not in backends.PROVIDERS:  # which make their own plans alone
+        goldens = [golden for golden in goldens if golden.whole]
     found = parity.compare(
         goldens, runs, lambda of, plans: reference.exact_at(given[of.name], [plans[name] for name in layers])
     )

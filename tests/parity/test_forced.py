@@ -1,0 +1,164 @@
+"""What a verdict rests on: plans that are forced, plans that are probed, and enough that was compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaattn
+from adaattn.config import PRECISIONS
+from adaattn.export import Options, backends, engine, export, golden, parity
+from adaattn.export.verify import check
+
+WIDTH, HEADS = 32, 4
+INPUTS = dict.fromkeys(("query", "key", "value"), f"B,S,{WIDTH}")
+
+
+def exported(model: nn.Module, inputs: dict[str, str], folder: Path, **options: Any) -> dict[str, Any]:
+    made = export(model.eval(), inputs, folder, dims={"S": "1:17:33"}, options=Options(("onnx",), **options))
+    (target,) = made.report["targets"]
+    return dict(target)
+
+
+@pytest.fixture(scope="module")
+def adaptive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a module whose inputs lead to one precision alone."""
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("adaptive") / "out"
+    target = exported(adaattn.AdaptiveAttention(WIDTH, HEADS, tolerance=1e-2), INPUTS, folder)
+    assert target["verdict"] == "passed", target["reason"]
+    return folder
+
+
+def test_every_step_of_the_ladder_is_run(adaptive: Path) -> None:
+    (target,) = check(adaptive, ["ort-cpu"])["targets"]
+    compared = target["compared"]
+    ranks = [f"fp32, rank {quarters} of 4" for quarters in (1, 2, 3)]
+    assert sorted(compared["forced"]) == sorted([*PRECISIONS, *ranks])
+    assert compared["plan_steps"] >= 6
+    assert compared["cases"] == 5
+    assert compared["elements"] == compared["of_elements"] > 0
+    natural = golden.load(adaptive / "golden.npz")[0]
+    (layer,) = natural.layers.values()
+    assert len(np.unique(layer.precision)) == 1  # which alone would leave the other steps untried
+
+
+def test_a_plan_that_is_forced_is_the_one_that_runs(adaptive: Path, tmp_path: Path) -> None:
+    """By a copy of the graph whose plans are inputs, and by one whose plans are constants, for engines."""
+    whole = backends.onnxruntime_backend(adaptive / "model.onnx")
+    exact = backends.onnxruntime_backend(backends.exact_copy(adaptive / "model.onnx", tmp_path / "exact.onnx"))
+    for case in golden.load(adaptive / "golden.npz"):
+        if case.forced == parity.EXACT:
+            same = dataclasses.replace(case, forced="", layers={})
+            np.testing.assert_array_equal(whole(case).outputs["output"], exact(same).outputs["output"])
+
+
+def test_the_copy_with_constant_plans_builds_as_an_engine(adaptive: Path, tmp_path: Path) -> None:
+    if not engine.installed("tensorrt-rtx"):
+        pytest.skip("tensorrt_rtx is not installed")
+    model = export(
+        adaattn.AdaptiveAttention(WIDTH, HEADS, tolerance=1e-2).eval(),
+        dict.fromkeys(INPUTS, f"1,S,{WIDTH}"),
+        tmp_path / "out",
+        dims={"S": "1:17:33"},
+        options=Options(("onnx",), opset=22, verify=False),
+    ).directory
+    copy = backends.exact_copy(model / "model.onnx", tmp_path / "exact.onnx")
+    profile = dict.fromkeys(INPUTS, ((1, 1, WIDTH), (1, 17, WIDTH), (1, 33, WIDTH)))
+    options = engine.BuildOptions(compute_capabilities=("8.9",), optimization_level=0)
+    about = engine.engine_from_onnx(copy, "tensorrt-rtx", tmp_path / "exact.engine", [profile], options)
+    assert about["inputs"]
+
+
+def test_an_engine_runs_with_plans_of_its_own_or_with_exact_ones(adaptive: Path, tmp_path: Path) -> None:
+    run = backends.EngineBackend(adaptive / "tensorrt.engine", tmp_path / "log", {"target": "tensorrt", "options": {}})
+    case = next(case for case in golden.load(adaptive / "golden.npz") if case.forced)
+    with pytest.raises(backends.TargetError, match="no engine has plans that are forced to fp32"):
+        run(case)
+
+
+class Partly(nn.Module):
+    """NaN for a share of the elements, in float64 as well."""
+
+    def __init__(self, above: float) -> None:
+        super().__init__()
+        self.linear, self.above = nn.Linear(WIDTH, 8), above
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x[..., :8] > self.above, torch.nan, self.linear(x))
+
+
+class Tokens(nn.Module):
+    """NaN for more than one token: only the trivial case has numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = torch.ones_like(x[:, :, :1]).cumsum(1)
+        return torch.where(counts.amax(1, keepdim=True) > 1.5, torch.nan, self.linear(x))
+
+
+def test_what_was_hardly_compared_does_not_pass(tmp_path: Path) -> None:
+    target = exported(Tokens(), {"x": f"B,S,{WIDTH}"}, tmp_path / "tokens")
+    assert target["verdict"] == "not run"
+    assert "nothing to compare: eager PyTorch has NaN or Inf for all of it" in target["reason"]
+
+
+@pytest.mark.parametrize(
+    ("above", "verdict", "said"), [(0, "passed", "are not compared"), (-1, "not run", "needs 25%")]
+)
+def test_a_share_of_an_output_must_have_been_compared(above: float, verdict: str, said: str, tmp_path: Path) -> None:
+    target = exported(Partly(above), {"x": f"B,S,{WIDTH}"}, tmp_path / "out")
+    assert target["verdict"] == verdict
+    assert said in target["reason"]
+    assert 0 < target["compared"]["elements"] < target["compared"]["of_elements"]
+
+
+def test_nan_of_eager_where_float64_has_numbers_is_a_finding(tmp_path: Path) -> None:
+    class Overflows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * 1e4 * 1e4 / 1e8
+
+    target = exported(Overflows(), {"x": f"B,S,{WIDTH}"}, tmp_path / "out", dtype="float16")
+    assert target["verdict"] == "failed"
+    assert "eager PyTorch itself has NaN or Inf in" in target["reason"]
+    assert "the model fails in its type" in target["reason"]
+    report = check(tmp_path / "out", ["ort-cpu"])  # and it is one where the file went
+    assert report["verdict"] == "failed"
+
+
+def test_a_plan_that_predicts_another_error_fails() -> None:
+    layer = golden.Layer(
+        *(np.full((1, 2), x) for x in (2, 8)),
+        np.zeros((1, 2), bool),
+        predicted=np.array([[1e-3, np.inf]]),
+        predicted_limit=np.full((1, 2), 1e-4),
+    )
+    output = golden.Output(np.ones(3), "float32", 1e-7, 1e-6)
+    goldens = [golden.Golden("case", {}, {"y": output}, {"layer": layer})]
+
+    def found(*predicted: float) -> dict[str, Any]:
+        ran = parity.Ran(
+            {"y": np.ones(3, np.float32)},
+            {"layer": (layer.precision, layer.rank)},
+            {},
+            {"layer": np.array([predicted], np.float32)},
+        )
+        return parity.compare(goldens, lambda _: ran)
+
+    assert found(1e-3, np.inf)["verdict"] == "passed"
+    for predicted in ((1.01e-3, np.inf), (np.nan, np.inf), (1e-3, 5.0)):
+        assert "layer, batch 0, head" in found(*predicted)["reason"], predicted
+        assert "the plan predicts an error of" in found(*predicted)["reason"]
