@@ -59,6 +59,7 @@ class Captured:
     dims: Mapping[str, Dimension]  # by symbol of the program
     output_names: tuple[str, ...]
     example: Mapping[str, Tensor] | None  # the user's own inputs, where given
+    written: tuple[str, ...] = ()  # inputs that forward writes into: what becomes of them are the last outputs
 
     @property
     def dtype(self) -> torch.dtype:
