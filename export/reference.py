@@ -18,6 +18,7 @@ from adaattn.export.cases import Case
 from adaattn.export.golden import Array, Golden, Layer, Output
 from adaattn.export.parity import (
     FLOOR,
+    LOOSE,
     NOISE,
     NUDGE,
     SHAKE,
@@ -182,6 +183,17 @@ class Reference:
 
     def _named(self, outputs: list[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self._names, outputs, strict=True))
+
+
+def disagreements(goldens: Sequence[Golden]) -> list[str]:
+    """Return a line for each output for which eager PyTorch and float64 are too far apart to prove anything."""
+    return [
+        f"{name} ({golden.name}): eager PyTorch differs from float64 by {output.eager_error:.0%} in the model's own "
+        "type; one of them is wrong, or the output hangs on roundings"
+        for golden in goldens
+        for name, output in golden.outputs.items()
+        if output.eager_error > LOOSE
+    ]
 
 
 def _unsure(exact: Tensor, noisy: Sequence[Tensor]) -> Array:

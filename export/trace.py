@@ -35,11 +35,12 @@ def record(lowered: Lowered, case: Case) -> dict[str, Array]:
 
     # Outputs have names of their own in the graph.
     names = [output.name for output in lowered.graph.graph.outputs]
+    inputs = {name: x.clone() for name, x in case.inputs.items()}  # the program may write into them
     with torch.no_grad():
-        outputs = Recorder(lowered.program.module()).run(*case.inputs.values())
+        outputs = Recorder(lowered.program.module()).run(*inputs.values())
     flat = torch.utils._pytree.tree_leaves(outputs)
     values |= {str(name): array(x) for name, x in zip(names, flat, strict=False) if isinstance(x, torch.Tensor)}
-    return values
+    return values | {output: array(inputs[name]) for name, output in lowered.written.items()}
 
 
 def save(path: Path, values: Mapping[str, Array]) -> None:
