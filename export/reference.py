@@ -199,19 +199,17 @@ def disagreements(goldens: Sequence[Golden]) -> list[str]:
 def _unsure(exact: Tensor, noisy: Sequence[Tensor]) -> Array:
     """Which numbers of an output hang on a rounding: those of a query whose scores are all under -1e9, for one.
 
-    They are what a rounding of every result moves by a tenth of the output's size and by ten times as much as most.
+    They are those of a token that a rounding of every result moves by a tenth of the output's size and by ten times as
+    much as a quarter of all numbers; and such as are moved by half of the size.
     """
     known = array(to_double(exact))
-    nothing = np.zeros(known.shape, bool)
-    if not noisy or not known.size or not exact.is_floating_point():
-        return nothing
-    usable, _ = judged(known, ~np.isfinite(known))
+    usable = judged(known, ~np.isfinite(known))[0] if exact.is_floating_point() else np.zeros(known.shape, bool)
+    if not noisy or not usable.any():
+        return np.zeros(known.shape, bool)
     moves = np.stack([np.abs(np.where(usable & np.isfinite(x), x - known, 0)) for x in map(array, noisy)]).max(0)
-    size = float(np.sqrt(np.square(known[usable]).mean())) if usable.any() else 0.0
-    limit = max(0.1 * size, 10 * float(np.median(moves[usable]))) if usable.any() else 0.0
-    # With such a number, all of its token: some of it moved little by chance.
+    size, least = float(np.sqrt(np.square(known[usable]).mean())), 10 * float(np.quantile(moves[usable], 0.25))
     tokens = np.sqrt(np.square(moves).mean(-1, keepdims=True)) if known.ndim else moves
-    return np.asarray(usable & ((moves > limit) | (tokens > limit)))
+    return np.asarray(usable & ((tokens > max(0.1 * size, least)) | (moves > max(0.5 * size, least))))
 
 
 def _refuse_chance(case: Case, outputs: Mapping[str, Tensor], again: Sequence[Tensor]) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -33,6 +34,22 @@ ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
 _WITH_ATTRIBUTES = (torch.ops.aten.leaky_relu, torch.ops.aten.elu, torch.ops.aten.celu)
+
+
+class _AttentionInDouble(TorchFunctionMode):
+    """Gives attention masks of float64: torch checks their type before a dispatch mode sees them."""
+
+    def __init__(self, mode: PlanMode) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.nn.functional.scaled_dot_product_attention, *ATTENTION):
+            args, kwargs = tree_map(self._mode.in_double, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,7 @@ class PlanMode(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.double:
-            args, kwargs = tree_map(self._in_double, (args, kwargs))
+            args, kwargs = tree_map(self.in_double, (args, kwargs))
         if isinstance(func, HigherOrderOperator):  # torch.cond and its like
             self.branched = True
             return func(*tree_map(self._within, args), **kwargs)
@@ -121,7 +138,7 @@ class PlanMode(TorchDispatchMode):
             self.errors.append(_head_errors(output, *args))
         return output
 
-    def _in_double(self, x: Any) -> Any:
+    def in_double(self, x: Any) -> Any:
         """An argument of an operator, whatever type it has or names, in float64."""
         if isinstance(x, torch.dtype):
             return torch.float64 if x.is_floating_point else torch.complex128 if x.is_complex else x
@@ -201,7 +218,7 @@ def run(
         if mode is None:
             outputs = eager(**inputs)
         else:
-            with mode:
+            with _AttentionInDouble(mode) if mode.double else nullcontext(), mode:
                 outputs = eager(**inputs)
             if mode.branched:  # what torch compiled of torch.cond under the mode would be used without it
                 torch._dynamo.reset()
