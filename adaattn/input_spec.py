@@ -1,4 +1,7 @@
-"""How a model's inputs are written down: `B,S,512:float32`, and the sizes that B and S may take: `1:128:4096`."""
+"""How a model's inputs are written down: `B,S,512:float32`, and the sizes that B and S may take: `1:128:4096`.
+
+What an input means to the model may be said too, as in `B,S:bool:masked`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,13 @@ from dataclasses import dataclass
 from adaattn.errors import ConfigError
 
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
+# What the values of an input mean to the model.
+MEANINGS = {
+    "attend": "true or 1 where the model attends",
+    "masked": "true or 1 where the model does not attend",
+    "bias": "numbers that are added to the scores, -inf among them",
+    "values": "values like those of any other input",
+}
 INT_MAX = 2**31 - 1
 
 
@@ -50,11 +60,13 @@ class Dimension:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input: name, shape (a name for each dynamic dimension), type, and for integers the values it may take.
+    """One input: name, shape (a name for each dynamic dimension), type, for integers the values it may take, meaning.
 
     Example:
         >>> InputSpec.parse("ids", "B,S:int64<30522")
-        InputSpec(name='ids', shape=('B', 'S'), dtype='int64', below=30522)
+        InputSpec(name='ids', shape=('B', 'S'), dtype='int64', below=30522, meaning=None)
+        >>> InputSpec.parse("padding", "B,S:bool:masked").meaning
+        'masked'
 
     Raises:
         ConfigError: a text that is no specification.
@@ -64,12 +76,13 @@ class InputSpec:
     shape: tuple[int | str, ...]
     dtype: str | None = None  # None: the model's own
     below: int | None = None  # integers lie in [0, below)
+    meaning: str | None = None  # of MEANINGS; None: found by trying
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:
-        match = re.fullmatch(r"([^:<]*)(?:: *(\w+) *)?(?:< *(\d+))?", text.strip())
-        if not name.isidentifier() or match is None:
-            raise ConfigError(f"input {name}={text}; write NAME=SHAPE[:TYPE], such as query=B,S,512:float32")
+        match = re.fullmatch(r"([^:<]*)(?:: *(\w*) *)?(?:< *(\d+) *)?(?:: *(\w+) *)?", text.strip())
+        if not name.isidentifier() or match is None or (match[2] == "" and match[4] is None):
+            raise ConfigError(f"input {name}={text}; write NAME=SHAPE[:TYPE[:MEANING]], such as query=B,S,512:float32")
         shape: list[int | str] = []
         for size in map(str.strip, match[1].split(",") if match[1].strip() else ()):
             if not size.isdecimal() and not size.isidentifier():
@@ -77,18 +90,32 @@ class InputSpec:
             if size.isdecimal() and not 1 <= int(size) <= INT_MAX:
                 raise ConfigError(f"input {name}={text}: a size is {size}; sizes are 1 to {INT_MAX}")
             shape.append(int(size) if size.isdecimal() else size)
-        dtype, below = match[2], match[3]
+        dtype, below, meaning = match[2] or None, match[3], match[4]
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"input {name}={text}: type {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         if below is not None and (dtype not in ("int64", "int32") or int(below) < 1):
             raise ConfigError(f"input {name}={text}: '<{below}' needs an integer type and at least 1")
-        return cls(name, tuple(shape), dtype, None if below is None else int(below))
+        return cls(name, tuple(shape), dtype, None if below is None else int(below), meaning)
+
+    def __post_init__(self) -> None:
+        if self.meaning is None:
+            return
+        if self.meaning not in MEANINGS:
+            raise ConfigError(
+                f"input {self.name}={self}: meaning {self.meaning!r} is unknown; choose one of {', '.join(MEANINGS)}"
+            )
+        if self.meaning == "bias" and self.dtype is not None and "float" not in self.dtype:
+            raise ConfigError(f"input {self.name}={self}: a bias is added to the scores; it needs a floating-point type")
+        if self.meaning in ("attend", "masked") and self.below not in (None, 2):
+            raise ConfigError(f"input {self.name}={self}: a mask of integers has 0 and 1; leave out '<{self.below}'")
 
     def __str__(self) -> str:
         text = ",".join(str(size) for size in self.shape)
-        if self.dtype is not None:
-            text += f":{self.dtype}"
-        return text if self.below is None else f"{text}<{self.below}"
+        if self.dtype is not None or self.meaning is not None:
+            text += f":{self.dtype or ''}"
+        if self.below is not None:
+            text += f"<{self.below}"
+        return text if self.meaning is None else f"{text}:{self.meaning}"
 
 
 def default_dimension(name: str) -> Dimension:

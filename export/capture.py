@@ -8,10 +8,9 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -21,26 +20,38 @@ from adaattn.attention.base import AttentionBase
 from adaattn.encoder import Encoder
 from adaattn.errors import ConfigError, ExportError
 from adaattn.export import complaints
+from adaattn.export.index_limits import Size, index_limits
 from adaattn.input_spec import INT_MAX, Dimension, InputSpec, default_dimension
-
-Size: TypeAlias = int | sympy.Expr
 
 
 @dataclass(frozen=True)
 class CapturedInput:
-    """One input of a program: sizes are numbers or expressions of the program's symbols."""
+    """One input of a program: sizes are numbers or expressions of the program's symbols.
+
+    Args:
+        below: integers lie in [0, below).
+        meaning: of `adaattn.input_spec.MEANINGS`, where it is known.
+        ranged: whether `below` was stated or follows from the program; not if it is that of an example.
+        distinct: whether integers are places that are written to: no two may be the same.
+        hides: whether a mask may let a query attend to nothing.
+    """
 
     name: str
     shape: tuple[Size, ...]
     dtype: torch.dtype
-    below: int | None = None
+    below: Size | None = None
+    meaning: str | None = None
+    ranged: bool = False
+    distinct: bool = False
+    hides: bool = True
 
     def sizes(self, values: Mapping[str, int]) -> tuple[int, ...]:
         """The shape at given values of the symbols, by their names in the program."""
-        return tuple(
-            size if isinstance(size, int) else int(size.subs({s: values[str(s)] for s in size.free_symbols}))
-            for size in self.shape
-        )
+        return tuple(_at(size, values) for size in self.shape)
+
+    def limit(self, values: Mapping[str, int]) -> int | None:
+        """`below` at given values of the symbols."""
+        return None if self.below is None else _at(self.below, values)
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class Captured:
     dims: Mapping[str, Dimension]  # by symbol of the program
     output_names: tuple[str, ...]
     example: Mapping[str, Tensor] | None  # the user's own inputs, where given
+    written: tuple[str, ...] = ()  # inputs that forward writes into: what becomes of them are the last outputs
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,9 +153,10 @@ def capture_module(
             if isinstance(size, str) and not isinstance(symbol, int):
                 names[str(symbol)] = sizes[size]
     captured = tuple(
-        CapturedInput(item.name, item.shape, item.dtype, spec.below)
+        replace(item, below=spec.below, meaning=spec.meaning)
         for spec, item in zip(specs, _program_inputs(program), strict=True)
     )
+    captured = _with_limits(captured, program, example)
 
     def in_double() -> nn.Module:
         return copy.deepcopy(model).double()
@@ -188,9 +201,7 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
         tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if len(tensors) == len(inputs):
             example = {item.name: x for item, x in zip(inputs, tensors, strict=True)}
-    # Integers are indices into something: no larger than those of the example.
-    below = {name: int(x.max()) + 1 for name, x in (example or {}).items() if x.dtype in (torch.int64, torch.int32)}
-    inputs = tuple(CapturedInput(item.name, item.shape, item.dtype, below.get(item.name)) for item in inputs)
+    inputs = _with_limits(inputs, program, example)
     structure = program.call_spec.in_spec
     if structure is None or structure.num_leaves != len(inputs):
         raise ConfigError("the program takes inputs that are not tensors; capture it with tensors alone")
@@ -212,6 +223,48 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
         _output_names(program),
         example,
     )
+
+
+def _at(size: Size, values: Mapping[str, int]) -> int:
+    return size if isinstance(size, int) else int(size.subs({s: values[str(s)] for s in size.free_symbols}))
+
+
+def _with_limits(
+    inputs: Sequence[CapturedInput], program: ExportedProgram, example: Mapping[str, Tensor] | None
+) -> tuple[CapturedInput, ...]:
+    """Say how large integers may be: what is stated comes first, then the program, then the user's own inputs."""
+    limits = index_limits(program)
+    found = []
+    for item in inputs:
+        if item.name in limits:
+            limit = limits[item.name]
+            below = limit.below if item.below is None else item.below
+            item = replace(item, below=below, ranged=below is not None, distinct=limit.distinct)
+            if below is None and example and example[item.name].numel():
+                item = replace(item, below=max(2, int(example[item.name].max()) + 1))
+        found.append(item)
+    return tuple(found)
+
+
+def described(captured: Captured, specs: Sequence[InputSpec]) -> Captured:
+    """Say of the inputs of a program how large integers may be and what masks mean.
+
+    Raises:
+        ConfigError: a name, shape or type that is not the program's.
+    """
+    inputs = {item.name: item for item in captured.inputs}
+    for spec in specs:
+        item = inputs.get(spec.name)
+        if item is None:
+            raise ConfigError(f"the program has no input {spec.name!r}; it takes {', '.join(inputs)}")
+        text = captured.shape_text(item)
+        shape, dtype = text.split(":")
+        if ",".join(map(str, spec.shape)) != shape or spec.dtype not in (None, dtype):
+            raise ConfigError(f"--input {spec.name}={spec} is not what the program takes, {spec.name}={text}")
+        below = item.below if spec.below is None else spec.below
+        ranged = item.ranged or spec.below is not None
+        inputs[spec.name] = replace(item, below=below, ranged=ranged, meaning=spec.meaning)
+    return replace(captured, inputs=tuple(inputs.values()))
 
 
 def _check_names(model: nn.Module, specs: Sequence[InputSpec]) -> None:

@@ -118,10 +118,11 @@ class ExportCommand(click.Command):
     "--input",
     "inputs",
     multiple=True,
-    metavar="NAME=SHAPE[:TYPE]",
+    metavar="NAME=SHAPE[:TYPE[:MEANING]]",
     callback=_assignments,
-    help='An input, such as "query=B,S,512:float32"; letters are dynamic dimensions. Integers: "ids=B,S:int64<30522".  '
-    "[default: what MODEL says]",
+    help='An input, such as "query=B,S,512:float32"; letters are dynamic dimensions. Integers: "ids=B,S:int64<30522". '
+    'Masks: "mask=B,S:bool:masked"; attend: true or 1 attends, masked: true or 1 does not, bias: added to the scores, '
+    "values: any other.  [default: what MODEL says]",
 )
 @click.option(
     "--dim",

@@ -102,6 +102,18 @@ class Golden:
         return {name: x.shape for name, x in self.inputs.items()}
 
 
+def integer_ranges(goldens: Sequence[Golden]) -> dict[str, tuple[int, int]]:
+    """Return for each input of integers the smallest and the largest value that is compared, over all cases."""
+    found: dict[str, tuple[int, int]] = {}
+    for golden in goldens:
+        for name, x in golden.inputs.items():
+            if x.dtype.kind in "iu" and x.size:
+                ends = (int(x.min()), int(x.max()))
+                low, high = found.get(name, ends)
+                found[name] = (min(low, ends[0]), max(high, ends[1]))
+    return found
+
+
 def save(path: Path, goldens: Sequence[Golden]) -> None:
     """Write `CASE/input/NAME`, `CASE/output/NAME` and the rest as arrays of one .npz."""
     arrays: dict[str, Array] = {}

@@ -6,7 +6,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,15 @@ SHAPE = 64  # bytes of a tensor that may be a shape or axes, which shape inferen
 
 @dataclass(frozen=True)
 class Lowered:
-    """An ONNX graph and the program that torch made it from, whose values have the names of the graph's."""
+    """An ONNX graph and the program that torch made it from, whose values have the names of the graph's.
+
+    Args:
+        written: for each input that the model writes into, the output that holds what becomes of it.
+    """
 
     graph: ir.Model
     program: torch.export.ExportedProgram
+    written: Mapping[str, str] = field(default_factory=dict)
 
 
 def lower(
@@ -65,12 +70,15 @@ def lower(
             output_names=list(output_names),
             custom_translation_table=_translations(),
             verbose=False,
+            optimize=False,  # it would remove what is written into inputs, which is no output yet
         )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"torch.onnx cannot translate the program: {_reason(error)}") from error
     assert exported is not None  # torch.onnx.export returns None only for TorchScript models
     assert exported.exported_program is not None
     _refuse_state(exported.exported_program)
+    written = _return_written(exported.model.graph, exported.exported_program, output_names)
+    exported.optimize()
     model = exported.model
     for graph_input, name in zip(model.graph.inputs, input_names, strict=True):
         graph_input.name = name  # torch renames an input that is an output too
@@ -95,7 +103,7 @@ def lower(
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
     _forget_paths(model)
     model.producer_name, model.producer_version = "adaattn", adaattn.__version__
-    return Lowered(model, exported.exported_program)
+    return Lowered(model, exported.exported_program, written)
 
 
 def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
@@ -155,6 +163,32 @@ def _refuse_state(program: torch.export.ExportedProgram) -> None:
             f"the model changes {', '.join(changed)} when it is called, and an artifact keeps nothing between calls; "
             "take it as an input and return it"
         )
+
+
+def _return_written(
+    graph: ir.Graph, program: torch.export.ExportedProgram, output_names: Sequence[str]
+) -> dict[str, str]:
+    """Add an output for each input that the model writes into, such as a cache of keys, and return their names."""
+    specs = program.graph_signature.output_specs
+    returned = {item.arg.name for item in specs if item.kind is OutputKind.USER_OUTPUT and hasattr(item.arg, "name")}
+    values = {value.name: value for node in graph for value in node.outputs} | {x.name: x for x in graph.inputs}
+    nodes = {node.name: node for node in program.graph.nodes}
+    written: dict[str, str] = {}
+    for item in specs:
+        if item.kind is not OutputKind.USER_INPUT_MUTATION or item.arg.name in returned:
+            continue
+        made = nodes[item.arg.name]
+        while made.name not in values and made.target is torch.ops.aten.copy.default:
+            made = made.args[1]  # what is copied: torch.onnx makes no node of the copy
+        name, value = f"{item.target}_out", values.get(made.name)
+        if value is None or name in output_names:
+            raise ExportError(f"the model writes into its input {item.target}; return it as an output instead")
+        node = ir.node("Identity", [value], name=name)
+        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
+        graph.append(node)
+        graph.outputs.append(node.outputs[0])
+        written[str(item.target)] = name
+    return written
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -327,9 +327,9 @@ def compare_output(
             f"{output.dtype} holds: the model fails in its type"
         }
     if exact.size and lost.all():
-        return row | {"verdict": "not run", "reason": f"nothing to compare: {_why_lost(output.dtype)} all of it"}
+        return row | {"verdict": "not run", "reason": f"nothing to compare: {_why_lost(output.dtype, 'all of it')}"}
     row["compared"] = int(exact.size - lost.sum())
-    left = f"{lost.sum()} of {lost.size} elements are not compared: {_why_lost(output.dtype)} them"
+    left = f"{lost.sum()} of {lost.size} elements are not compared: {_why_lost(output.dtype, 'them')}"
     passed = {"verdict": "passed", "reason": left if lost.any() else None}
     if output.dtype not in DIGITS:
         off = (got != exact) & ~lost
@@ -362,8 +362,9 @@ def _compare_numbers(output: Output, got: Array, exact: Array, lost: Array) -> d
     return row | {"verdict": "passed", "reason": loose if output.limit > LOOSE else None}
 
 
-def _why_lost(dtype: str) -> str:
-    return "eager PyTorch has NaN or Inf for" if dtype in DIGITS else "a rounding decides"
+def _why_lost(dtype: str, what: str) -> str:
+    rounded = f"a rounding decides {what}"
+    return f"eager PyTorch has NaN or Inf for {what}, or {rounded}" if dtype in DIGITS else rounded
 
 
 def _reason(off: Array, what: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from adaattn.calibration import Calibration, calibrate
 from adaattn.config import Budget
 from adaattn.errors import AdaAttnError, ConfigError, TargetError
 from adaattn.export import cases, engine, folder, golden, onnx, parity, serving, summary, trace, verify
-from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs
+from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs, described
 from adaattn.export.html import render
-from adaattn.export.reference import Expected, Reference
+from adaattn.export.reference import Expected, Reference, disagreements
 from adaattn.input_spec import Dimension, InputSpec
 from adaattn.integrations import transformers as integration
 
@@ -136,7 +136,8 @@ def export(
     Args:
         model: a module, or a program captured by torch.export.
         inputs: for each argument of forward a specification such as "B,S,512:float32", or an example tensor, whose
-            sizes are then fixed. Modules of this package and programs need none.
+            sizes are then fixed. Modules of this package need none, and programs need none but where an export asks
+            how large integers are, or what a mask means.
         output_dir: the folder; it appears, or replaces an earlier one, only when all is done.
         dims: for each dynamic dimension its sizes, "min:opt:max".
         options: targets and the rest.
@@ -175,6 +176,8 @@ def export(
             profiles = [_profile(captured, narrower) for narrower in options.profiles or ({},)]
         with clock.stage("onnx"):
             lowered = _lower(captured, options)
+            names_out = (*captured.output_names, *lowered.written.values())
+            captured = replace(captured, output_names=names_out, written=tuple(lowered.written))
             names = list(onnx.planned_nodes(lowered.graph))
             files = onnx.save(lowered.graph, staged / "model.onnx", options.external_data_threshold)
         targets = {"onnx": verify.target("onnx", staged, files)}
@@ -187,14 +190,17 @@ def export(
                     targets[target] = _build(target, staged, profiles, options, on_progress)
         layers: list[dict[str, Any]] = []
         expected: list[Expected] = []
+        unproven: list[str] = []
         if options.verify:
             with clock.stage("eager"):
+                captured = cases.settle(captured, notes)
                 reference = Reference(captured)
                 expected = [reference.expect(case) for case in cases.cases(captured)]
                 goldens = reference.goldens(expected, names)
                 golden.save(staged / "golden.npz", goldens)
                 golden.save(staged / "trace.npz", trace.record(reference, lowered, cases.small(captured), names))
                 layers = summary.layers(names, expected, module)
+            unproven = [*cases.unproven(captured), *disagreements(goldens)]
             given = {want.case.name: want.case for want in expected}
 
             def exact_at(of: golden.Golden, plans: Mapping[str, parity.PlanPair]) -> Mapping[str, golden.Array]:
@@ -205,6 +211,7 @@ def export(
                     with clock.stage(f"verify {name}"):
                         backend = "ort-cpu" if name == "onnx" else name
                         verify.verify(entry, backend, staged, goldens, exact_at)
+            verify.withhold(list(targets.values()), unproven)
         else:
             for entry in targets.values():
                 entry["reason"] = entry["reason"] or "made, not verified: --no-verify"
@@ -212,6 +219,7 @@ def export(
             for name, entry in targets.items():
                 entry["seconds"] = clock.seconds[name]
             report = summary.report(captured, source or type(model).__name__, options.chosen_opset(), command, notes)
+            report["unproven"] = unproven
             report |= {"targets": list(targets.values()), "layers": layers, "seconds": clock.seconds}
             report["calibration"] = None if calibrated is None else summary.calibration(calibrated)
             report["tokens"] = {want.case.name: cases.length(want.case, captured) for want in expected}
@@ -290,11 +298,13 @@ def _capture(
 ) -> tuple[Captured, nn.Module | None]:
     """The captured program, and the module that it is of, where there is one."""
     if isinstance(model, ExportedProgram):
-        for name, given in (("--input", specs), ("--dtype", options.dtype), ("--tolerance", options.tolerance)):
+        if examples:
+            raise ConfigError("a program has its own example inputs; give specifications, such as ids=B,S:int64<30522")
+        for name, given in (("--dtype", options.dtype), ("--tolerance", options.tolerance)):
             if given:
                 raise ConfigError(f"{name} cannot change a program that is captured already; capture it anew with it")
         _warn_of_weights({**model.state_dict, **model.constants}, notes)
-        return capture_program(model, sizes), None
+        return described(capture_program(model, sizes), specs), None
     elsewhere = any(x.device.type != "cpu" for x in model.state_dict().values() if isinstance(x, Tensor))
     if options.dtype is not None or options.tolerance is not None or model.training or elsewhere:
         model = copy.deepcopy(model).eval().cpu()  # the caller's stays as it is

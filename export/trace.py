@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
@@ -15,7 +14,7 @@ from adaattn.export.cases import Case
 from adaattn.export.golden import Golden, Layer
 from adaattn.export.onnx import Lowered
 from adaattn.export.reference import Reference, Rung, array, rounding_of
-from adaattn.export.yardstick import PlanMode, to_double
+from adaattn.export.yardstick import PlanMode, run, to_double
 
 
 def record(reference: Reference, lowered: Lowered, case: Case, layers: Sequence[str]) -> list[Golden]:
@@ -46,7 +45,7 @@ def _golden(
     layers: Sequence[str] = (),
 ) -> Golden:
     eager = _values(lowered, case, mode)
-    exact = _values(lowered, case, PlanMode(double=True, plans=mode.plans))
+    exact = _values(lowered, case, reference.double_mode(plans=mode.plans))
     rounding = rounding_of(mode)
     outputs = {name: reference.output(x, exact[name], rounding) for name, x in eager.items()}
     plans = zip(layers, mode.plans, strict=True) if layers else ()
@@ -57,9 +56,9 @@ def _golden(
 def _values(lowered: Lowered, case: Case, mode: PlanMode) -> dict[str, Tensor]:
     """Run the program node by node under a mode, in float64 where it asks for that."""
     known = {value.name for node in lowered.graph.graph for value in node.outputs}
-    module, inputs = lowered.program.module(), list(case.inputs.values())
+    module, inputs = lowered.program.module(), case.inputs
     if mode.double:
-        module, inputs = copy.deepcopy(module).double(), [to_double(x) for x in inputs]
+        module, inputs = copy.deepcopy(module).double(), {name: to_double(x) for name, x in inputs.items()}
     values: dict[str, Tensor] = {}
 
     class Recorder(Interpreter):
@@ -69,9 +68,7 @@ def _values(lowered: Lowered, case: Case, mode: PlanMode) -> dict[str, Tensor]:
                 values[node.name] = result
             return result
 
-    with torch.no_grad(), mode:
-        outputs = Recorder(module).run(*inputs)
+    found = run(lambda **given: Recorder(module).run(*given.values()), inputs, mode, tuple(lowered.written))
     # Outputs have names of their own in the graph.
     names = [str(output.name) for output in lowered.graph.graph.outputs]
-    flat = torch.utils._pytree.tree_leaves(outputs)
-    return values | {name: x for name, x in zip(names, flat, strict=False) if isinstance(x, Tensor)}
+    return values | dict(zip(names, found, strict=False))

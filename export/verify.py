@@ -117,6 +117,7 @@ def check(
         targets[-1]["seconds"] = time.perf_counter() - start
     if not targets:
         raise ConfigError(f"{folder} has neither a model.onnx nor an engine")
+    withhold(targets, report.get("unproven", []))
     verdicts = {each["verdict"] for each in targets}
     found: dict[str, Any] = plain(
         report
@@ -138,6 +139,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def withhold(targets: Sequence[dict[str, Any]], unproven: Sequence[str]) -> None:
+    """Take back each "passed" where an export has lines about what its inputs do not prove."""
+    for entry in targets:
+        if unproven and entry["verdict"] == "passed":
+            entry.update(verdict="not run", reason=unproven[0])
 
 
 def changed_files(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 from adaattn.errors import ConfigError
 from adaattn.input_spec import INT_MAX, Dimension, InputSpec, default_dimension
 
-WRITE_INPUT, WRITE_DIM = "write NAME=SHAPE[:TYPE], such as", "write NAME=min:opt:max, such as S=1:128:4096"
+WRITE_INPUT, WRITE_DIM = "write NAME=SHAPE[:TYPE[:MEANING]], such as", "write NAME=min:opt:max, such as S=1:128:4096"
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,12 @@ WRITE_INPUT, WRITE_DIM = "write NAME=SHAPE[:TYPE], such as", "write NAME=min:opt
         ("B,S:int64<30522", InputSpec("x", ("B", "S"), "int64", 30522)),
         ("B : int32 < 7", InputSpec("x", ("B",), "int32", 7)),
         ("B,S:bool", InputSpec("x", ("B", "S"), "bool")),
+        ("B,S:bool:masked", InputSpec("x", ("B", "S"), "bool", None, "masked")),
+        ("B,S : float16 : bias ", InputSpec("x", ("B", "S"), "float16", None, "bias")),
+        ("B,S::bias", InputSpec("x", ("B", "S"), None, None, "bias")),
+        ("B,S:int64<2:attend", InputSpec("x", ("B", "S"), "int64", 2, "attend")),
+        ("B,S:int64<9:values", InputSpec("x", ("B", "S"), "int64", 9, "values")),
+        ("::values", InputSpec("x", (), None, None, "values")),
         ("", InputSpec("x", ())),
         (":float64", InputSpec("x", (), "float64")),
         (f"1,{INT_MAX}", InputSpec("x", (1, INT_MAX))),
@@ -48,7 +54,15 @@ def test_an_input_is_read_and_written_alike(text: str, spec: InputSpec) -> None:
         ("x", "B,S:float99", "type 'float99' is unknown; choose one of float32, float16, bfloat16"),
         ("x", "B,S:torch", "type 'torch' is unknown"),
         ("x", "B,S:", WRITE_INPUT),
-        ("x", "B,S:float32:int64", WRITE_INPUT),
+        ("x", "B,S:float32:int64", "meaning 'int64' is unknown; choose one of attend, masked, bias, values"),
+        ("x", "B,S:bool:Masked", "meaning 'Masked' is unknown"),
+        ("x", "B,S:bool:", WRITE_INPUT),
+        ("x", "B,S::", WRITE_INPUT),
+        ("x", "B,S:bool:masked:attend", WRITE_INPUT),
+        ("x", "B,S:masked", "type 'masked' is unknown"),
+        ("x", "B,S:bool:bias", "a bias is added to the scores; it needs a floating-point type"),
+        ("x", "B,S:int64:bias", "it needs a floating-point type"),
+        ("x", "B,S:int64<3:attend", "a mask of integers has 0 and 1; leave out '<3'"),
         ("x", "B,S:int64<", WRITE_INPUT),
         ("x", "B,S:int64<-5", WRITE_INPUT),
         ("x", "B,S:int64<0", "'<0' needs an integer type and at least 1"),

@@ -91,7 +91,7 @@ def test_fill_values_must_be_there(tmp_path: Path) -> None:
 def test_where_eager_has_no_number_nothing_is_passed(tmp_path: Path) -> None:
     report = made(tmp_path, Model(lambda x: x * 1e5 * 1e5), dtype="float16")
     assert (report["verdict"], report["targets"][0]["verdict"]) == ("not run", "not run")
-    assert report["targets"][0]["reason"].endswith("nothing to compare: eager PyTorch has NaN or Inf for all of it")
+    assert "nothing to compare: eager PyTorch has NaN or Inf for all of it" in report["targets"][0]["reason"]
     assert corrupted(tmp_path)["verdict"] == "failed"
 
 
