@@ -134,7 +134,8 @@ def _integers(shape: Sequence[int], below: int, distinct: bool, generator: torch
 
 def _hide_first_row(mask: Tensor, nothing: bool | float) -> Tensor:
     """A query, or for a mask (batch, keys) a sequence, that may attend to nothing."""
-    mask[(0,) * (mask.dim() - 1)] = nothing
+    if mask.numel():
+        mask[(0,) * (mask.dim() - 1)] = nothing
     return mask
 
 

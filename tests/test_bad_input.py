@@ -149,7 +149,7 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
         ("SHELF/good.pt --weights SHELF/weights.pt", ["--weights goes with package.module:factory"]),
         ("SHELF/good.pt2", ["no upper bound", "input=s", "--dim s"]),
         ("SHELF/good.pt2 --dim width=1:2:3", ["no input has a dimension 'width'", "input=s"]),
-        ("SHELF/good.pt2 --input input=B,16", ["--input cannot change a program", "capture it anew"]),
+        ("SHELF/good.pt2 --input input=B,16", ["of the program (input=s", "has no upper bound; give one"]),
         ("SHELF/good.pt2 --dtype float16", ["--dtype cannot change a program"]),
         ("SHELF/good.pt2 --tolerance 0.1", ["--tolerance cannot change a program"]),
     ],
