@@ -148,6 +148,8 @@ class PlanMode(TorchDispatchMode):
             args, kwargs = _narrowed(func, args, kwargs)
         if self.double and func in ATTENTION:
             return self._noised(func, _attention_of(func, args, kwargs, self._narrow))
+        if self.double and func is torch.ops.aten.view.default:
+            return args[0].reshape(args[1])  # a captured program counts on the strides of torch's own attention
         if func is not torch.ops.adaattn.adaptive_attention.default:
             return self._noised(func, func(*args, **kwargs))
         args = args[:10]

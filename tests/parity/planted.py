@@ -73,11 +73,12 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault and the model that it is planted in."""
+    """A fault, the model that it is planted in, and whether the small case of a trace reaches it."""
 
     name: str
     base: str
     edit: Edit
+    traced: bool = True
 
     def __str__(self) -> str:
         return f"{self.base}: {self.name}"
@@ -272,6 +273,10 @@ def rows_swapped(x: np.ndarray) -> np.ndarray:
 KEPT_HALF = np.repeat([1, 0], WIDTH // HEADS // 2).astype(np.float32)
 
 
+# Words that are not among the eighteen of the small case, but among those of the golden inputs.
+UNTRACED = ("rows 46 and 47 swapped", "one row × 1.001")
+
+
 def faults() -> Iterator[Fault]:
     """Yield all faults, at least 40 on six models."""
     encoder = {
@@ -344,5 +349,5 @@ def faults() -> Iterator[Fault]:
     tables = {"encoder": encoder, "dense": dense, "bias": bias, "ids": ids, "speed": speed, "rungs": rungs}
     for base, table in tables.items():
         for name, edit in table.items():
-            yield Fault(name, base, edit)
+            yield Fault(name, base, edit, name not in UNTRACED)
     yield Fault("overflow", "half", overflow)
