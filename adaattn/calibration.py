@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from adaattn.balance import SecondMoments, balance, energies, fold
 from adaattn.budget import power_rank
 from adaattn.calibration_file import fingerprint, read, write
 from adaattn.calibration_proof import UNTRIED, try_basis
+from adaattn.checks import as_int, as_path, check_instance, described
 from adaattn.errors import ConfigError
 from adaattn.pairs import Pair, pairs
 
@@ -85,11 +85,17 @@ def calibrate(
         (['0.stack.0.attention'], 10)
 
     Raises:
-        ConfigError: no batch, or one that is none of the above.
-        CheckpointError: the file cannot be written or read, or is of other weights.
+        ConfigError: no batch, or one that is none of the above; an argument of another class.
+        CheckpointError: the file cannot be written or read, is damaged, or is of other weights.
     """
-    if save_every < 1:
-        raise ConfigError(f"save_every is {save_every}; give a number of batches of at least 1")
+    check_instance("model", model, nn.Module, "a torch.nn.Module")
+    if not hasattr(type(batches), "__iter__") and not hasattr(type(batches), "__getitem__"):
+        raise ConfigError(f"batches is {described(batches)}; give an iterable of batches")
+    save_every = as_int("save_every", save_every, "a number of batches of at least 1")
+    if resume is not None:
+        resume = as_path("resume", resume)
+    if not callable(on_batch):
+        raise ConfigError(f"on_batch is {described(on_batch)}; give a function of the number of batches done")
     found = pairs(model)
     refused = {name: reason for name, reason in found.items() if isinstance(reason, str)}
     chosen = {name: pair for name, pair in found.items() if isinstance(pair, Pair)}
@@ -99,7 +105,7 @@ def calibrate(
     tried = dict[str, str | None]()  # by attention, why its basis must stay, or None
     weights = fingerprint(model) if resume is not None else ""
     done = saved = 0
-    if resume is not None and Path(resume).exists():
+    if resume is not None and resume.exists():
         done = saved = read(resume, weights, sums, tried)
     elif resume is not None:
         write(resume, done, weights, sums, tried)  # fails now rather than after all the work
@@ -126,8 +132,12 @@ def calibrate(
         elif (reason := tried.get(name, refused.get(name, UNTRIED))) is not None:
             refused[name] = reason
         else:
+            try:
+                basis = balance(moments)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                refused[name] = "its statistics are too large or too small to be decomposed"
+                continue
             refused.pop(name, None)
-            basis = balance(moments)
             identity = torch.eye(pair.head_dim, dtype=torch.float64).expand_as(basis[0])
             before = energies(moments, pair.scale, identity, identity)
             layers[name] = Spectrum(before, energies(moments, pair.scale, *basis), int(moments.keys.min()))

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from adaattn.budget import Moments, plan_of
 from adaattn.config import FP32, INT8
+from adaattn.functional import as_exported
 from adaattn.masks import attended_keys
 
 PlanPair = tuple[Tensor, Tensor]  # precision and rank, (B, H) each
@@ -151,7 +152,7 @@ def _move(x: Tensor, rounded: Tensor, integers: Tensor, generator: torch.Generat
 def run(eager: Callable[..., Any], inputs: Mapping[str, Tensor], mode: PlanMode | None = None) -> list[Tensor]:
     """The tensors that a model returns, in order; it may write into its inputs, which are copies."""
     inputs = {name: x.clone() for name, x in inputs.items()}
-    with torch.no_grad():
+    with torch.no_grad(), as_exported():
         if mode is None:
             outputs = eager(**inputs)
         else:

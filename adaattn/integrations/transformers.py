@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adaattn.config import POLICIES, PRECISIONS, Budget
 from adaattn.errors import ConfigError
-from adaattn.functional import adaptive_attention
+from adaattn.functional import adaptive_attention, chooses_as_exported
 
 SETTING = "adaattn_tolerance"  # in a model's config; save_pretrained writes it, from_pretrained reads it
 # So many queries share one read of the keys and values in the fused kernels. Fewer are bound by that read, which
@@ -55,7 +55,8 @@ def register(
             changes it for one model.
         safety, precisions, low_rank: see `adaattn.config.Budget`.
         dense_below: fewer queries than this, over more keys than queries, take transformers' own `sdpa`: decode steps
-            over a cache. 0 never does. Exported programs never do, and dropout always does.
+            over a cache. 0 never does. Exported programs never do, nor the eager runs that verify them, and dropout
+            always does.
         name: what models ask for; it begins with "adaattn".
 
     Example:
@@ -199,7 +200,8 @@ def _attend(
     if window is not None and attention_mask is None and (sizes is None or sizes[1] > window):
         options["sliding_window"] = window  # else the mask shows it, or it shows all keys
     _refuse(module, options)
-    if dropout > 0 or (sizes is not None and sizes[0] < min(dense_below, sizes[1])):
+    short = sizes is not None and not chooses_as_exported() and sizes[0] < min(dense_below, sizes[1])
+    if dropout > 0 or short:
         operands = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
         return dense(*operands, position_bias=position_bias, **options)[0], None
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -219,8 +221,8 @@ def _attend(
         key,
         value,
         _biased(attention_mask, position_bias),
-        is_causal,
-        scaling,
+        is_causal=is_causal,
+        scale=scaling,
         enable_gqa=True,
         tolerance=getattr(module.config, SETTING, budget.tolerance),
         safety=budget.safety,
