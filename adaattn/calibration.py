@@ -23,7 +23,7 @@ from adaattn.balance import SecondMoments, balance, energies, fold
 from adaattn.budget import power_rank
 from adaattn.calibration_file import fingerprint, read, write
 from adaattn.calibration_proof import UNTRIED, try_basis
-from adaattn.checks import as_int, as_path, check_instance, described
+from adaattn.checks import as_int, as_path, check_function, check_instance, described
 from adaattn.errors import ConfigError
 from adaattn.pairs import Pair, pairs
 
@@ -89,13 +89,13 @@ def calibrate(
         CheckpointError: the file cannot be written or read, is damaged, or is of other weights.
     """
     check_instance("model", model, nn.Module, "a torch.nn.Module")
-    if not hasattr(type(batches), "__iter__") and not hasattr(type(batches), "__getitem__"):
+    iterable = hasattr(type(batches), "__iter__") or hasattr(type(batches), "__getitem__")
+    if isinstance(batches, str) or not iterable:
         raise ConfigError(f"batches is {described(batches)}; give an iterable of batches")
     save_every = as_int("save_every", save_every, "a number of batches of at least 1")
     if resume is not None:
         resume = as_path("resume", resume)
-    if not callable(on_batch):
-        raise ConfigError(f"on_batch is {described(on_batch)}; give a function of the number of batches done")
+    check_function("on_batch", on_batch)
     found = pairs(model)
     refused = {name: reason for name, reason in found.items() if isinstance(reason, str)}
     chosen = {name: pair for name, pair in found.items() if isinstance(pair, Pair)}
@@ -148,13 +148,13 @@ def calibrate(
 def _call(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Tensor):
         model(batch)
-    elif isinstance(batch, Mapping):
+    elif isinstance(batch, Mapping) and all(isinstance(name, str) for name in batch):
         model(**batch)
     elif isinstance(batch, (tuple, list)):
         model(*batch)
     else:
         raise ConfigError(
-            f"a batch is of type {type(batch).__name__}; give a tensor, a tuple or list of arguments, or a mapping of "
+            f"a batch is {described(batch)}; give a tensor, a tuple or list of arguments, or a mapping of "
             "keyword arguments"
         )
 

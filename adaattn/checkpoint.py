@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def load(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) 
 def read(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) -> Checkpoint:
     """`load`, with what was saved about the inputs."""
     path = as_path("path", path)
-    if isinstance(classes, type) or not all(isinstance(kind, type) for kind in classes):
+    if not isinstance(classes, Iterable) or not all(isinstance(kind, type) for kind in classes):
         raise ConfigError(f"classes is {described(classes)}; give a list of classes of torch.nn.Module")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)

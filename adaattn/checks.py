@@ -109,6 +109,17 @@ def as_names(name: str, given: Any, choices: Collection[str]) -> tuple[str, ...]
     raise ConfigError(f"{name} are {found}; choose at least one of {', '.join(choices)}")
 
 
+def as_sequence(name: str, given: Any) -> tuple[Any, ...]:
+    """Return what a list, a tuple or another iterable holds.
+
+    Raises:
+        ConfigError: a text, a mapping, or what cannot be iterated over.
+    """
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping)) and not hasattr(given, "dtype"):
+        return tuple(given)
+    raise ConfigError(f"{name} is {described(given)}; give a tuple")
+
+
 def as_path(name: str, given: Any) -> Path:
     """Return a path from a text or an object of `os.PathLike`.
 
@@ -124,6 +135,12 @@ def check_instance(name: str, given: object, kind: type | tuple[type, ...], want
     """Raise ConfigError where an argument is not of its class."""
     if not isinstance(given, kind):
         raise ConfigError(f"{name} is {described(given)}; give {wanted}")
+
+
+def check_function(name: str, given: object) -> None:
+    """Raise ConfigError where an argument cannot be called."""
+    if not callable(given):
+        raise ConfigError(f"{name} is {described(given)}; give a function")
 
 
 def check_mapping(name: str, given: object, kinds: tuple[type, ...], wanted: str) -> None:

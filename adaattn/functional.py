@@ -12,7 +12,7 @@ from torch import Tensor
 from adaattn.budget import Moments, Plan, ladder_table_for, plan_within
 from adaattn.checks import as_bool, as_choice, as_float
 from adaattn.config import PRECISIONS, Budget
-from adaattn.errors import ConfigError, ShapeError
+from adaattn.errors import ShapeError
 from adaattn.masks import attended_keys, causal_mask
 from adaattn.ops.adaptive_attention.api import as_scale, check_attention_inputs
 from adaattn.ops.adaptive_attention.ops import adaptive_attention as attention_op
@@ -87,11 +87,8 @@ def adaptive_attention(
         ShapeError, DtypeError, DeviceError: operands that do not go together.
     """
     budget = Budget(tolerance, safety, precisions, low_rank)
-    if as_float("dropout_p", dropout_p, "0.0") != 0:
-        raise ConfigError(
-            f"dropout_p is {dropout_p}; adaptive attention has no dropout: give 0.0 here, and train with "
-            "scaled_dot_product_attention or a module of this package, which takes dropout"
-        )
+    wanted = "0.0: adaptive attention has no dropout; to train with it, use a module of this package"
+    as_float("dropout_p", dropout_p, wanted, lambda x: x == 0)
     is_causal, enable_gqa = as_bool("is_causal", is_causal), as_bool("enable_gqa", enable_gqa)
     as_choice("impl", impl, IMPLEMENTATIONS)
     if attn_mask is not None:

@@ -42,11 +42,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     function = ours.adaptive_attention
 
-    def spy(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, *rest: Any, **options: Any
-    ) -> Any:
-        seen.append({"queries": query.shape[2], "keys": key.shape[2], "mask": mask, "causal": causal, **options})
-        return function(query, key, value, mask, causal, *rest, **options)
+    def spy(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool, **options: Any) -> Any:
+        seen.append({"queries": query.shape[2], "keys": key.shape[2], "mask": mask, "causal": is_causal, **options})
+        return function(query, key, value, mask, is_causal=is_causal, **options)
 
     monkeypatch.setattr(ours, "adaptive_attention", spy)
     return seen

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaattn.checks import as_int, check_instance, described
 from adaattn.config import POLICIES, PRECISIONS, Budget
 from adaattn.errors import ConfigError
 from adaattn.functional import adaptive_attention, chooses_as_exported
@@ -67,12 +68,11 @@ def register(
         ConfigError: an option out of range, or transformers missing or too old. Later, from a model's forward: an
             option of its attention that ours does not have.
     """
-    budget = Budget(tolerance, safety, tuple(precisions), low_rank)
-    if not isinstance(dense_below, int) or dense_below < 0:
-        raise ConfigError(f"dense_below is {dense_below}; give a number of queries, 0 for never")
-    if not name.startswith("adaattn") or not name.replace("-", "_").isidentifier():
+    budget = Budget(tolerance, safety, precisions, low_rank)
+    dense_below = as_int("dense_below", dense_below, "a number of queries, 0 for never", least=0)
+    if not isinstance(name, str) or not name.startswith("adaattn") or not name.replace("-", "_").isidentifier():
         # Transformers reads meaning into names: "a/b" is downloaded, "flash…" and "sdpa…" are its own.
-        raise ConfigError(f"name is {name!r}; give letters, digits, - and _ that begin with adaattn")
+        raise ConfigError(f"name is {described(name)}; give letters, digits, - and _ that begin with adaattn")
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -98,6 +98,7 @@ def set_tolerance(model: nn.Module, tolerance: float) -> None:
         ConfigError: the tolerance is out of range, or the model does not attend by `register`'s implementation.
     """
     tolerance = Budget(tolerance).tolerance  # refuses what is out of range
+    check_instance("model", model, nn.Module, "a model of transformers")
     configs = configs_of(model)
     attending = [module for module in model.modules() if tolerance_of(module) is not None]
     alone = [type(module).__name__ for module in attending if not takes_implementations(module)]

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from adaattn.checks import as_bool, as_float
+from adaattn.checks import as_bool, as_choice, as_float
 from adaattn.errors import DtypeError, ShapeError
 from adaattn.ops.adaptive_attention.ops import adaptive_attention as op
+from adaattn.ops.dispatch import IMPLEMENTATIONS
 from adaattn.tensor_checks import check_device, check_float, check_mask_dtype, check_tensor
 
 
@@ -77,20 +78,9 @@ def adaptive_attention(
     for name, got in (("precision", precision), ("rank", rank)):
         if got.dtype != torch.int32:
             raise DtypeError(f"{name} is {got.dtype}; expected int32")
-    scale = as_scale(scale, head_dim)
-    output: Tensor = op(
-        query,
-        key,
-        value,
-        key_mean,
-        value_peak,
-        precision,
-        rank,
-        attn_mask,
-        scale,
-        as_bool("is_causal", is_causal),
-        impl,
-    )
+    as_choice("impl", impl, IMPLEMENTATIONS)
+    scale, is_causal = as_scale(scale, head_dim), as_bool("is_causal", is_causal)
+    output: Tensor = op(query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal, impl)
     return output
 
 

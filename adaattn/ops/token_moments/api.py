@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from adaattn.budget import Moments
-from adaattn.checks import as_bool
+from adaattn.checks import as_bool, as_choice
 from adaattn.errors import DtypeError, ShapeError
+from adaattn.ops.dispatch import IMPLEMENTATIONS
 from adaattn.ops.token_moments.ops import token_moments as op
 from adaattn.tensor_checks import check_device, check_float, check_tensor
 
@@ -48,4 +49,5 @@ def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = Fals
         if key_mask.dtype != torch.bool:
             raise DtypeError(f"key_mask is {key_mask.dtype}; expected bool, True where a token counts")
         check_device("key_mask", key_mask, x.device, "x")
+    as_choice("impl", impl, IMPLEMENTATIONS)
     return Moments(*op(x, key_mask, as_bool("center", center), impl))
