@@ -1,4 +1,4 @@
-"""What a module is outlasts all that torch does with modules: other devices and types, copies, files, emptied memory."""
+"""A module keeps its configuration and its plans through what torch does with modules: devices, types, copies."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ KINDS: dict[str, Make] = {
     "random": lambda: adaattn.AdaptiveRankAttention(WIDTH, 4, rank_estimation_method="random"),
     "rank": lambda: adaattn.AdaptiveRankAttention(WIDTH, 4, tolerance=2e-2),
     "adaptive": lambda: adaattn.AdaptiveAttention(WIDTH, 4, policy="speed"),
-    "encoder": lambda: adaattn.Encoder(
-        WIDTH, 4, ("dense", "adaptive", "adaptive_precision", "adaptive_rank"), causal=True
-    ),
+    "encoder": lambda: adaattn.Encoder(WIDTH, 4, ("dense", "adaptive_precision", "adaptive_rank"), causal=True),
     "multihead": lambda: MultiheadAttention(adaattn.AdaptiveAttention(WIDTH, 4), batch_first=True),
 }
 
@@ -137,17 +135,11 @@ def test_statistics_move_with_the_module(kind: str) -> None:
     module = KINDS[kind]().eval()
     call(module)
     seen = plans(module)
-    for change in (
-        copy.deepcopy,
-        nn.Module.half,
-        nn.Module.share_memory,
-        lambda m: m.to("meta"),
-        emptied,
-        copy.deepcopy,
-    ):
+    assert all(torch.tensor(counts).sum() > 0 for counts in seen)
+    changes = (copy.deepcopy, nn.Module.half, nn.Module.share_memory, lambda m: m.to("meta"), emptied, copy.deepcopy)
+    for change in changes:
         module = change(module)
         assert plans(module) == seen
-    assert not seen or any(map(str.__contains__, map(str, seen), "1" * len(seen)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -180,7 +172,7 @@ def test_a_module_on_meta_gives_shapes(kind: str) -> None:
     with FakeTensorMode():
         module = KINDS[kind]().eval()
         assert call(module, torch.randn(X.shape)).shape == X.shape
-    assert torch.equal(call(KINDS["adaptive"]().eval()), call(KINDS["adaptive"]().eval())) is False  # nothing was kept
+    assert type(call(KINDS[kind]().eval())) is Tensor  # nothing that was made there was kept
 
 
 def test_a_table_made_under_a_transform_is_not_kept() -> None:
@@ -245,7 +237,6 @@ SAVED = [kind for kind in KINDS if kind != "multihead"]  # which takes a module:
 @pytest.mark.parametrize("kind", SAVED)
 def test_what_is_set_is_saved(kind: str, setter: str, tmp_path: Path) -> None:
     module = KINDS[kind]().eval()
-    before = {name: copy.deepcopy(vars(each)) for name, each in module.named_modules()}
     SETTERS[setter](module)
     adaattn.save(module, tmp_path / "model.pt")
     for other in (adaattn.load(tmp_path / "model.pt"), copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -266,7 +257,6 @@ def test_what_is_set_is_saved(kind: str, setter: str, tmp_path: Path) -> None:
             outputs.append((call(each), plans(each)))
         assert torch.equal(outputs[0][0], outputs[1][0])
         assert outputs[0][1] == outputs[1][1]
-    assert before  # what the constructor made differs from what was set, or the setter does not concern this kind
 
 
 def test_a_tolerance_of_one_layer_changes_that_layer_and_is_saved(tmp_path: Path) -> None:
@@ -298,10 +288,7 @@ MIXED: dict[str, Callable[[nn.Module], object]] = {
     "all inputs": lambda m: m(X.to("meta"), X.to("meta"), X.to("meta")),
     "mask": lambda m: m(X, X, X, torch.ones(2, 9, dtype=torch.bool, device="meta")),
     "weights": lambda m: m.to("meta")(X, X, X),
-    "weights of the keys": lambda m: (
-        m.get_submodule("attention" if hasattr(m, "attention") else "").k_proj.to("meta"),
-        m(X, X, X),
-    ),
+    "weights of the keys": lambda m: [_all(m)[0].k_proj.to("meta"), m(X, X, X)],
 }
 
 
@@ -325,7 +312,7 @@ def test_weights_that_a_hook_brings_are_taken() -> None:
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.int8, torch.bool, torch.complex64],
+    [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool, torch.complex64],
     ids=str,
 )
 @pytest.mark.parametrize("kind", KINDS)
