@@ -407,7 +407,7 @@ def test_attention_that_is_not_torchs_is_left_and_said(kind: type[nn.Module]) ->
         (lambda: nn.Sequential(nn.Linear(3, 3)), "found no attention in Sequential"),
         (
             lambda: nn.Sequential(torch_attention(add_zero_attn=True)),
-            "replaced nothing in Sequential: 0: add_zero_attn",
+            "nothing in Sequential: 0: add_zero_attn",
         ),
         (Handwritten, r"no torch.nn.MultiheadAttention: Handwritten \(1\)"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -305,8 +306,12 @@ def test_weights_that_a_hook_brings_are_taken() -> None:
     want = call(module)
     kept = {name: copy.deepcopy(layer.state_dict()) for name, layer in module.named_children()}
     module.to("meta")
+
+    def bring(name: str, layer: nn.Module, args: object) -> None:
+        layer.load_state_dict(kept[name], assign=True)
+
     for name, layer in module.named_children():
-        layer.register_forward_pre_hook(lambda layer, _, name=name: layer.load_state_dict(kept[name], assign=True))
+        layer.register_forward_pre_hook(functools.partial(bring, name))
     assert torch.equal(call(module, x), want)
 
 
