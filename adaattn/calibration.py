@@ -134,8 +134,11 @@ def calibrate(
         else:
             try:
                 basis = balance(moments)
+                decomposed = all(bool(x.isfinite().all()) for x in basis)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                refused[name] = "its statistics are too large or too small to be decomposed"
+                decomposed = False
+            if not decomposed:
+                refused[name] = "its statistics are too large to be decomposed"
                 continue
             refused.pop(name, None)
             identity = torch.eye(pair.head_dim, dtype=torch.float64).expand_as(basis[0])

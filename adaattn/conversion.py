@@ -136,10 +136,7 @@ def convert(model: nn.Module, config: Conversion | None = None) -> list[Converte
                 made[module] = replacement(module, config)
             records.append(Converted(name, reason))
         elif name in handwritten:
-            reason = (
-                f"{type(module).__name__} is not a torch.nn.MultiheadAttention; call adaattn.adaptive_attention in it"
-            )
-            records.append(Converted(name, reason))
+            records.append(Converted(name, f"{type(module).__name__} is not a torch.nn.MultiheadAttention"))
     complaint = _complaint(model, records, handwritten)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in made:

@@ -62,5 +62,6 @@ class AdaptiveAttention(PlannedAttention):
         )
 
     def _make_plan(self, q: Moments, k: Moments, v: Moments, dtype: torch.dtype) -> Plan:
-        assert self.budget is not None
-        return self._plan_within(self.budget, q, k, v)
+        budget = self.budget
+        assert budget is not None
+        return self._plan_within(budget, q, k, v)
