@@ -134,17 +134,16 @@ def calibrate(
         else:
             try:
                 basis = balance(moments)
-                decomposed = all(bool(x.isfinite().all()) for x in basis)
+                folded = fold(pair, *basis)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                decomposed = False
-            if not decomposed:
+                folded = False
+            if not folded:
                 refused[name] = "its statistics are too large to be decomposed"
                 continue
             refused.pop(name, None)
             identity = torch.eye(pair.head_dim, dtype=torch.float64).expand_as(basis[0])
             before = energies(moments, pair.scale, identity, identity)
             layers[name] = Spectrum(before, energies(moments, pair.scale, *basis), int(moments.keys.min()))
-            fold(pair, *basis)
     return Calibration(done, layers, refused)
 
 
