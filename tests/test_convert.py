@@ -436,7 +436,8 @@ def test_the_call_is_torchs() -> None:
 
 
 def test_tied_weights_stay_tied_and_shared_modules_shared() -> None:
-    records = convert(Tied())
+    with pytest.warns(UserWarning, match="replaced nothing in Tied: first: it shares weights with second"):
+        records = convert(Tied())
     assert ["shares weights with second" in records[0].reason, "with first" in records[1].reason] == [True, True]
     one = torch_attention()
     model = nn.ModuleList([nn.ModuleDict({"a": one, "b": one}), nn.Sequential(one)])
