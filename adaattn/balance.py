@@ -131,7 +131,7 @@ def fold(pair: Pair, transform: Tensor, inverse: Tensor) -> bool:
 
 def _folded(linear: nn.Linear, matrices: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Each weight of a projection, and what makes its output that of today, times the transpose of a head's matrix."""
-    folded = []
+    folded = list[tuple[Tensor, Tensor]]()
     for parameter in linear.parameters():
         heads = parameter.detach().to("cpu", torch.float64).reshape(*matrices.shape[:2], -1)
         folded.append((parameter, (matrices @ heads).reshape(parameter.shape).to(parameter)))
