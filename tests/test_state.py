@@ -221,7 +221,12 @@ SETTERS: dict[str, Callable[[nn.Module], object]] = {
     "tolerance": lambda m: [_each(_planned(m), "policy", None), _each(_planned(m), "tolerance", 1e-1, 1e-4)],
     "policy": lambda m: [_each(_planned(m), "tolerance", None), _each(_planned(m), "policy", "quality", "speed")],
     "safety": lambda m: _each(_planned(m), "safety", 3.0, 0.5),
-    "precisions": lambda m: _each(_planned(m), "precisions", ("fp16",), ("bf16", "fp32")),
+    "precisions": lambda m: _each(
+        [a for a in _planned(m) if not isinstance(a, adaattn.AdaptiveRankAttention)],  # which has no such option
+        "precisions",
+        ("fp16",),
+        ("bf16", "fp32"),
+    ),
     "causal": lambda m: _each(_all(m), "causal", True, False),
     "dropout": lambda m: _each(_all(m), "dropout", 0.5, 0.25),
     "default_precision": lambda m: _each(
