@@ -113,15 +113,26 @@ def energies(moments: SecondMoments, scale: float, transform: Tensor, inverse: T
     return scale * scale * q_energy * k_energy
 
 
-def fold(pair: Pair, transform: Tensor, inverse: Tensor) -> None:
-    """Write the new basis into the projections: computed in float64, then rounded to the type of the weights."""
-    _apply(pair.query, transform.mT.repeat_interleave(pair.num_heads // pair.num_kv_heads, 0))
-    _apply(pair.key, inverse)
-
-
 @torch.no_grad()
-def _apply(linear: nn.Linear, matrices: Tensor) -> None:
-    """Let a projection's output be that of today, times the transpose of each head's matrix."""
+def fold(pair: Pair, transform: Tensor, inverse: Tensor) -> bool:
+    """Write the new basis into the projections: computed in float64, then rounded to the type of the weights.
+
+    Returns:
+        False, with nothing changed, where a weight would not be finite in its type.
+    """
+    of_query = transform.mT.repeat_interleave(pair.num_heads // pair.num_kv_heads, 0)
+    changed = [*_folded(pair.query, of_query), *_folded(pair.key, inverse)]
+    if any(bool((after.isinf() | after.isnan())[before.isfinite()].any()) for before, after in changed):
+        return False
+    for before, after in changed:
+        before.copy_(after)
+    return True
+
+
+def _folded(linear: nn.Linear, matrices: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each weight of a projection, and what makes its output that of today, times the transpose of a head's matrix."""
+    folded = list[tuple[Tensor, Tensor]]()
     for parameter in linear.parameters():
         heads = parameter.detach().to("cpu", torch.float64).reshape(*matrices.shape[:2], -1)
-        parameter.copy_((matrices @ heads).reshape(parameter.shape))
+        folded.append((parameter, (matrices @ heads).reshape(parameter.shape).to(parameter)))
+    return folded

@@ -11,11 +11,11 @@ pass over q, k and v, without a synchronisation. An exported program holds it as
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adaattn.config import PRECISIONS, Budget
 
@@ -81,20 +81,37 @@ def ladder(budget: Budget, head_dim: int) -> list[tuple[int, int]]:
 
 
 def ladder_table(budget: Budget, head_dim: int, device: torch.device | None = None) -> Tensor:
-    """`ladder` as a tensor (2, steps) of int64, codes and ranks. Modules keep it as a buffer."""
-    return torch.tensor(ladder(budget, head_dim), device=device).T.contiguous()
+    """`ladder` as a tensor (2, steps) of int64, codes and ranks."""
+    codes, ranks = zip(*ladder(budget, head_dim), strict=True)
+    return torch.tensor([codes, ranks], device=device)
 
 
-@functools.lru_cache(maxsize=256)
-def _cached_ladder_table(budget: Budget, head_dim: int, device: torch.device) -> Tensor:
-    return ladder_table(budget, head_dim, device)
+_tables: dict[tuple[tuple[str, ...], bool, int, torch.device], Tensor] = {}
+
+
+@torch.compiler.assume_constant_result  # a compiled graph holds the table as a constant on its device
+def _kept_table(precisions: tuple[str, ...], low_rank: bool, head_dim: int, device: torch.device) -> Tensor:
+    key = (precisions, low_rank, head_dim, device)
+    if key not in _tables:
+        budget = Budget(1.0, precisions=precisions, low_rank=low_rank)  # a ladder does not depend on the tolerance
+        with torch.inference_mode(False):
+            _tables[key] = ladder_table(budget, head_dim, device)
+    return _tables[key]
 
 
 def ladder_table_for(budget: Budget, head_dim: int, device: torch.device) -> Tensor:
-    """`ladder_table` for a function, which has no buffer: kept between calls, made anew inside a trace."""
-    if torch.compiler.is_compiling():
+    """Return `ladder_table` on a device: kept between calls, made anew where tensors are not plain ones.
+
+    It follows from the configuration, so modules make it here: as a buffer, it would be lost in `Module.to_empty`.
+    """
+    if torch.compiler.is_exporting():
         return ladder_table(budget, head_dim, device)
-    return _cached_ladder_table(budget, head_dim, device)
+    if not torch.compiler.is_compiling() and (
+        is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return ladder_table(budget, head_dim, device)
+    table: Tensor = _kept_table(budget.precisions, budget.low_rank, head_dim, device)
+    return table
 
 
 def energy(query: Moments, key: Moments, scale: float) -> Tensor:
@@ -145,7 +162,7 @@ def plan_within(
     """The cheapest plan of each head whose predicted error, times the budget's safety, fits its tolerance.
 
     Args:
-        table: `ladder_table(budget, head_dim)`, on the device of the moments (modules keep it as a buffer).
+        table: `ladder_table_for(budget, head_dim, device)`, on the device of the moments.
         query, key, value: moments of shape (B, H, ·), (B, Hk, ·), (B, Hk, ·); H a multiple of Hk.
         scale: softmax scale.
         impl: "auto" (Triton on CUDA, else the reference), "reference" or "triton".

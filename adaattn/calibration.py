@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from adaattn.balance import SecondMoments, balance, energies, fold
 from adaattn.budget import power_rank
 from adaattn.calibration_file import fingerprint, read, write
 from adaattn.calibration_proof import UNTRIED, try_basis
+from adaattn.checks import as_int, as_path, check_function, check_instance, described
 from adaattn.errors import ConfigError
 from adaattn.pairs import Pair, pairs
 
@@ -85,11 +85,17 @@ def calibrate(
         (['0.stack.0.attention'], 10)
 
     Raises:
-        ConfigError: no batch, or one that is none of the above.
-        CheckpointError: the file cannot be written or read, or is of other weights.
+        ConfigError: no batch, or one that is none of the above; an argument of another class.
+        CheckpointError: the file cannot be written or read, is damaged, or is of other weights.
     """
-    if save_every < 1:
-        raise ConfigError(f"save_every is {save_every}; give a number of batches of at least 1")
+    check_instance("model", model, nn.Module, "a torch.nn.Module")
+    iterable = hasattr(type(batches), "__iter__") or hasattr(type(batches), "__getitem__")
+    if isinstance(batches, str) or not iterable:
+        raise ConfigError(f"batches is {described(batches)}; give an iterable of batches")
+    save_every = as_int("save_every", save_every, "a number of batches of at least 1")
+    if resume is not None:
+        resume = as_path("resume", resume)
+    check_function("on_batch", on_batch)
     found = pairs(model)
     refused = {name: reason for name, reason in found.items() if isinstance(reason, str)}
     chosen = {name: pair for name, pair in found.items() if isinstance(pair, Pair)}
@@ -99,7 +105,7 @@ def calibrate(
     tried = dict[str, str | None]()  # by attention, why its basis must stay, or None
     weights = fingerprint(model) if resume is not None else ""
     done = saved = 0
-    if resume is not None and Path(resume).exists():
+    if resume is not None and resume.exists():
         done = saved = read(resume, weights, sums, tried)
     elif resume is not None:
         write(resume, done, weights, sums, tried)  # fails now rather than after all the work
@@ -126,25 +132,31 @@ def calibrate(
         elif (reason := tried.get(name, refused.get(name, UNTRIED))) is not None:
             refused[name] = reason
         else:
+            try:
+                basis = balance(moments)
+                folded = fold(pair, *basis)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                folded = False
+            if not folded:
+                refused[name] = "its statistics are too large to be decomposed"
+                continue
             refused.pop(name, None)
-            basis = balance(moments)
             identity = torch.eye(pair.head_dim, dtype=torch.float64).expand_as(basis[0])
             before = energies(moments, pair.scale, identity, identity)
             layers[name] = Spectrum(before, energies(moments, pair.scale, *basis), int(moments.keys.min()))
-            fold(pair, *basis)
     return Calibration(done, layers, refused)
 
 
 def _call(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Tensor):
         model(batch)
-    elif isinstance(batch, Mapping):
+    elif isinstance(batch, Mapping) and all(isinstance(name, str) for name in batch):
         model(**batch)
     elif isinstance(batch, (tuple, list)):
         model(*batch)
     else:
         raise ConfigError(
-            f"a batch is of type {type(batch).__name__}; give a tensor, a tuple or list of arguments, or a mapping of "
+            f"a batch is {described(batch)}; give a tensor, a tuple or list of arguments, or a mapping of "
             "keyword arguments"
         )
 

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaattn.errors import AdaAttnError, CheckpointError
+from adaattn.attention.base import AttentionBase
+from adaattn.checks import as_path, check_instance, check_mapping, described
+from adaattn.errors import AdaAttnError, CheckpointError, ConfigError
 from adaattn.input_spec import Dimension, InputSpec
 
 FORMAT, VERSION = "adaattn", 1
@@ -50,15 +52,22 @@ def save(
 
     Raises:
         CheckpointError: the module's class or configuration cannot be written, or the file cannot.
-        ConfigError: a specification that cannot be read.
+        ConfigError: a specification that cannot be read, or an argument of another class.
     """
+    check_instance("module", module, nn.Module, "a torch.nn.Module")
+    path = as_path("path", path)
+    check_mapping(
+        "inputs", {} if inputs is None else inputs, (str, Tensor), "a specification such as 'B,S,512:float32'"
+    )
+    check_mapping("dims", {} if dims is None else dims, (str,), "sizes such as '1:128:4096'")
     specs = [_spec(name, given) for name, given in (inputs or {}).items()]
     sizes = [Dimension.parse(name, given) for name, given in (dims or {}).items()]
     payload = {
         "format": FORMAT,
         "version": VERSION,
-        "class": f"{type(module).__module__}:{type(module).__qualname__}",
+        "class": _class_name(module),
         "config": _config(module),
+        "attention": _attention(module),
         "state": dict(module.state_dict()),
         "training": module.training,
         "inputs": {spec.name: str(spec) for spec in specs},
@@ -109,6 +118,9 @@ def load(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) 
 
 def read(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) -> Checkpoint:
     """`load`, with what was saved about the inputs."""
+    path = as_path("path", path)
+    if not isinstance(classes, Iterable) or not all(isinstance(kind, type) for kind in classes):
+        raise ConfigError(f"classes is {described(classes)}; give a list of classes of torch.nn.Module")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -143,6 +155,7 @@ def from_payload(payload: Any, path: str | os.PathLike[str], classes: Sequence[t
         raise CheckpointError(f"{path} is damaged: its {damaged[0]!r} is missing or of another type; save it again")
     try:
         module = _find_class(payload["class"], classes)(**payload["config"])
+        _set_attention(module, payload.get("attention", {}), classes)
         assign_weights(module, payload["state"], type(module).__name__)
         module.train(payload["training"])
         inputs = tuple(InputSpec.parse(name, text) for name, text in payload["inputs"].items())
@@ -193,6 +206,43 @@ def _config(module: nn.Module) -> dict[str, Any]:
                 "None and lists of them can be saved"
             )
     return config
+
+
+def _attention(module: nn.Module) -> dict[str, Any]:
+    """Return class and configuration of each attention of this package within a module, by all its names.
+
+    They may have been set, or replaced, after the module's constructor made them.
+    """
+    return {
+        name: {"class": _class_name(each), "config": _config(each)}
+        for name, each in module.named_modules(remove_duplicate=False)
+        if name and isinstance(each, AttentionBase) and type(each).__module__.startswith("adaattn.")
+    }
+
+
+def _set_attention(module: nn.Module, saved: Any, classes: Sequence[type[nn.Module]]) -> None:
+    """Put in place each attention that is not as it was saved.
+
+    Raises:
+        CheckpointError: a predicate for which the file's name is the subject.
+    """
+    if not isinstance(saved, dict):
+        raise CheckpointError("is damaged: its 'attention' is of another type; save it again")
+    if saved == _attention(module):
+        return
+    made = dict[nn.Module, nn.Module]()  # by what it replaces: one module may have several names
+    for name, each in saved.items():
+        if not isinstance(name, str) or not isinstance(each, dict) or not isinstance(each.get("class"), str):
+            raise CheckpointError("is damaged: its 'attention' is of another form; save it again")
+        before = module.get_submodule(name)
+        if before not in made:
+            made[before] = _find_class(each["class"], classes)(**each["config"])
+        parent, _, child = name.rpartition(".")
+        module.get_submodule(parent).register_module(child, made[before])
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}:{type(module).__qualname__}"
 
 
 def _plain(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adaattn.checks import as_bool, as_choice, as_float, as_names
 from adaattn.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8_fp8")
@@ -43,17 +44,10 @@ class Budget:
             ("tolerance", "a relative error above 0, such as 1e-2"),
             ("safety", "a factor above 0, usually 1 to 2"),
         ):
-            given = getattr(self, name)
-            try:
-                number = float(given)  # of numpy's and torch's numbers, too
-            except (TypeError, ValueError):
-                number = 0.0
-            if not 0 < number < float("inf"):
-                raise ConfigError(f"{name} is {given!r}; give {wanted}")
+            number = as_float(name, getattr(self, name), wanted, lambda x: 0 < x < float("inf"))
             object.__setattr__(self, name, number)
-        unknown = [name for name in self.precisions if name not in PRECISIONS]
-        if unknown or not self.precisions:
-            raise ConfigError(f"precisions are {self.precisions!r}; choose at least one of {', '.join(PRECISIONS)}")
+        object.__setattr__(self, "precisions", as_names("precisions", self.precisions, PRECISIONS))
+        object.__setattr__(self, "low_rank", as_bool("low_rank", self.low_rank))
 
     @property
     def limit(self) -> float:
@@ -75,6 +69,4 @@ def resolve_tolerance(tolerance: float | None, policy: str | None) -> float | No
         return tolerance
     if tolerance is not None:
         raise ConfigError(f"both tolerance={tolerance!r} and policy={policy!r} are given; a policy names a tolerance")
-    if policy not in POLICIES:
-        raise ConfigError(f"policy is {policy!r}; choose one of {', '.join(POLICIES)}, or give tolerance")
-    return POLICIES[policy]
+    return POLICIES[as_choice("policy", policy, POLICIES)]

@@ -5,6 +5,11 @@ What cannot be carried over without changing results is left as it is, and the r
 
 from __future__ import annotations
 
+import inspect
+import re
+import warnings
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +20,15 @@ from torch.nn.utils import parametrize
 
 from adaattn.attention.base import AttentionBase
 from adaattn.attention.multihead import MultiheadAttention
+from adaattn.checks import as_choice, check_instance
 from adaattn.config import POLICIES, PRECISIONS, Budget, resolve_tolerance
 from adaattn.encoder import ATTENTION
 from adaattn.errors import ConfigError
 from adaattn.weights import address, are_plain, owners
+
+# What attention is made of in the code of a forward: a call, or two products around a softmax.
+CALL = re.compile(r"scaled_dot_product_attention|multi_head_attention_forward|flex_attention|flash_attn")
+PRODUCT = re.compile(r"(?<=[\w)\]])\s*@|\b(?:matmul|bmm|baddbmm|einsum)\(")
 
 
 @dataclass(frozen=True)
@@ -46,11 +56,14 @@ class Conversion:
     precisions: tuple[str, ...] = PRECISIONS
 
     def __post_init__(self) -> None:
-        if self.kind not in ATTENTION:
-            raise ConfigError(f"kind is {self.kind!r}; choose one of {', '.join(ATTENTION)}")
+        as_choice("kind", self.kind, ATTENTION)
         accepted = resolve_tolerance(self.tolerance, self.policy)
-        Budget(POLICIES["balanced"] if accepted is None else accepted, self.safety, self.precisions)
-        if self.kind in ("dense", "adaptive_rank") and tuple(self.precisions) != PRECISIONS:
+        budget = Budget(POLICIES["balanced"] if accepted is None else accepted, self.safety, self.precisions)
+        if self.tolerance is not None:
+            object.__setattr__(self, "tolerance", budget.tolerance)
+        object.__setattr__(self, "safety", budget.safety)
+        object.__setattr__(self, "precisions", budget.precisions)
+        if self.kind in ("dense", "adaptive_rank") and self.precisions != PRECISIONS:
             raise ConfigError(f"{self.kind!r} keeps the precision of its inputs; leave precisions out")
         if self.kind == "dense" and (accepted is not None or self.safety != Budget.safety):
             raise ConfigError("'dense' approximates nothing; leave tolerance, policy and safety out")
@@ -61,7 +74,7 @@ class Conversion:
             return {}
         policy = "balanced" if self.tolerance is None and self.policy is None else self.policy
         options: dict[str, Any] = {"tolerance": self.tolerance, "policy": policy, "safety": self.safety}
-        return options if self.kind == "adaptive_rank" else options | {"precisions": tuple(self.precisions)}
+        return options if self.kind == "adaptive_rank" else options | {"precisions": self.precisions}
 
 
 @dataclass(frozen=True)
@@ -85,26 +98,30 @@ def convert(model: nn.Module, config: Conversion | None = None) -> list[Converte
         config: what attention becomes; `Conversion()` by default.
 
     Returns:
-        A record of each attention, in the model's order.
+        A record of each attention, in the model's order; also of modules that are no `torch.nn.MultiheadAttention` but
+        look like attention, by their name or by the code of their forward. These are left as they are.
 
     Example:
         >>> layer = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
         >>> convert(layer, Conversion(tolerance=1e-2))
         [Converted(name='self_attn', reason=None)]
 
+    Warns:
+        UserWarning: nothing was replaced, or a module that looks like attention was left.
+
     Raises:
-        ConfigError: the model is itself a `torch.nn.MultiheadAttention`, which has no parent to be replaced in; use
-            `replacement`.
+        ConfigError: an argument of another class, or the model is itself a `torch.nn.MultiheadAttention`, which has no
+            parent to be replaced in; use `replacement`.
     """
     config = Conversion() if config is None else config
-    if not isinstance(config, Conversion):
-        raise ConfigError(f"config is {config!r}; give an adaattn.Conversion")
+    check_instance("model", model, nn.Module, "a torch.nn.Module")
+    check_instance("config", config, Conversion, "an adaattn.Conversion")
     if isinstance(model, nn.MultiheadAttention):
         raise ConfigError(
             "the model is itself a torch.nn.MultiheadAttention and cannot be replaced within itself; use "
             "model = adaattn.conversion.replacement(model, config)"
         )
-    holders = owners(model)
+    holders, handwritten = owners(model), _handwritten(model)
     records, made = [], {}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -118,6 +135,9 @@ def convert(model: nn.Module, config: Conversion | None = None) -> list[Converte
             if reason is None:
                 made[module] = replacement(module, config)
             records.append(Converted(name, reason))
+        elif name in handwritten:
+            records.append(Converted(name, f"{type(module).__name__} is not a torch.nn.MultiheadAttention"))
+    complaint = _complaint(model, records, handwritten)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in made:
             parent, _, child = name.rpartition(".")
@@ -127,7 +147,63 @@ def convert(model: nn.Module, config: Conversion | None = None) -> list[Converte
         ours = any(isinstance(module, MultiheadAttention) for module in encoder.modules())
         if isinstance(encoder, nn.TransformerEncoder) and ours:
             encoder.use_nested_tensor = False
+    if complaint is not None:
+        warnings.warn(complaint, stacklevel=2)
     return records
+
+
+def _handwritten(model: nn.Module) -> set[str]:
+    """Return the names of the innermost modules that look like attention and that `convert` does not know."""
+    looks = dict[type, bool]()
+    found, inner = set[str](), set[str]()  # inner: names of modules that have attention within
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = type(module)
+        if isinstance(module, (nn.MultiheadAttention, AttentionBase)):
+            inner.update(_parents(name))
+        elif kind.__module__.split(".")[0] not in ("torch", "adaattn"):
+            if kind not in looks:
+                looks[kind] = _looks_like_attention(module)
+            if looks[kind]:
+                found.add(name)
+                inner.update(_parents(name))
+    return found - inner
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".") if name else []
+    return [".".join(parts[:count]) for count in range(len(parts))]
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    if (
+        re.search("attention|attn", type(module).__name__, re.IGNORECASE)
+        and next(module.parameters(), None) is not None
+    ):
+        return True
+    try:
+        code = inspect.getsource(type(module).forward)
+    except (OSError, TypeError):  # a class that was typed into a shell, or no Python
+        return False
+    return bool(CALL.search(code)) or ("softmax" in code and len(PRODUCT.findall(code)) >= 2)
+
+
+def _complaint(model: nn.Module, records: Sequence[Converted], handwritten: Collection[str]) -> str | None:
+    """What to warn of: nothing was replaced, or attention was left that `convert` does not know."""
+    left = [record for record in records if record.name in handwritten]
+    if left:
+        kinds = Counter(type(model.get_submodule(record.name)).__name__ for record in left)
+        shown = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(5))
+        advice = "call adaattn.adaptive_attention in its forward"
+        if any(hasattr(module, "set_attn_implementation") for module in model.modules()):
+            advice = 'use adaattn.integrations.transformers.register() and set_attn_implementation("adaattn")'
+        return f"convert left what looks like attention and is no torch.nn.MultiheadAttention: {shown}; {advice}"
+    if any(record.reason is None for record in records):
+        return None
+    if records:
+        return f"convert replaced nothing in {type(model).__name__}: {records[0].name}: {records[0].reason}"
+    if any(isinstance(module, AttentionBase) for module in model.modules()):
+        return None
+    return f"convert found no attention in {type(model).__name__}; it replaces torch.nn.MultiheadAttention"
 
 
 def replacement(attention: nn.MultiheadAttention, config: Conversion | None = None) -> MultiheadAttention:
@@ -142,7 +218,9 @@ def replacement(attention: nn.MultiheadAttention, config: Conversion | None = No
     Raises:
         ConfigError: it does something that ours does not; the message says what.
     """
-    config = config or Conversion()
+    config = Conversion() if config is None else config
+    check_instance("attention", attention, nn.MultiheadAttention, "a torch.nn.MultiheadAttention")
+    check_instance("config", config, Conversion, "an adaattn.Conversion")
     reason = refusal(attention)
     if reason is not None:
         raise ConfigError(f"this attention cannot be replaced: {reason}")

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from adaattn.attention.adaptive import AdaptiveAttention
 from adaattn.attention.adaptive_precision import AdaptivePrecisionAttention
 from adaattn.attention.adaptive_rank import AdaptiveRankAttention
-from adaattn.attention.base import AttentionBase, PlannedAttention
+from adaattn.attention.base import AttentionBase, PlannedAttention, check_tokens
 from adaattn.attention.dense import DenseAttention
-from adaattn.errors import ConfigError
+from adaattn.checks import as_bool, as_int, as_names
+from adaattn.config import Budget
 
 ATTENTION: dict[str, Callable[..., AttentionBase]] = {
     "dense": DenseAttention,
@@ -67,13 +68,13 @@ class Encoder(nn.Module):
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
-        self.embed_dim, self.num_heads, self.causal = embed_dim, num_heads, causal
-        self.layers, self.tolerance = tuple(layers), tolerance
-        unknown = [name for name in layers if name not in ATTENTION]
-        if unknown or not layers:
-            raise ConfigError(f"layers are {tuple(layers)!r}; name at least one, each of {', '.join(ATTENTION)}")
+        self.layers = as_names("layers", layers, ATTENTION)
+        self.embed_dim = as_int("embed_dim", embed_dim, "a width of at least 1")
+        self.num_heads = as_int("num_heads", num_heads, "a number of heads of at least 1")
+        self.causal = as_bool("causal", causal)
+        self.tolerance = None if tolerance is None else Budget(tolerance).tolerance
         self.stack = nn.ModuleList(EncoderLayer(self._attention(name)) for name in self.layers)
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = nn.LayerNorm(self.embed_dim)
 
     def _attention(self, name: str) -> AttentionBase:
         attention = ATTENTION[name](self.embed_dim, self.num_heads, causal=self.causal)
@@ -82,7 +83,12 @@ class Encoder(nn.Module):
         return attention
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """x (batch, tokens, embed_dim) to the same; the mask as in the attention modules."""
+        """x (batch, tokens, embed_dim) to the same; the mask as in the attention modules.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError: inputs that do not go together.
+        """
+        check_tokens("x", x, self.embed_dim, self.norm)
         for layer in self.stack:
             x = layer(x, attention_mask)
         output: Tensor = self.norm(x)

@@ -14,7 +14,11 @@ class ShapeError(AdaAttnError, ValueError):
 
 
 class DtypeError(AdaAttnError, TypeError):
-    """A tensor has a type that the call does not take."""
+    """An argument has a type that the call does not take."""
+
+
+class DeviceError(AdaAttnError, RuntimeError):
+    """Tensors that belong together are on different devices."""
 
 
 class CheckpointError(AdaAttnError):

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adaattn.budget import Moments, Plan, ladder_table_for, plan_within
+from adaattn.checks import as_bool, as_choice, as_float
 from adaattn.config import PRECISIONS, Budget
 from adaattn.errors import ShapeError
 from adaattn.masks import attended_keys, causal_mask
-from adaattn.ops.adaptive_attention.api import check_attention_inputs
+from adaattn.ops.adaptive_attention.api import as_scale, check_attention_inputs
 from adaattn.ops.adaptive_attention.ops import adaptive_attention as attention_op
+from adaattn.ops.dispatch import IMPLEMENTATIONS
 from adaattn.ops.token_moments.ops import token_moments as moments_op
+from adaattn.tensor_checks import check_tensor
 
 PlanMaker = Callable[[Moments, Moments, Moments], Plan]
+
+_as_exported = False
+
+
+@contextmanager
+def as_exported() -> Iterator[None]:
+    """Let eager code that chooses between dense and adaptive attention choose as an exported program does.
+
+    What verifies a program runs the model so, since a program has no sizes to choose by.
+    """
+    global _as_exported
+    before, _as_exported = _as_exported, True
+    try:
+        yield
+    finally:
+        _as_exported = before
+
+
+def chooses_as_exported() -> bool:
+    """Return whether the choice is that of an exported program: while it is captured, or within `as_exported`."""
+    return torch.compiler.is_exporting() or _as_exported
 
 
 def adaptive_attention(
@@ -24,10 +49,11 @@ def adaptive_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    *,
     tolerance: float,
     safety: float = Budget.safety,
     precisions: tuple[str, ...] = PRECISIONS,
@@ -40,8 +66,10 @@ def adaptive_attention(
         query: (B, H, Sq, D).
         key, value: (B, H, Sk, D), or fewer heads with `enable_gqa`, H a multiple of theirs.
         attn_mask: boolean (True attends) or added to the scores, broadcastable to (B, H, Sq, Sk).
+        dropout_p: 0.0 alone: it stands where `scaled_dot_product_attention` has it, and there is no dropout here.
         is_causal: query i attends to keys j ≤ i, aligned at the top left; goes together with `attn_mask`.
         scale: softmax scale; 1/√D by default.
+        enable_gqa: allow fewer heads of key and value than of query.
         tolerance: accepted relative error (root mean square) of the output of a head.
         safety, precisions, low_rank: see `adaattn.config.Budget`.
         impl: "auto" (Triton on CUDA, else the reference), "reference" or "triton".
@@ -56,15 +84,20 @@ def adaptive_attention(
 
     Raises:
         ConfigError: an option out of range.
-        ShapeError, DtypeError: operands that do not go together.
+        ShapeError, DtypeError, DeviceError: operands that do not go together.
     """
-    budget = Budget(tolerance, safety, tuple(precisions), low_rank)
+    budget = Budget(tolerance, safety, precisions, low_rank)
+    wanted = "0.0: adaptive attention has no dropout; to train with it, use a module of this package"
+    as_float("dropout_p", dropout_p, wanted, lambda x: x == 0)
+    is_causal, enable_gqa = as_bool("is_causal", is_causal), as_bool("enable_gqa", enable_gqa)
+    as_choice("impl", impl, IMPLEMENTATIONS)
     if attn_mask is not None:
+        check_tensor("attn_mask", attn_mask)
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     check_attention_inputs(query, key, value, attn_mask)
     if key.shape[1] != query.shape[1] and not enable_gqa:
         raise ShapeError(f"query has {query.shape[1]} heads and key {key.shape[1]}; pass enable_gqa=True to share keys")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = as_scale(scale, query.shape[-1])
     table = ladder_table_for(budget, query.shape[-1], query.device)
 
     def make_plan(q: Moments, k: Moments, v: Moments) -> Plan:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaattn.errors import DtypeError, ShapeError
+from adaattn.errors import ShapeError
+from adaattn.tensor_checks import check_mask_dtype, check_tensor
 
 
 def expand_mask(mask: Tensor, batch: int, heads: int, queries: int, keys: int) -> Tensor:
@@ -17,11 +18,8 @@ def expand_mask(mask: Tensor, batch: int, heads: int, queries: int, keys: int) -
     Raises:
         ShapeError, DtypeError: a mask of another shape or type.
     """
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise DtypeError(
-            f"attention_mask is {mask.dtype}; give bool, True where a query attends (mask.bool() for a mask of ones "
-            "and zeros), or a float added to the scores"
-        )
+    check_tensor("attention_mask", mask)
+    check_mask_dtype("attention_mask", mask)
     shapes = {2: (batch, keys), 3: (batch, queries, keys), 4: (batch, heads, queries, keys)}
     want = shapes.get(mask.dim())
     if want is None or any(got != size and got != 1 for got, size in zip(mask.shape, want, strict=True)):

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from adaattn.checks import as_bool, as_choice, as_int, as_path, as_sequence, check_instance, described
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export.golden import Array, save_arrays
 from adaattn.plugins import driver
@@ -74,16 +75,25 @@ class BuildOptions:
     strip_weights: bool = False
 
     def __post_init__(self) -> None:
-        if self.plugins not in (None, *PLUGINS):
-            raise ConfigError(f"plugins is {self.plugins!r}; choose of {', '.join(PLUGINS)}")
+        if self.plugins is not None:
+            as_choice("plugins", self.plugins, PLUGINS)
+        for name in ("version_compatible", "hardware_compatible", "weight_streaming", "strip_weights"):
+            as_bool(name, getattr(self, name))
+        for name in ("plugin_library", "timing_cache"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_path(name, given))
+        if self.compute_capabilities is not None:
+            for capability in as_sequence("compute_capabilities", self.compute_capabilities):
+                check_instance("compute_capabilities", capability, str, 'texts such as "8.9"')
         if (self.plugins == "native") != (self.plugin_library is not None):
             raise ConfigError("plugins='native' and plugin_library go together: adaattn-plugins build model.onnx")
         if self.hardware_compatible and self.plugins != "none":
             raise ConfigError("hardware_compatible needs plugins='none': a plugin's kernels are of one architecture")
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise ConfigError(f"optimization_level is {self.optimization_level}; choose 0 to 5")
-        if self.workspace is not None and self.workspace < 1:
-            raise ConfigError(f"workspace is {self.workspace}; give MiB, 1 or more")
+        level = self.optimization_level
+        if level is not None and as_int("optimization_level", level, "0 to 5", least=0) > 5:
+            raise ConfigError(f"optimization_level is {described(level)}; choose 0 to 5")
+        if self.workspace is not None:
+            as_int("workspace", self.workspace, "MiB, 1 or more")
 
     def check(self, targets: Collection[str]) -> None:
         """Refuse options that none of the targets takes.

@@ -18,6 +18,17 @@ from torch.export import ExportedProgram
 
 from adaattn.attention.base import PlannedAttention
 from adaattn.calibration import Calibration, calibrate
+from adaattn.checks import (
+    as_bool,
+    as_choice,
+    as_int,
+    as_path,
+    as_sequence,
+    check_function,
+    check_instance,
+    check_mapping,
+    described,
+)
 from adaattn.config import Budget
 from adaattn.errors import AdaAttnError, ConfigError, TargetError
 from adaattn.export import cases, engine, folder, golden, onnx, parity, serving, summary, trace, verify
@@ -72,15 +83,27 @@ class Options:
     force: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [target for target in self.targets or () if target not in TARGETS]
+        if self.targets is not None:
+            object.__setattr__(self, "targets", as_sequence("targets", self.targets))
+        unknown = [each for each in self.targets or () if not isinstance(each, str) or each not in TARGETS]
         if unknown:
-            raise ConfigError(f"target {unknown[0]!r} is unknown; choose of {', '.join(TARGETS)}")
-        if self.opset is not None and not onnx.OLDEST_OPSET <= self.opset <= onnx.NEWEST_OPSET:
-            raise ConfigError(f"opset is {self.opset}; choose {onnx.OLDEST_OPSET} to {onnx.NEWEST_OPSET}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is {self.dtype!r}; choose of {', '.join(DTYPES)}")
-        if self.external_data_threshold is not None and self.external_data_threshold < 0:
-            raise ConfigError(f"external_data_threshold is {self.external_data_threshold}; give bytes, 0 or more")
+            raise ConfigError(f"target {described(unknown[0])} is unknown; choose of {', '.join(TARGETS)}")
+        wanted = f"{onnx.OLDEST_OPSET} to {onnx.NEWEST_OPSET}"
+        if self.opset is not None and as_int("opset", self.opset, wanted, onnx.OLDEST_OPSET) > onnx.NEWEST_OPSET:
+            raise ConfigError(f"opset is {described(self.opset)}; choose {wanted}")
+        if self.dtype is not None:
+            as_choice("dtype", self.dtype, DTYPES)
+        if self.tolerance is not None:
+            object.__setattr__(self, "tolerance", Budget(self.tolerance).tolerance)
+        if self.external_data_threshold is not None:
+            as_int("external_data_threshold", self.external_data_threshold, "bytes, 0 or more", least=0)
+        for name in ("emit_plan", "verify", "force"):
+            as_bool(name, getattr(self, name))
+        check_instance("build", self.build, engine.BuildOptions, "BuildOptions")
+        for profile in as_sequence("profiles", self.profiles):
+            check_mapping("profiles", profile, (str,), "sizes such as '1:128:4096'")
+        if self.calibration_state is not None:
+            as_path("calibration_state", self.calibration_state)
         targets = self.chosen_targets()
         self.build.check(targets)
         for profile in self.profiles:
@@ -157,11 +180,18 @@ def export(
         ConfigError: arguments that do not go together, or that the model does not take.
         ExportError: the model cannot be captured or lowered.
     """
-    options = options or Options()
+    options = Options() if options is None else options
+    inputs, dims = {} if inputs is None else inputs, {} if dims is None else dims
+    check_instance("model", model, (nn.Module, ExportedProgram), "a torch.nn.Module or a program of torch.export")
+    check_instance("options", options, Options, "adaattn.export.pipeline.Options")
+    check_mapping("inputs", inputs, (str, Tensor), "a specification such as 'B,S,512:float32' or a tensor")
+    check_mapping("dims", dims, (str,), "sizes such as '1:128:4096'")
+    check_function("on_stage", on_stage)
+    check_function("on_progress", on_progress)
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    specs, examples = _split_inputs(inputs or {})
-    sizes = {name: Dimension.parse(name, text) for name, text in (dims or {}).items()}
-    out = Path(output_dir)
+    specs, examples = _split_inputs(inputs)
+    sizes = {name: Dimension.parse(name, text) for name, text in dims.items()}
+    out = as_path("output_dir", output_dir)
     folder.check(out, options.force)
 
     clock = _Clock(on_stage)

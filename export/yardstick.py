@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import adaattn.ops  # noqa: F401  # registers the ops that a mode watches
 from adaattn.budget import Moments, plan_of
 from adaattn.config import FP32, INT8
+from adaattn.functional import as_exported
 from adaattn.masks import attended_keys
 
 PlanPair = tuple[Tensor, Tensor]  # precision and rank, (B, H) each
@@ -241,7 +242,7 @@ def run(
     It may write into its inputs, which are copies.
     """
     inputs = {name: x.clone() for name, x in inputs.items()}
-    with torch.no_grad(), _without_fast_paths(), _default_dtype(mode is not None and mode.double):
+    with torch.no_grad(), as_exported(), _without_fast_paths(), _default_dtype(mode is not None and mode.double):
         if mode is None:
             outputs = eager(**inputs)
         else:

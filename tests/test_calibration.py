@@ -370,6 +370,80 @@ def test_a_file_of_another_kind_is_refused(payload: Any, tmp_path: Path) -> None
         calibrate(module, [(x, x, x)], resume=path)
 
 
+def _negative(layer: dict[str, Tensor], field: str) -> dict[str, Tensor]:
+    return layer | {field: -layer[field] - 1}
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
+    "version, a tensor": lambda whole, layer: {"version": torch.tensor([2, 2])},
+    "version, of another type": lambda whole, layer: {"version": "2"},
+    "batches, missing": lambda whole, layer: {"batches": None},
+    "batches, a text": lambda whole, layer: {"batches": "1"},
+    "batches, a truth": lambda whole, layer: {"batches": True},
+    "batches, negative": lambda whole, layer: {"batches": -1},
+    "batches, huge": lambda whole, layer: {"batches": 10**30},
+    "weights, a list": lambda whole, layer: {"weights": [whole["weights"]]},
+    "tried, a list": lambda whole, layer: {"tried": [""]},
+    "tried, None": lambda whole, layer: {"tried": None},
+    "tried, numbers": lambda whole, layer: {"tried": {"": 3}},
+    "tried, of others": lambda whole, layer: {"tried": {"other": None}},
+    "layers, a list": lambda whole, layer: {"layers": [layer]},
+    "layers, numbers": lambda whole, layer: {"layers": {"": 3}},
+    "layers, none": lambda whole, layer: {"layers": {}},
+    "layers, nested": lambda whole, layer: {"layers": {"": {"": layer}}},
+    "a field missing": lambda whole, layer: {"layers": {"": {k: x for k, x in layer.items() if k != "keys"}}},
+    "a field more": lambda whole, layer: {"layers": {"": layer | {"more": layer["keys"]}}},
+    "a field, a list": lambda whole, layer: {"layers": {"": layer | {"keys": layer["keys"].tolist()}}},
+    "a field, float32": lambda whole, layer: {"layers": {"": {k: x.float() for k, x in layer.items()}}},
+    "a field, sparse": lambda whole, layer: {"layers": {"": layer | {"query": layer["query"].to_sparse()}}},
+    "a field on meta": lambda whole, layer: {"layers": {"": layer | {"query": layer["query"].to("meta")}}},
+    "a field of another shape": lambda whole, layer: {"layers": {"": layer | {"query": layer["query"][:1]}}},
+    **{f"{f}, negative": lambda w, layer, f=f: {"layers": {"": _negative(layer, f)}} for f in ("query", "key", "keys")},
+}
+
+
+@pytest.fixture(scope="module")
+def whole_state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("state") / "statistics.pt"
+    torch.manual_seed(0)
+    x = correlated(2, 30, WIDTH)
+    calibrate(adaattn.AdaptiveAttention(WIDTH, HEADS), [(x, x, x)], resume=path)
+    held: dict[str, Any] = torch.load(path, weights_only=True)
+    return held
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of sparse tensors
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_refused_in_one_line(damage: str, whole_state: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, path = correlated(2, 30, WIDTH), tmp_path / "statistics.pt"
+    module = adaattn.AdaptiveAttention(WIDTH, HEADS)
+    before = copy.deepcopy(module.state_dict())
+    torch.save(whole_state | DAMAGE[damage](whole_state, whole_state["layers"][""]), path)
+    with pytest.raises(CheckpointError, match="delete it") as caught:
+        calibrate(module, [(x, x, x)], resume=path)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(p, before[n]) for n, p in module.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e308], ids=str)
+@pytest.mark.parametrize("field", ["query", "key", "key_power"])
+def test_statistics_without_a_meaning_change_no_weight(
+    field: str, value: float, whole_state: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x, path = correlated(2, 30, WIDTH), tmp_path / "statistics.pt"
+    module = adaattn.AdaptiveAttention(WIDTH, HEADS)
+    before = copy.deepcopy(module.state_dict())
+    layer = whole_state["layers"][""]
+    torch.save(whole_state | {"layers": {"": layer | {field: torch.full_like(layer[field], value)}}}, path)
+    result = calibrate(module, [(x, x, x)], resume=path)
+    assert all(p.isfinite().all() for p in module.state_dict().values())
+    if not result.layers:
+        assert "statistics" in result.refused[""] or "not finite" in result.refused[""]
+        assert all(torch.equal(p, before[n]) for n, p in module.state_dict().items())
+
+
 class Foreign(nn.Module):
     """Attention as other libraries write it: projections of its own, a mask under a name and in a form of its own."""
 

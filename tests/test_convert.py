@@ -7,6 +7,7 @@ though long: each table of masks, shapes and options serves most of the tests.
 from __future__ import annotations
 
 import copy
+import inspect
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -351,8 +352,92 @@ def test_what_cannot_be_done_is_left_alone_and_said(reason: str) -> None:
         replacement(attention)
 
 
+class Handwritten(nn.Module):
+    """As most models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out((q @ k.mT).softmax(-1) @ v)
+
+
+class CausalSelfAttn(Handwritten):
+    """Known by its name; its code is elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Fused(Handwritten):
+    """Known by the function that it calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1)))
+
+
+class Block(nn.Module):
+    """Has attention within, and is none."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm, self.inner = nn.LayerNorm(WIDTH), attention
+
+
+@pytest.mark.parametrize("kind", [Handwritten, CausalSelfAttn, Fused], ids=lambda kind: kind.__name__)
+def test_attention_that_is_not_torchs_is_left_and_said(kind: type[nn.Module]) -> None:
+    model = nn.ModuleList([Block(kind()), Block(Defaults()), Block(kind())])
+    given = copy.deepcopy(model.state_dict())
+    words = rf"{kind.__name__} \(2\); call adaattn.adaptive_attention in its forward"
+    with pytest.warns(UserWarning, match=words) as seen:
+        records = convert(model)
+    assert len(seen) == 1
+    assert "\n" not in str(seen[0].message)
+    assert [r.name for r in records] == ["0.inner", "1.inner", "2.inner"]
+    assert [r.reason is None for r in records] == [False, True, False]
+    assert records[0].reason == f"{kind.__name__} is not a torch.nn.MultiheadAttention"
+    assert torch.equal(model[0].inner.qkv.weight, given["0.inner.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 3)), "found no attention in Sequential"),
+        (
+            lambda: nn.Sequential(torch_attention(add_zero_attn=True)),
+            "nothing in Sequential: 0: add_zero_attn",
+        ),
+        (Handwritten, r"no torch.nn.MultiheadAttention: Handwritten \(1\)"),
+    ],
+)
+def test_a_conversion_that_changes_nothing_warns(make: Any, words: str) -> None:
+    with pytest.warns(UserWarning, match=words):
+        assert all(record.reason for record in convert(make()))
+
+
+def test_a_model_that_is_converted_already_needs_no_warning() -> None:
+    model = nn.Sequential(Block(Defaults()))
+    assert len(convert(model)) == 1
+    assert convert(model) == []
+
+
+def test_the_call_is_torchs() -> None:
+    """In torch's order, with its names and defaults, also where it is called by position."""
+    ours, theirs = (inspect.signature(kind.forward).parameters for kind in (MultiheadAttention, nn.MultiheadAttention))
+    assert [(p.name, p.default, p.kind) for p in ours.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.values()
+    ]
+    attention = torch_attention(batch_first=True)
+    x, padding, mask = torch.randn(2, 5, WIDTH), torch.zeros(2, 5).bool(), torch.ones(5, 5).triu(1).bool()
+    given = (x, x, x, padding, False, mask, True, True)
+    assert relative(replacement(attention, EXACT[0])(*given)[0], attention(*given)[0].double()) <= ROUNDING
+
+
 def test_tied_weights_stay_tied_and_shared_modules_shared() -> None:
-    records = convert(Tied())
+    with pytest.warns(UserWarning, match="replaced nothing in Tied: first: it shares weights with second"):
+        records = convert(Tied())
     assert ["shares weights with second" in records[0].reason, "with first" in records[1].reason] == [True, True]
     one = torch_attention()
     model = nn.ModuleList([nn.ModuleDict({"a": one, "b": one}), nn.Sequential(one)])

@@ -52,7 +52,7 @@ def test_output_is_exact_at_full_precision(mask: str, causal: bool, kv_heads: in
     q, k, v = operands(kv_heads)
     given = MASKS[mask]()
     options = {"precisions": ("fp32",), "low_rank": False, "enable_gqa": kv_heads != H}
-    output = adaattn.adaptive_attention(q, k, v, given, causal, 0.3, tolerance=1e-3, **options)
+    output = adaattn.adaptive_attention(q, k, v, given, 0.0, causal, scale=0.3, tolerance=1e-3, **options)
     assert output.shape == (B, H, SQ, D)
     assert (yardstick.error(output, yardstick.attention(q, k, v, given, causal, 0.3)) <= yardstick.SUMS).all()
 
@@ -74,10 +74,11 @@ def test_arguments_are_those_of_sdpa() -> None:
     ours = inspect.signature(adaattn.adaptive_attention).parameters
     theirs = "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False"
     assert theirs in " ".join(F.scaled_dot_product_attention.__doc__.split())
-    positional = [str(p) for p in ours.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert [p.partition(":")[0] for p in positional] == [
-        p.partition("=")[0] for p in theirs.split(", ") if p != "dropout_p=0.0"
-    ]
+    names = [each.partition("=")[0] for each in theirs.split(", ")]
+    positional = [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == names[: len(positional)]  # torch takes the rest by keyword alone, too
+    assert set(names) <= set(ours)
+    assert all(f"{n}={ours[n].default}" in theirs for n in names[3:])
     q, k, v = operands()
     named = {"query": q, "key": k, "value": v, "attn_mask": boolean(SQ, SK), "scale": 0.3, "enable_gqa": True}
     output = adaattn.adaptive_attention(**named, tolerance=1e-6)
@@ -85,10 +86,22 @@ def test_arguments_are_those_of_sdpa() -> None:
     torch.testing.assert_close(output, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("given", [(), (None,), (None, 0.0), (None, 0.0, False), (None, 0, True)], ids=str)
+def test_positional_arguments_mean_what_they_do_in_sdpa(given: tuple[Any, ...]) -> None:
+    q, k, v = operands()
+    output = adaattn.adaptive_attention(q, k, v, *given, tolerance=1e-6)
+    torch.testing.assert_close(output, F.scaled_dot_product_attention(q, k, v, *given), rtol=2e-5, atol=2e-5)
+    with pytest.raises(TypeError, match="positional"):
+        adaattn.adaptive_attention(q, k, v, None, 0.0, True, 0.3, tolerance=1e-2)  # type: ignore[misc]
+
+
 BAD: list[tuple[dict[str, Any], type[AdaAttnError], str]] = [
     ({"tolerance": 0}, ConfigError, "tolerance is 0; give"),
     ({"tolerance": -1.0}, ConfigError, "tolerance is -1.0; give"),
     ({"safety": 0}, ConfigError, "safety is 0; give"),
+    ({"dropout_p": 0.1}, ConfigError, "dropout_p is 0.1; give 0.0: adaptive attention has no dropout"),
+    ({"dropout_p": True}, ConfigError, "dropout_p is True; give 0.0"),  # is_causal, in its place of earlier releases
+    ({"is_causal": 0.3}, ConfigError, "is_causal is 0.3; give True or False"),
     ({"precisions": ("fp8",)}, ConfigError, "fp8.*choose at least one of fp32"),
     ({"query": torch.zeros(B, SQ, D)}, ShapeError, r"query has shape \(2, 17, 20\); expected \(batch, heads"),
     ({"query": torch.zeros(B, H, SQ, D + 1)}, ShapeError, r"key has shape.*expected \(2, kv heads, keys, 21\)"),

@@ -20,6 +20,7 @@ from torch.export import Dim
 import adaattn
 from adaattn.errors import AdaAttnError, ConfigError
 from adaattn.export.parity import FACTOR, FLOOR, relative_error
+from adaattn.export.pipeline import Options, export
 from adaattn.export.yardstick import PlanMode, run
 from adaattn.integrations import transformers as ours
 from adaattn.integrations.transformers import register, set_tolerance, tolerance_of
@@ -42,11 +43,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     function = ours.adaptive_attention
 
-    def spy(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, *rest: Any, **options: Any
-    ) -> Any:
-        seen.append({"queries": query.shape[2], "keys": key.shape[2], "mask": mask, "causal": causal, **options})
-        return function(query, key, value, mask, causal, *rest, **options)
+    def spy(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool, **options: Any) -> Any:
+        seen.append({"queries": query.shape[2], "keys": key.shape[2], "mask": mask, "causal": is_causal, **options})
+        return function(query, key, value, mask, is_causal=is_causal, **options)
 
     monkeypatch.setattr(ours, "adaptive_attention", spy)
     return seen
@@ -190,6 +189,42 @@ def test_programs_have_no_length_of_their_own(name: str) -> None:
         given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
         got = first(program.module(), given)
         torch.testing.assert_close(shown(name, got, given), shown(name, first(model, given), given))
+
+
+class DecodeStep(nn.Module):
+    """One token of Llama over a cache, as it is deployed: the cache comes in and goes out as tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = hf.LlamaConfig(vocab_size=99, intermediate_size=48, initializer_range=0.3, **sizes)
+        self.model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="adaattn")
+
+    def forward(self, ids: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cache = hf.DynamicCache()
+        cache.update(keys, values, 0)
+        output = self.model(ids, past_key_values=cache)
+        return output.logits, cache.layers[0].keys, cache.layers[0].values
+
+
+def test_a_decode_step_is_verified_as_the_program_computes_it(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    """By default eager is dense below 64 queries; the program, which has no sizes, is adaptive at every length."""
+    model = DecodeStep().eval()
+    cache = "B,2,P,16:float32"
+    result = export(
+        model,
+        {"ids": "B,1:int64<99", "keys": cache, "values": cache},
+        tmp_path / "out",
+        dims={"B": "1:1:2", "P": "1:8:20"},
+        options=Options(targets=("onnx",)),
+    )
+    assert result.passed, result.report["targets"][0]["reason"]
+    assert len(calls) > 1  # beside the capture: the runs that verify it
+    calls.clear()
+    past = torch.randn(1, 2, 6, 16)
+    with torch.no_grad():
+        model(torch.tensor([[3]]), past, past)
+    assert not calls  # the user's own runs are as they were
 
 
 def test_the_tolerance_is_the_models_own(tmp_path: Path, calls: list[dict[str, Any]]) -> None:

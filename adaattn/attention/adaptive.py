@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from adaattn.attention.base import PlannedAttention
-from adaattn.budget import Moments, Plan, plan_within
-from adaattn.config import POLICIES, PRECISIONS, Budget
+from adaattn.budget import Moments, Plan
+from adaattn.config import PRECISIONS, Budget
 
 
 class AdaptiveAttention(PlannedAttention):
@@ -29,8 +29,6 @@ class AdaptiveAttention(PlannedAttention):
     Raises:
         ConfigError: an argument out of range.
     """
-
-    budget: Budget
 
     def __init__(
         self,
@@ -62,8 +60,8 @@ class AdaptiveAttention(PlannedAttention):
             safety=safety,
             precisions=precisions,
         )
-        if self.budget is None:
-            self._set_budget(POLICIES["balanced"])
 
     def _make_plan(self, q: Moments, k: Moments, v: Moments, dtype: torch.dtype) -> Plan:
-        return plan_within(self.budget, self._ladder, q, k, v, self.scale)
+        budget = self.budget
+        assert budget is not None
+        return self._plan_within(budget, q, k, v)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from adaattn.attention.base import PlannedAttention
-from adaattn.budget import Moments, Plan, plan_of, plan_within
-from adaattn.config import POLICIES, PRECISIONS, Budget
+from adaattn.budget import Moments, Plan, plan_of
+from adaattn.checks import as_choice
+from adaattn.config import PRECISIONS, Budget
 from adaattn.errors import ConfigError
 
 
@@ -64,8 +65,9 @@ class AdaptivePrecisionAttention(PlannedAttention):
             precisions=precisions,
         )
         self.default_precision = default_precision
-        if default_precision == "adaptive" and self.budget is None:
-            self._set_budget(POLICIES["balanced"])
+
+    def _default_tolerance(self) -> float | None:
+        return super()._default_tolerance() if self.default_precision == "adaptive" else None
 
     def set_tolerance(self, tolerance: float) -> None:
         self._check_precision(self.default_precision, has_tolerance=True)
@@ -73,16 +75,15 @@ class AdaptivePrecisionAttention(PlannedAttention):
 
     @staticmethod
     def _check_precision(name: str, has_tolerance: bool) -> None:
-        if name != "adaptive" and name not in PRECISIONS:
-            raise ConfigError(f"default_precision is {name!r}; choose adaptive, {', '.join(PRECISIONS)}")
+        as_choice("default_precision", name, ("adaptive", *PRECISIONS))
         if name != "adaptive" and has_tolerance:
             raise ConfigError(
                 f"default_precision {name!r} leaves a tolerance nothing to decide; use 'adaptive' with it"
             )
 
     def _make_plan(self, q: Moments, k: Moments, v: Moments, dtype: torch.dtype) -> Plan:
-        if self.budget is not None:
-            return plan_within(self.budget, self._ladder, q, k, v, self.scale)
+        if (budget := self.budget) is not None:
+            return self._plan_within(budget, q, k, v)
         code = PRECISIONS.index(self.default_precision)
         precision = torch.full_like(q.token_peak, code, dtype=torch.int32)
         return plan_of(precision, torch.full_like(precision, self.head_dim), q, k, v, self.scale)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from adaattn.attention.base import PlannedAttention
-from adaattn.budget import Moments, Plan, effective_rank, energy, plan_of, plan_within, power_rank
-from adaattn.config import BF16, FP16, FP32, Budget
-from adaattn.errors import ConfigError
+from adaattn.budget import Moments, Plan, effective_rank, energy, plan_of, power_rank
+from adaattn.checks import as_choice, as_float
+from adaattn.config import BF16, FP16, FP32, PRECISIONS, Budget
 
 METHODS = ("entropy", "power", "random")
 DUST = 2.0**-17  # of its mean: a dimension of the keys that varies less is constant, and what varies is rounding
@@ -62,12 +66,12 @@ class AdaptiveRankAttention(PlannedAttention):
         vdim: int | None = None,
         num_kv_heads: int | None = None,
     ) -> None:
-        if not 0 < rank_ratio <= 1:
-            raise ConfigError(f"rank_ratio is {rank_ratio}; give a share of head_dim above 0 and at most 1")
-        if rank_estimation_method not in METHODS:
-            raise ConfigError(f"rank_estimation_method is {rank_estimation_method!r}; choose {', '.join(METHODS)}")
-        if not 0 < adaptive_threshold <= 1:
-            raise ConfigError(f"adaptive_threshold is {adaptive_threshold}; give a share above 0 and at most 1")
+        wanted = "a share above 0 and at most 1"
+        rank_ratio, adaptive_threshold = (
+            as_float(name, given, wanted, lambda x: 0 < x <= 1)
+            for name, given in (("rank_ratio", rank_ratio), ("adaptive_threshold", adaptive_threshold))
+        )
+        as_choice("rank_estimation_method", rank_estimation_method, METHODS)
         super().__init__(
             embed_dim,
             num_heads,
@@ -85,8 +89,32 @@ class AdaptiveRankAttention(PlannedAttention):
         self.rank_ratio, self.rank_estimation_method = rank_ratio, rank_estimation_method
         self.adaptive_threshold = adaptive_threshold
         if rank_estimation_method == "random":
-            gaussian = torch.randn(self.head_dim, self.head_dim, generator=torch.Generator().manual_seed(0))
-            self.register_buffer("rotation", torch.linalg.qr(gaussian.double())[0].to(self.q_proj.weight.dtype))
+            weight = self.q_proj.weight
+            self.register_buffer("rotation", self._make_rotation().to(weight))
+
+    def _make_rotation(self) -> Tensor:
+        size, generator = (self.head_dim, self.head_dim), torch.Generator("cpu").manual_seed(0)
+        rotation: Tensor = torch.linalg.qr(torch.randn(size, generator=generator, device="cpu").double())[0]
+        return rotation
+
+    def reset_parameters(self) -> None:
+        """Make the rotation of the method "random" anew; the projections reset themselves, as all layers of torch."""
+        if self.rank_estimation_method == "random":
+            with torch.no_grad():
+                self.rotation.copy_(self._make_rotation())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = getattr(self, "rotation", None)
+        super()._apply(fn, recurse)
+        # It follows from the configuration, so it outlasts `to_empty`, which looks like any other change here.
+        if before is not None and type(self.rotation) is Tensor and not self.rotation.is_meta:
+            after = self.rotation.double()
+            if before.is_meta or not torch.allclose(after, before.to(after), rtol=0, atol=0.1):
+                self.reset_parameters()
+        return self
+
+    def _default_tolerance(self) -> float | None:
+        return None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super()._project(query, key, value)
@@ -96,10 +124,8 @@ class AdaptiveRankAttention(PlannedAttention):
 
     def _make_plan(self, q: Moments, k: Moments, v: Moments, dtype: torch.dtype) -> Plan:
         code = NATIVE.get(dtype, FP32)
-        if self.budget is not None:
-            codes, *rest = self._ladder.unbind(0)
-            native = torch.stack([torch.full_like(codes, code), *rest])
-            return plan_within(self.budget, native, q, k, v, self.scale)
+        if (budget := self.budget) is not None:
+            return self._plan_within(replace(budget, precisions=(PRECISIONS[code],)), q, k, v)
         precision = torch.full_like(q.token_peak, code, dtype=torch.int32)
         return plan_of(precision, self._rank_by_method(q, k), q, k, v, self.scale)
 

@@ -6,18 +6,21 @@ Every constructor argument stays readable as an attribute of the same name; `ada
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaattn.budget import Moments, Plan, ladder_table
+from adaattn.budget import Moments, Plan, ladder_table_for, plan_within
+from adaattn.checks import as_bool, as_float, as_int, described
 from adaattn.config import POLICIES, PRECISIONS, Budget, resolve_tolerance
-from adaattn.errors import ConfigError, DtypeError, ShapeError
+from adaattn.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from adaattn.functional import planned_attention
 from adaattn.masks import expand_mask
 from adaattn.ops.adaptive_attention.impl.reference import attention_weights
+from adaattn.tensor_checks import check_device, check_float, check_tensor
 
 # Statistics are integers, which `.half()` leaves alone: errors count in units far below float32's own rounding.
 ERROR_UNIT, ERROR_END = 2.0**-40, 2**62
@@ -38,25 +41,37 @@ class AttentionBase(nn.Module, ABC):
         num_kv_heads: int | None,
     ) -> None:
         super().__init__()
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+        embed_dim = as_int("embed_dim", embed_dim, "a width of at least 1")
+        num_heads = as_int("num_heads", num_heads, "a number of heads of at least 1")
+        if embed_dim % num_heads:
             raise ConfigError(f"embed_dim {embed_dim} is not a positive multiple of num_heads {num_heads}")
+        if num_kv_heads is not None:
+            num_kv_heads = as_int("num_kv_heads", num_kv_heads, f"a divisor of num_heads {num_heads}, or None for it")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if kv_heads < 1 or num_heads % kv_heads:
+        if num_heads % kv_heads:
             raise ConfigError(f"num_heads {num_heads} is not a multiple of num_kv_heads {kv_heads}")
-        for name, width in (("kdim", kdim), ("vdim", vdim)):
-            if width is not None and width < 1:
-                raise ConfigError(f"{name} is {width}; give a width of at least 1, or None for embed_dim {embed_dim}")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout is {dropout}; give a probability from 0 up to, not including, 1")
-        self.embed_dim, self.num_heads, self.dropout, self.causal = embed_dim, num_heads, dropout, causal
-        self.bias, self.kdim, self.vdim, self.num_kv_heads = bias, kdim, vdim, num_kv_heads
+        wanted = f"a width of at least 1, or None for embed_dim {embed_dim}"
+        self.kdim, self.vdim = (
+            None if width is None else as_int(name, width, wanted) for name, width in (("kdim", kdim), ("vdim", vdim))
+        )
+        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
+        self.dropout = as_float(
+            "dropout", dropout, "a probability from 0 up to, not including, 1", lambda x: 0 <= x < 1
+        )
+        self.causal, self.bias = as_bool("causal", causal), as_bool("bias", bias)
         self.head_dim = embed_dim // num_heads
         self.scale = self.head_dim**-0.5
 
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.k_proj = nn.Linear(kdim or embed_dim, kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(vdim or embed_dim, kv_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        try:
+            self.q_proj = nn.Linear(embed_dim, embed_dim, bias=self.bias)
+            self.k_proj = nn.Linear(self.kdim or embed_dim, kv_heads * self.head_dim, bias=self.bias)
+            self.v_proj = nn.Linear(self.vdim or embed_dim, kv_heads * self.head_dim, bias=self.bias)
+            self.out_proj = nn.Linear(embed_dim, embed_dim, bias=self.bias)
+        except (RuntimeError, MemoryError) as error:  # of sizes that no memory holds
+            raise ConfigError(
+                f"weights for embed_dim {embed_dim}, kdim {self.kdim}, vdim {self.vdim} cannot be made: "
+                f"{(str(error) or type(error).__name__).splitlines()[0]}"
+            ) from error
 
     def forward(
         self,
@@ -81,16 +96,17 @@ class AttentionBase(nn.Module, ABC):
             per head, or None. Weights are those of the unrounded formula at the plan's rank.
 
         Raises:
-            ShapeError, DtypeError: inputs that do not go together.
+            ShapeError, DtypeError, DeviceError: inputs that do not go together.
             ConfigError: an unknown `need_weights`.
         """
-        if need_weights not in (True, False, "per head"):
-            raise ConfigError(f'need_weights is {need_weights!r}; give True, False or "per head"')
+        if not isinstance(need_weights, bool) and not (isinstance(need_weights, str) and need_weights == "per head"):
+            raise ConfigError(f'need_weights is {described(need_weights)}; give True, False or "per head"')
         self._check_inputs(query, key, value)
         batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
         mask = attention_mask
         if mask is not None:
             mask = expand_mask(mask, batch, self.num_heads, queries, keys)
+            check_device("attention_mask", mask, query.device)
         q, k, v = self._project(query, key, value)
         weights: Tensor | None
         if self.training and self.dropout > 0:
@@ -123,23 +139,19 @@ class AttentionBase(nn.Module, ABC):
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         widths = (self.embed_dim, self.kdim or self.embed_dim, self.vdim or self.embed_dim)
-        for name, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
-            if x.dim() != 3 or x.shape[2] != width:
-                raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected (batch, tokens, {width})")
-            if not x.is_floating_point():
-                raise DtypeError(f"{name} is {x.dtype}; expected a floating-point tensor")
-            if x.dtype != self.q_proj.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-                raise DtypeError(
-                    f"{name} is {x.dtype} and the module {self.q_proj.weight.dtype}; convert one of them, or use "
-                    "torch.autocast"
-                )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        for name, x, width, projection in zip(
+            ("query", "key", "value"), (query, key, value), widths, projections, strict=True
+        ):
+            check_tokens(name, x, width, projection)
+            check_device(name, x, query.device)
         if key.shape[0] != query.shape[0] or value.shape[0] != query.shape[0]:
             raise ShapeError(
                 f"batch sizes are {query.shape[0]}, {key.shape[0]} and {value.shape[0]} for query, key and value; "
                 "they must be the same"
             )
         if value.shape[1] != key.shape[1]:
-            raise ShapeError(f"key has {key.shape[1]} tokens and value {value.shape[1]}; they must be as many")
+            raise ShapeError(f"key has {key.shape[1]} tokens and value {value.shape[1]}; both need the same number")
         if query.shape[1] == 0 or key.shape[1] == 0:
             raise ShapeError(
                 f"query has {query.shape[1]} tokens and key {key.shape[1]}; at least one of each is needed"
@@ -152,12 +164,13 @@ class AttentionBase(nn.Module, ABC):
 class PlannedAttention(AttentionBase):
     """Attention whose heads follow plans; a subclass makes them (`_make_plan`).
 
-    What was chosen is counted on the device, in two buffers, and read only by `get_…_statistics`.
+    What was chosen is counted on the device, and read only by `get_…_statistics`.
     """
 
+    # Statistics are no buffers: they belong to this run, and what treats buffers as part of the model (`to_empty`,
+    # `type`, the broadcasts of DistributedDataParallel) would spoil them.
     _plan_counts: Tensor  # (H, precisions, D + 1): plans so far
     _largest_error: Tensor  # (H,): largest predicted error so far, in units of ERROR_UNIT
-    _ladder: Tensor  # what the budget allows, cheapest first
     low_rank = True  # whether this class cuts the rank
 
     def __init__(
@@ -177,15 +190,27 @@ class PlannedAttention(AttentionBase):
         precisions: tuple[str, ...],
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, causal, bias, kdim, vdim, num_kv_heads)
-        self.tolerance, self.policy, self.safety, self.precisions = tolerance, policy, safety, tuple(precisions)
-        Budget(POLICIES["balanced"], safety, self.precisions, self.low_rank)  # checks what may be used only later
-        self.budget: Budget | None = None
-        accepted = resolve_tolerance(tolerance, policy)
-        if accepted is not None:
-            self._set_budget(accepted)
-        counts = torch.zeros(num_heads, len(PRECISIONS), self.head_dim + 1, dtype=torch.int64)
-        self.register_buffer("_plan_counts", counts, persistent=False)
-        self.register_buffer("_largest_error", torch.zeros(num_heads, dtype=torch.int64), persistent=False)
+        if tolerance is not None and policy is None:
+            tolerance = Budget(tolerance).tolerance
+        self.tolerance, self.policy = tolerance, policy
+        resolve_tolerance(tolerance, policy)
+        checked = Budget(POLICIES["balanced"], safety, precisions, self.low_rank)
+        self.safety, self.precisions = checked.safety, checked.precisions
+        size = (num_heads, len(PRECISIONS), self.head_dim + 1)
+        self._plan_counts = torch.zeros(size, dtype=torch.int64, device="cpu")
+        self._largest_error = torch.zeros(num_heads, dtype=torch.int64, device="cpu")
+
+    @property
+    def budget(self) -> Budget | None:
+        """What decides a plan: of `tolerance` or `policy`, `safety` and `precisions`; None where a method does."""
+        tolerance = resolve_tolerance(self.tolerance, self.policy)
+        if tolerance is None:
+            tolerance = self._default_tolerance()
+        return None if tolerance is None else Budget(tolerance, self.safety, self.precisions, self.low_rank)
+
+    def _default_tolerance(self) -> float | None:
+        """The tolerance where none was given; None where the plan is made by another rule."""
+        return POLICIES["balanced"]
 
     def set_tolerance(self, tolerance: float) -> None:
         """Let the error budget decide from now on, with this tolerance.
@@ -193,13 +218,11 @@ class PlannedAttention(AttentionBase):
         Raises:
             ConfigError: the tolerance is out of range, or the module's plan is fixed.
         """
-        self._set_budget(tolerance)
-        self.tolerance, self.policy = tolerance, None
+        self.tolerance, self.policy = Budget(tolerance).tolerance, None
 
-    def _set_budget(self, tolerance: float) -> None:
-        self.budget = Budget(tolerance, self.safety, self.precisions, self.low_rank)
-        table = ladder_table(self.budget, self.head_dim, self.q_proj.weight.device)
-        self.register_buffer("_ladder", table, persistent=False)
+    def _plan_within(self, budget: Budget, q: Moments, k: Moments, v: Moments) -> Plan:
+        table = ladder_table_for(budget, self.head_dim, q.token_peak.device)
+        return plan_within(budget, table, q, k, v, self.scale)
 
     @abstractmethod
     def _make_plan(self, q: Moments, k: Moments, v: Moments, dtype: torch.dtype) -> Plan:
@@ -210,18 +233,33 @@ class PlannedAttention(AttentionBase):
             return self._make_plan(q_moments, k_moments, v_moments, q.dtype)
 
         output, plan = planned_attention(q, k, v, mask, self.causal, self.scale, make_plan)
-        if not torch.compiler.is_exporting() and q.shape[0]:
+        if not torch.compiler.is_exporting() and q.shape[0] and not q.is_meta:
             self._record(plan)
         return output, plan.rank
 
     def _record(self, plan: Plan) -> None:
         assert plan.predicted_error is not None
+        self._move_statistics(plan.rank.device)
         place = plan.precision * (self.head_dim + 1) + plan.rank
         self._plan_counts.view(self.num_heads, -1).scatter_add_(
             1, place.T.long(), self._plan_counts.new_ones(1, 1).expand(place.T.shape)
         )
         error = (plan.predicted_error.amax(0) / ERROR_UNIT).clamp(max=ERROR_END).long()
         self._largest_error.copy_(torch.maximum(self._largest_error, error))
+
+    def _move_statistics(self, device: torch.device) -> None:
+        if self._plan_counts.device != device:
+            with torch.inference_mode(False):  # they are written outside of it, too
+                self._plan_counts = self._plan_counts.to(device)
+                self._largest_error = self._largest_error.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the statistics with the weights: `to`, `cuda`, `to_empty` and their like call this."""
+        super()._apply(fn, recurse)
+        weight = self.q_proj.weight
+        if isinstance(weight, Tensor) and not weight.is_meta:
+            self._move_statistics(weight.device)
+        return self
 
     def reset_statistics(self) -> None:
         """Forget all plans so far."""
@@ -264,6 +302,25 @@ class PlannedAttention(AttentionBase):
 
     def _predicted_errors(self) -> list[float]:
         return [float("inf") if n >= ERROR_END else n * ERROR_UNIT for n in self._largest_error.tolist()]
+
+
+def check_tokens(name: str, x: Tensor, width: int, layer: nn.Module) -> None:
+    """Raise an error where x is not (batch, tokens, width) of the type, and on the device, of a layer's weight."""
+    check_tensor(name, x)
+    if x.dim() != 3 or x.shape[2] != width:
+        raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected (batch, tokens, {width})")
+    check_float(name, x)
+    weight = layer.weight
+    if not isinstance(weight, Tensor):  # a quantised layer has a method of this name
+        return
+    if x.dtype != weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+        raise DtypeError(
+            f"{name} is {x.dtype} and the module {weight.dtype}; convert one of them, or use torch.autocast"
+        )
+    # Layers whose weights are kept elsewhere bring them by a hook or a forward of their own.
+    if x.device != weight.device and "forward" not in vars(layer) and not layer._forward_pre_hooks:
+        hint = "; load or initialise its weights first" if weight.is_meta else ""
+        raise DeviceError(f"{name} is on {x.device} and the module on {weight.device}; move them to one device{hint}")
 
 
 def _shares(counts: Tensor) -> dict[str, float]:

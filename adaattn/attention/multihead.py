@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from adaattn.attention.base import AttentionBase
+from adaattn.checks import as_bool, check_instance
 from adaattn.errors import ConfigError, DtypeError, ShapeError
+from adaattn.tensor_checks import FLOATS, check_device, check_tensor
 
 
 class MultiheadAttention(nn.Module):
@@ -34,7 +36,8 @@ class MultiheadAttention(nn.Module):
 
     def __init__(self, attention: AttentionBase, batch_first: bool = False) -> None:
         super().__init__()
-        self.attention, self.batch_first = attention, batch_first
+        check_instance("attention", attention, AttentionBase, "an attention module of this package")
+        self.attention, self.batch_first = attention, as_bool("batch_first", batch_first)
         self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
 
     def forward(
@@ -65,12 +68,18 @@ class MultiheadAttention(nn.Module):
 
         Raises:
             ConfigError: `is_causal` without a mask.
-            ShapeError, DtypeError: inputs or masks that do not go together.
+            ShapeError, DtypeError, DeviceError: inputs or masks that do not go together.
         """
-        if is_causal and attn_mask is None:
+        need_weights = as_bool("need_weights", need_weights)
+        average_attn_weights = as_bool("average_attn_weights", average_attn_weights)
+        if as_bool("is_causal", is_causal) and attn_mask is None:
             raise ConfigError("is_causal says that attn_mask is causal, and there is none; give attn_mask too")
-        if query.is_nested or key.is_nested or value.is_nested:
-            raise ShapeError("nested tensors are not supported; give padded tensors and key_padding_mask")
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_tensor(name, x)
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None:
+                check_tensor(name, mask)
+                check_device(name, mask, query.device)
         axes = query.dim()
         if axes not in (2, 3) or key.dim() != axes or value.dim() != axes:
             raise ShapeError(
@@ -127,7 +136,7 @@ def merge_masks(
 
 
 def _check(name: str, mask: Tensor, shapes: dict[int, tuple[int, ...]]) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
         raise DtypeError(f"{name} is {mask.dtype}; give bool, True where a key is shut out, or a float that is added")
     if tuple(mask.shape) != shapes.get(mask.dim()):
         expected = " or ".join(str(shape) for shape in shapes.values())

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaattn.checks import as_int, check_instance, described
 from adaattn.config import POLICIES, PRECISIONS, Budget
 from adaattn.errors import ConfigError
-from adaattn.functional import adaptive_attention
+from adaattn.functional import adaptive_attention, chooses_as_exported
 
 SETTING = "adaattn_tolerance"  # in a model's config; save_pretrained writes it, from_pretrained reads it
 # So many queries share one read of the keys and values in the fused kernels. Fewer are bound by that read, which
@@ -55,7 +56,8 @@ def register(
             changes it for one model.
         safety, precisions, low_rank: see `adaattn.config.Budget`.
         dense_below: fewer queries than this, over more keys than queries, take transformers' own `sdpa`: decode steps
-            over a cache. 0 never does. Exported programs never do, and dropout always does.
+            over a cache. 0 never does. Exported programs never do, nor the eager runs that verify them, and dropout
+            always does.
         name: what models ask for; it begins with "adaattn".
 
     Example:
@@ -66,12 +68,11 @@ def register(
         ConfigError: an option out of range, or transformers missing or too old. Later, from a model's forward: an
             option of its attention that ours does not have.
     """
-    budget = Budget(tolerance, safety, tuple(precisions), low_rank)
-    if not isinstance(dense_below, int) or dense_below < 0:
-        raise ConfigError(f"dense_below is {dense_below}; give a number of queries, 0 for never")
-    if not name.startswith("adaattn") or not name.replace("-", "_").isidentifier():
+    budget = Budget(tolerance, safety, precisions, low_rank)
+    dense_below = as_int("dense_below", dense_below, "a number of queries, 0 for never", least=0)
+    if not isinstance(name, str) or not name.startswith("adaattn") or not name.replace("-", "_").isidentifier():
         # Transformers reads meaning into names: "a/b" is downloaded, "flash…" and "sdpa…" are its own.
-        raise ConfigError(f"name is {name!r}; give letters, digits, - and _ that begin with adaattn")
+        raise ConfigError(f"name is {described(name)}; give letters, digits, - and _ that begin with adaattn")
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -97,6 +98,7 @@ def set_tolerance(model: nn.Module, tolerance: float) -> None:
         ConfigError: the tolerance is out of range, or the model does not attend by `register`'s implementation.
     """
     tolerance = Budget(tolerance).tolerance  # refuses what is out of range
+    check_instance("model", model, nn.Module, "a model of transformers")
     configs = configs_of(model)
     attending = [module for module in model.modules() if tolerance_of(module) is not None]
     alone = [type(module).__name__ for module in attending if not takes_implementations(module)]
@@ -199,7 +201,8 @@ def _attend(
     if window is not None and attention_mask is None and (sizes is None or sizes[1] > window):
         options["sliding_window"] = window  # else the mask shows it, or it shows all keys
     _refuse(module, options)
-    if dropout > 0 or (sizes is not None and sizes[0] < min(dense_below, sizes[1])):
+    short = sizes is not None and not chooses_as_exported() and sizes[0] < min(dense_below, sizes[1])
+    if dropout > 0 or short:
         operands = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
         return dense(*operands, position_bias=position_bias, **options)[0], None
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -219,8 +222,8 @@ def _attend(
         key,
         value,
         _biased(attention_mask, position_bias),
-        is_causal,
-        scaling,
+        is_causal=is_causal,
+        scale=scaling,
         enable_gqa=True,
         tolerance=getattr(module.config, SETTING, budget.tolerance),
         safety=budget.safety,

@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from adaattn.checks import as_choice
 from adaattn.errors import ConfigError
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
@@ -26,8 +27,7 @@ def takes_triton(impl: str, x: Tensor) -> bool:
     Raises:
         ConfigError: no such implementation, or an explicit "triton" where it cannot run.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ConfigError(f"impl is {impl!r}; choose {', '.join(IMPLEMENTATIONS[:-1])} or {IMPLEMENTATIONS[-1]}")
+    as_choice("impl", impl, IMPLEMENTATIONS)
     if impl == "reference":
         return False
     obstacle = _obstacle(x, interpreted=impl == "triton")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from adaattn.checks import as_bool, as_choice, as_float
 from adaattn.errors import DtypeError, ShapeError
 from adaattn.ops.adaptive_attention.ops import adaptive_attention as op
+from adaattn.ops.dispatch import IMPLEMENTATIONS
+from adaattn.tensor_checks import check_device, check_float, check_mask_dtype, check_tensor
 
 
 def adaptive_attention(
@@ -52,7 +57,8 @@ def adaptive_attention(
 
     Raises:
         ShapeError: shapes that do not go together.
-        DtypeError: types that do not go together.
+        DtypeError: types that do not go together, or an argument that is no tensor.
+        DeviceError: operands on different devices.
         ConfigError: an unknown `impl`, or "triton" where it cannot run.
     """
     check_attention_inputs(query, key, value, attn_mask)
@@ -63,23 +69,36 @@ def adaptive_attention(
         ("precision", precision, (batch, heads)),
         ("rank", rank, (batch, heads)),
     ):
+        check_tensor(name, got)
+        check_device(name, got, query.device)
         if tuple(got.shape) != want:
             raise ShapeError(f"{name} has shape {tuple(got.shape)}; expected {want}")
+    for name, got in (("key_mean", key_mean), ("value_peak", value_peak)):
+        check_float(name, got)
     for name, got in (("precision", precision), ("rank", rank)):
         if got.dtype != torch.int32:
             raise DtypeError(f"{name} is {got.dtype}; expected int32")
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    as_choice("impl", impl, IMPLEMENTATIONS)
+    scale, is_causal = as_scale(scale, head_dim), as_bool("is_causal", is_causal)
     output: Tensor = op(query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal, impl)
     return output
 
 
+def as_scale(scale: float | None, head_dim: int) -> float:
+    """Return the softmax scale, 1/√D by default."""
+    if scale is None:
+        return float(head_dim**-0.5)
+    return as_float("scale", scale, "a finite number, or None for 1/√D", math.isfinite)
+
+
 def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
-    """Raises ShapeError or DtypeError where (B, H, S, D) operands do not go together."""
+    """Raise ShapeError, DtypeError or DeviceError where (B, H, S, D) operands do not go together."""
     for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x)
         if x.dim() != 4:
             raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected (batch, heads, tokens, head_dim)")
-        if not x.is_floating_point():
-            raise DtypeError(f"{name} is {x.dtype}; expected a floating-point tensor")
+        check_float(name, x)
+        check_device(name, x, query.device)
         if x.dtype != query.dtype:
             raise DtypeError(f"{name} is {x.dtype} and query {query.dtype}; give all three one type")
     batch, heads, queries, head_dim = query.shape
@@ -96,8 +115,9 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask:
         )
     if attn_mask is None:
         return
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise DtypeError(f"attn_mask is {attn_mask.dtype}; give bool (True attends) or a float added to the scores")
+    check_tensor("attn_mask", attn_mask)
+    check_mask_dtype("attn_mask", attn_mask)
+    check_device("attn_mask", attn_mask, query.device)
     full = (batch, heads, queries, keys)
     if attn_mask.dim() != 4 or any(got != want and got != 1 for got, want in zip(attn_mask.shape, full, strict=True)):
         raise ShapeError(f"attn_mask has shape {tuple(attn_mask.shape)}; expected one that broadcasts to {full}")

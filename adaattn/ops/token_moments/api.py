@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from adaattn.budget import Moments
+from adaattn.checks import as_bool, as_choice
 from adaattn.errors import DtypeError, ShapeError
+from adaattn.ops.dispatch import IMPLEMENTATIONS
 from adaattn.ops.token_moments.ops import token_moments as op
+from adaattn.tensor_checks import check_device, check_float, check_tensor
 
 
 def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = False, *, impl: str = "auto") -> Moments:
@@ -29,18 +32,22 @@ def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = Fals
         tensor([[[2., 0.]]])
 
     Raises:
-        ShapeError: x is not 4-dimensional, or the mask is not 3-dimensional.
+        ShapeError: x is not 4-dimensional, or the mask does not fit it.
         DtypeError: x is not floating point, or the mask not boolean.
+        DeviceError: the mask is on another device.
         ConfigError: an unknown `impl`, or "triton" where it cannot run.
     """
+    check_tensor("x", x)
     if x.dim() != 4:
         raise ShapeError(f"x has shape {tuple(x.shape)}; expected (batch, heads, tokens, head_dim)")
-    if not x.is_floating_point():
-        raise DtypeError(f"x is {x.dtype}; expected a floating-point tensor")
-    if key_mask is not None and key_mask.dim() != 3:
-        raise ShapeError(
-            f"key_mask has shape {tuple(key_mask.shape)}; expected (batch, heads, tokens), or ones in them"
-        )
-    if key_mask is not None and key_mask.dtype != torch.bool:
-        raise DtypeError(f"key_mask is {key_mask.dtype}; expected bool, True where a token counts")
-    return Moments(*op(x, key_mask, center, impl))
+    check_float("x", x)
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask)
+        shape = tuple(x.shape[:3])
+        if key_mask.dim() != 3 or any(n not in (1, want) for n, want in zip(key_mask.shape, shape, strict=True)):
+            raise ShapeError(f"key_mask has shape {tuple(key_mask.shape)}; expected one that broadcasts to {shape}")
+        if key_mask.dtype != torch.bool:
+            raise DtypeError(f"key_mask is {key_mask.dtype}; expected bool, True where a token counts")
+        check_device("key_mask", key_mask, x.device, "x")
+    as_choice("impl", impl, IMPLEMENTATIONS)
+    return Moments(*op(x, key_mask, as_bool("center", center), impl))
