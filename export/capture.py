@@ -246,7 +246,7 @@ def _with_limits(
     return tuple(found)
 
 
-def described(captured: Captured, specs: Sequence[InputSpec]) -> Captured:
+def with_specs(captured: Captured, specs: Sequence[InputSpec]) -> Captured:
     """Say of the inputs of a program how large integers may be and what masks mean.
 
     Raises:

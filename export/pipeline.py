@@ -32,7 +32,7 @@ from adaattn.checks import (
 from adaattn.config import Budget
 from adaattn.errors import AdaAttnError, ConfigError, TargetError
 from adaattn.export import cases, engine, folder, golden, onnx, parity, serving, summary, trace, verify
-from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs, described
+from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs, with_specs
 from adaattn.export.html import render
 from adaattn.export.reference import Expected, Reference, disagreements
 from adaattn.input_spec import Dimension, InputSpec
@@ -334,7 +334,7 @@ def _capture(
             if given:
                 raise ConfigError(f"{name} cannot change a program that is captured already; capture it anew with it")
         _warn_of_weights({**model.state_dict, **model.constants}, notes)
-        return described(capture_program(model, sizes), specs), None
+        return with_specs(capture_program(model, sizes), specs), None
     elsewhere = any(x.device.type != "cpu" for x in model.state_dict().values() if isinstance(x, Tensor))
     if options.dtype is not None or options.tolerance is not None or model.training or elsewhere:
         model = copy.deepcopy(model).eval().cpu()  # the caller's stays as it is
