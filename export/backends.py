@@ -141,7 +141,7 @@ def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
     if provider != "CPUExecutionProvider" and driver.capability() is None:
         raise CannotRun(f"{provider} needs a GPU, and a CUDA driver finds none on this machine")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it logs of an error, in colours, stands in the error too
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         session = onnxruntime.InferenceSession(model, options, providers=[provider])

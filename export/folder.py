@@ -42,12 +42,14 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, or it is cut off or none of ours.
     """
+    if not path.is_file():  # a pipe or a device could be read without an end
+        raise ConfigError(f"{path} does not exist")
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist") from error
-    except ValueError as error:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not what adaattn-export wrote: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is not what adaattn-export wrote: it holds a {type(found).__name__}")
     return found
 
 
@@ -65,6 +67,10 @@ def model_name(source: str) -> str:
 
 def check(out: Path, force: bool) -> None:
     """Raises ConfigError where the folder cannot be written, or must not be replaced."""
+    try:
+        os.fspath(out.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{out} is not a name in UTF-8, as onnx needs it; give another folder") from error
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file; give a folder for the artifacts")

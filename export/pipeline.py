@@ -219,7 +219,7 @@ def export(
             verdict = next((each for each in ("failed", "passed") if each in verdicts), "not run")
             report = verify.plain(report | {"verdict": verdict})
             (staged / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-            (staged / "report.html").write_text(render(report))
+            (staged / "report.html").write_text(render(report), encoding="utf-8")
             summary.write_manifest(staged, report)
     return Result(out, report)
 
