@@ -67,7 +67,7 @@ class InputSpec:
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:
-        match = re.fullmatch(r"([^:<]*)(?:: *(\w+) *)?(?:< *(\d{1,18}))?", text.strip())
+        match = re.fullmatch(r"([^:<]*)(?:: *(\w+) *)?(?:< *(\d{1,100}))?", text.strip())
         if not name.isidentifier() or match is None:
             raise ConfigError(f"input {name}={text}; write NAME=SHAPE[:TYPE], such as query=B,S,512:float32")
         shape: list[int | str] = []
@@ -93,7 +93,7 @@ class InputSpec:
 
 def _is_number(text: str) -> bool:
     """Whether a text is a number that a size could have; Python refuses to read those of thousands of digits."""
-    return text.isdecimal() and len(text) <= 18
+    return text.isdecimal() and len(text) <= 100
 
 
 def default_dimension(name: str) -> Dimension:

@@ -127,6 +127,8 @@ def load_arrays(path: Path, what: str) -> dict[str, Array]:
         ConfigError: there is no such file, or it holds no arrays; it says that it should hold `what`.
     """
     try:
+        if not path.is_file():
+            raise FileNotFoundError("it is not a file")  # a pipe or a device could be read without an end
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except UNREADABLE as error:

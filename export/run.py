@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from adaattn.command_line import Command, printable, verbose_option
+from adaattn.command_line import Command, complain, printable, verbose_option
 from adaattn.errors import ConfigError
 
+NAME = "adaattn-run"
 HELP = """Run PATH: a folder of adaattn-export, an ONNX file, or an engine.
 
 \b
@@ -32,7 +33,7 @@ Exit status
 """
 
 
-@click.command("adaattn-run", cls=Command, help=HELP)
+@click.command(NAME, cls=Command, help=HELP)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--input", "inputs", multiple=True, metavar="NAME=@FILE|SIZES", help="An input; repeatable.")
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Keep the outputs in an .npz.")
@@ -66,6 +67,7 @@ def main(
     from adaattn.export.runtime import open_runtime
 
     random = np.random.default_rng(seed)
+    _warn_of_changes(path, "model.onnx" if target in (None, "onnx") else f"{target}.engine")
     with open_runtime(path, target, device=device, cuda_graph=cuda_graph) as model:
         arrays: dict[str, Any] = {}
         for text in inputs:
@@ -98,6 +100,18 @@ def main(
     if timing is not None:
         click.echo(f"{timing.median:.3f} ms median, {timing.p99:.3f} ms 99th percentile of {timing.calls} calls")
     return 0
+
+
+def _warn_of_changes(path: Path, artifact: str) -> None:
+    """Say where the artifact in a folder is not the one that was exported and verified."""
+    from adaattn.export.folder import MARKER
+    from adaattn.export.verify import changed_files
+
+    if not (path / MARKER).is_file():
+        return
+    lines = [line for line in changed_files(path) if line.startswith(artifact)]
+    if lines:
+        complain(NAME, f"warning: {'; '.join(lines)}")
 
 
 def _array(name: str, given: str, dtype: str, random: Any) -> Any:

@@ -93,9 +93,9 @@ def _each(source: str, batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _from_arrays(path: Path) -> Iterator[dict[str, torch.Tensor]]:
-    if not path.is_file():  # a pipe or a device could be read without an end
-        raise ConfigError(f"{path} is not a file; {EXPECTED}")
     try:
+        if not path.is_file():
+            raise FileNotFoundError("it is not a file")  # a pipe or a device could be read without an end
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except UNREADABLE as error:
