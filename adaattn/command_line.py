@@ -82,21 +82,31 @@ class Command(click.Command):
         **extra: Any,
     ) -> Any:
         """Run the command and end the process with its status."""
-        if not standalone_mode:
-            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+        name = str(self.name)
+        completes = f"_{name}_COMPLETE".replace("-", "_").upper() in os.environ  # a shell asks click for words
+        if not standalone_mode or completes:
+            return super().main(args, name, complete_var, standalone_mode, **extra)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # an ASCII terminal gets \xd7 for ×, not an error
         try:
-            status = super().main(args, self.name, complete_var, standalone_mode=False, **extra) or 0
+            # click's own main would end a broken pipe with status 1, which is a verdict here.
+            with self.make_context(name, list(sys.argv[1:] if args is None else args), **extra) as context:
+                status = self.invoke(context) or 0
+        except click.exceptions.Exit as end:
+            status = end.exit_code
+        except BaseException as error:
+            complain(name, _explain(error))
+            status = 2
+        try:
             if sys.stdout is not None:  # closed by the shell
                 sys.stdout.flush()
-        except SystemExit:
-            raise
-        except BaseException as error:
-            complain(str(self.name), _explain(error))
-            _abandon_output()
+        except (OSError, ValueError) as error:
+            if status != 2:
+                complain(name, _explain(error))
             status = 2
+            with suppress(OSError, ValueError):  # or the interpreter would try again to write the rest
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(status)
 
 
@@ -131,15 +141,6 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"there is too little memory: {str(error) or 'give smaller sizes'}"
     return f"unexpected {type(error).__name__}: {error} (-v shows where)"
-
-
-def _abandon_output() -> None:
-    """Send what standard output still holds nowhere, where it takes no more: the interpreter would try again."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        with suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

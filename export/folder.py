@@ -53,6 +53,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def utf8(path: Path) -> str:
+    """Return a path as the packages in C++ take it: in UTF-8, whatever the locale says.
+
+    Raises:
+        ConfigError: its bytes are not UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a name in UTF-8, as onnx needs it; rename it, or give another") from error
+
+
 def model_name(source: str) -> str:
     """A name for what is made of a model, which is a file, `module:factory` or a class.
 
@@ -67,10 +79,7 @@ def model_name(source: str) -> str:
 
 def check(out: Path, force: bool) -> None:
     """Raises ConfigError where the folder cannot be written, or must not be replaced."""
-    try:
-        os.fspath(out.absolute()).encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{out} is not a name in UTF-8, as onnx needs it; give another folder") from error
+    utf8(out.absolute())
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file; give a folder for the artifacts")

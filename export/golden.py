@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from adaattn.errors import ConfigError
 Array: TypeAlias = np.ndarray[Any, Any]
 UNREADABLE = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, MemoryError, OverflowError, RuntimeError),
-    *(NotImplementedError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
+    *(NotImplementedError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, struct.error),
 )
 """What numpy and zipfile raise for a damaged .npy or .npz."""
 

@@ -67,7 +67,6 @@ def main(
     from adaattn.export.runtime import open_runtime
 
     random = np.random.default_rng(seed)
-    _warn_of_changes(path, "model.onnx" if target in (None, "onnx") else f"{target}.engine")
     with open_runtime(path, target, device=device, cuda_graph=cuda_graph) as model:
         arrays: dict[str, Any] = {}
         for text in inputs:
@@ -80,6 +79,7 @@ def main(
             arrays[name] = _array(name, given, model.inputs[name].dtype, random)
         found = model(**arrays)
         timing = model.measure(calls, **arrays) if timed else None
+    _warn_of_changes(path, "model.onnx" if target in (None, "onnx") else f"{target}.engine")
     if output is not None:
         archive = io.BytesIO()
         save_arrays(archive, found)

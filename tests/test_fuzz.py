@@ -15,20 +15,24 @@ import select
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import foreign
 import numpy as np
 import pytest
 import torch
 
 import adaattn
+from adaattn.export import check, cli, run
 from adaattn.export.golden import save_arrays
+from adaattn.plugins.native import cli as plugins
 
 SEED = 15
 COUNTS = {"arguments": 70, "folder": 60, "array": 30, "model": 30, "payload": 20, "program": 12}
@@ -93,7 +97,6 @@ class Mutation:
     arguments: list[str]
     what: str
     same: bool = False
-    makes: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -219,7 +222,7 @@ def rezip(chance: random.Random, content: bytes) -> tuple[str, bytes]:
         members[at], members[other] = (name, members[other][1]), (members[other][0], data)
     out = io.BytesIO()
     method = zipfile.ZIP_DEFLATED if kind == "compress" else zipfile.ZIP_STORED
-    with zipfile.ZipFile(out, "w", method) as archive:
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(out, "w", method) as archive:  # names twice
         for name, data in members:
             archive.writestr(zipfile.ZipInfo(name) if name else zipfile.ZipInfo("x"), data, method)
     return f"{kind} {members[at % len(members)][0] if members else ''}", out.getvalue()
@@ -498,15 +501,27 @@ WORDS = (
 )
 
 
+OPTIONS = {
+    "export": cli.main.params,
+    "parity": [*check.check.params, *check.bisect.params],
+    "run": run.main.params,
+    "plugins": [*plugins.build.params, *plugins.onnxruntime.params],
+}
+
+
 def mutate_arguments(chance: random.Random, bench: Bench) -> Mutation:
-    """Drop, double, replace, insert and swap arguments."""
+    """Drop, double, replace, insert and swap arguments; most often give an option some value."""
     command, arguments = GOOD[chance.choice(list(GOOD))]
     arguments = list(arguments)
+    options = [each for each in OPTIONS[command] if isinstance(each, click.Option)]
     for _ in range(chance.choice((1, 1, 2, 3))):
         at = chance.randrange(len(arguments) + 1)
         word = chance.choice(WORDS)
-        kind = chance.choice(("drop", "double", "replace", "replace", "insert", "insert", "swap"))
-        if kind == "drop":
+        kind = chance.choice(("option", "option", "option", "drop", "double", "replace", "insert", "swap"))
+        if kind == "option":
+            option = chance.choice(options)
+            arguments += [option.opts[0], *([] if option.is_flag else [word])]
+        elif kind == "drop":
             del arguments[at : at + 1]
         elif kind == "double":
             arguments[at:at] = arguments[at : at + 2]
@@ -516,8 +531,7 @@ def mutate_arguments(chance: random.Random, bench: Bench) -> Mutation:
             arguments[at:at] = [word]
         else:
             chance.shuffle(arguments)
-    makes = {"out", "model-export", "program-export", "y.npz", "part.onnx", "j.xml", "p.html", "departure.onnx"}
-    return Mutation(command, arguments, "", makes=makes | set(WORDS) | {f"{word}-export" for word in WORDS})
+    return Mutation(command, arguments, "")
 
 
 MUTATE = {
@@ -563,7 +577,7 @@ def faults(mutation: Mutation, answer: dict[str, Any], good: dict[str, Any]) -> 
         yield f"no line of {name}"
     if any(len(line) > 600 or not line.isprintable() for line in lines) and not loud:
         yield "a line that is long or not printable"
-    if "unexpected " in err:
+    if f"{name}: unexpected " in err:
         yield "unexpected to the command itself"
     if status == 2 and out:
         yield "an error, and something on standard output"
@@ -594,12 +608,16 @@ def outcome(answer: dict[str, Any]) -> Any:
     return report["verdict"], rows
 
 
-def try_one(bench: Bench, kind: str, number: int) -> tuple[str, list[str]]:
-    """Try one mutation and return what came of it, and what is wrong with it."""
+def try_one(bench: Bench, kind: str, number: int, whole: bool = False) -> tuple[str, list[str]]:
+    """Try one mutation and return what came of it, and what is wrong with it.
+
+    Args:
+        whole: what loads is exported too, which takes seconds each.
+    """
     fresh(bench)
     mutation = MUTATE[kind](random.Random(f"{SEED} {kind} {number}"), bench)
     before = files_in(bench)
-    answer = bench.worker.call(mutation.command, mutation.arguments, bench.scratch)
+    answer = bench.worker.call(mutation.command, mutation.arguments, bench.scratch, whole)
     about = f"{kind} {number}, {mutation.what} adaattn-{mutation.command} {str(mutation.arguments)[:300]}"
     if isinstance(answer, str):
         return answer, [f"{about}: it {answer}"]
@@ -618,10 +636,11 @@ def try_one(bench: Bench, kind: str, number: int) -> tuple[str, list[str]]:
 
 @pytest.mark.parametrize("kind", list(MUTATE))
 def test_mutations(kind: str, bench: Bench, request: pytest.FixtureRequest) -> None:
-    count = (THOROUGH if request.config.getoption("--thorough") else COUNTS)[kind]
+    thorough = request.config.getoption("--thorough")
+    count = (THOROUGH if thorough else COUNTS)[kind]
     came, wrong = Counter[str](), []
     for number in range(count):
-        verdict, found = try_one(bench, kind, number)
+        verdict, found = try_one(bench, kind, number, whole=thorough and kind in ("arguments", "payload"))
         came[verdict] += 1
         wrong += found
     print(f"{kind}: {dict(came)}")
