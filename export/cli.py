@@ -27,7 +27,7 @@ HELP = """Export MODEL to ONNX and TensorRT, and verify every artifact against e
 \b
 MODEL is one of
   model.pt                 saved by adaattn.save
-  program.pt2              saved by torch.export.save; trust its origin: torch runs code that such a file carries
+  program.pt2              saved by torch.export.save, only with --allow-pickle: torch runs code that it carries
   package.module:factory   a function without arguments that returns an nn.Module; with --weights
   hf:FOLDER                what save_pretrained of Hugging Face transformers wrote, or a sentence-transformers folder
   pickled.pt               a pickled nn.Module, only with --allow-pickle
@@ -183,7 +183,11 @@ class ExportCommand(Command):
     help="Put larger tensors in model.onnx.data.  [default: all of them, where they exceed 1 GiB together]",
 )
 @click.option("--weights", metavar="FILE", help="State dict for a factory: .safetensors or .pt.")
-@click.option("--allow-pickle", is_flag=True, help="Let a pickled module or weights run the code that they carry.")
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Let a .pt2, a pickled module or pickled weights run the code that they carry.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not run anything.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors.")

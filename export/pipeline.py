@@ -24,6 +24,7 @@ from adaattn.export import cases, engine, folder, golden, onnx, parity, serving,
 from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs
 from adaattn.export.html import render
 from adaattn.export.reference import Expected, Reference
+from adaattn.export.source import usable
 from adaattn.input_spec import Dimension, InputSpec
 from adaattn.integrations import transformers as integration
 
@@ -157,7 +158,7 @@ def export(
         ExportError: the model cannot be captured or lowered.
     """
     options = options or Options()
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = usable(model)
     specs, examples = _split_inputs(inputs or {})
     sizes = {name: Dimension.parse(name, text) for name, text in (dims or {}).items()}
     out = Path(output_dir)
