@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 
 import click
 
+from adaattn.interrupts import raise_on_signals
+
 NAME = "adaattn-parity"
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -46,7 +48,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 @click.group(cls=Checks, help=HELP, context_settings=SETTINGS)
 @click.version_option(package_name="adaattn")
 def main() -> None:
-    pass
+    raise_on_signals()
 
 
 def _names(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -66,15 +68,23 @@ def _names(context: click.Context, parameter: click.Parameter, values: tuple[str
     callback=_names,
     help="ort-cpu, ort-cuda, ort-tensorrt, tensorrt or tensorrt-rtx.  [default: all that DIR has an artifact for]",
 )
+@click.option("--plugin-library", type=FILE, help="Of an engine of --plugins native; loading it runs its code.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else.")
 @click.option("--junit", type=FILE, help="Write a JUnit file, a test case for each output of each golden case.")
 @click.option("--html", type=FILE, help="Write the report as a page.")
-def check(folder: Path, names: tuple[str, ...], as_json: bool, junit: Path | None, html: Path | None) -> None:
+def check(
+    folder: Path,
+    names: tuple[str, ...],
+    plugin_library: Path | None,
+    as_json: bool,
+    junit: Path | None,
+    html: Path | None,
+) -> None:
     """Run the artifacts in DIR on its golden inputs and give the verdict."""
     from rich.console import Console
 
+    from adaattn.atomic_file import write
     from adaattn.errors import AdaAttnError
-    from adaattn.export.folder import write_whole
     from adaattn.export.verify import check as run
 
     if junit is not None and html is not None and junit.absolute() == html.absolute():
@@ -82,14 +92,14 @@ def check(folder: Path, names: tuple[str, ...], as_json: bool, junit: Path | Non
     console = Console(stderr=True)
     try:
         with console.status("") as status:
-            report = run(folder, names or None, lambda name: status.update(name))
+            report = run(folder, names or None, lambda name: status.update(name), plugin_library)
         report["command"] = " ".join([NAME, *sys.argv[1:]])
         if junit is not None:
-            write_whole(junit, _junit(report))
+            write(junit, _junit(report))
         if html is not None:
             from adaattn.export.html import render
 
-            write_whole(html, render(report).encode())
+            write(html, render(report).encode())
     except AdaAttnError as error:
         _fail(str(error))
     except OSError as error:
@@ -121,10 +131,10 @@ def bisect(folder: Path, backend: str, output: Path) -> None:
     The values of eager PyTorch on a small case lie in DIR/trace.npz. The nodes between the last values that agree and
     the first that does not are printed and written as a model of their own.
     """
+    from adaattn.atomic_file import write
     from adaattn.errors import AdaAttnError
     from adaattn.export.backends import PROVIDERS
     from adaattn.export.bisect import bisect as run
-    from adaattn.export.folder import write_whole
     from adaattn.export.verify import check as check_all
 
     try:
@@ -132,7 +142,7 @@ def bisect(folder: Path, backend: str, output: Path) -> None:
         if departure is None:
             _say_where_else(check_all(folder, [backend]))
             return
-        write_whole(output, departure.model.SerializeToString())
+        write(output, departure.model.SerializeToString())
     except AdaAttnError as error:
         _fail(str(error))
     except OSError as error:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+from adaattn.interrupts import raise_on_signals
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -194,19 +195,24 @@ class ExportCommand(click.Command):
 @click.option("--verbose", "-v", is_flag=True, help="Show warnings of the tools underneath, and tracebacks.")
 @click.version_option(package_name="adaattn")
 def main(model: str, as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+    raise_on_signals()
+    written: list[str] = []
+
+    def outcome() -> str:
+        return f"{written[0]} is written and whole" if written else "nothing was written"
+
     try:
         # Standard output is for the result alone, whatever the user's model prints.
         with _quiet_tools(verbose), redirect_stdout(sys.stderr):
-            report, directory = _export(model, quiet or as_json, **arguments)
+            report, directory = _export(model, quiet or as_json, written.append, **arguments)
     except KeyboardInterrupt:
-        state = arguments["calibration_state"]
+        state = None if written else arguments["calibration_state"]
         kept = f" but {state}, which a next run goes on from" if state is not None and state.exists() else ""
-        _fail(f"interrupted; nothing was written{kept}", verbose)
+        _fail(f"interrupted; {outcome()}{kept}", verbose)
     except click.ClickException:
         raise
     except OSError as error:
-        _fail(f"{error.filename or 'the output'}: {error.strerror or error}; nothing was written", verbose)
+        _fail(f"{error.filename or 'the output'}: {error.strerror or error}; {outcome()}", verbose)
     except Exception as error:
         from adaattn.errors import AdaAttnError
 
@@ -224,6 +230,7 @@ def main(model: str, as_json: bool, quiet: bool, verbose: bool, **arguments: Any
 def _export(
     model: str,
     quiet: bool,
+    on_written: Callable[[str], None],
     *,
     output: str | None,
     force: bool,
@@ -278,17 +285,22 @@ def _export(
         described = {spec.name: str(spec) for spec in source.inputs} | inputs
         used = {size for name, text in described.items() for size in InputSpec.parse(name, text).shape}
         saved = {dim.name: str(dim) for dim in source.dims if dim.name in used}
+        directory = output or f"{model_name(model)}-export"
         result = export(
             source.model,
             described,
-            output or f"{model_name(model)}-export",
+            directory,
             dims=saved | dims,
             options=options,
             source=model,
             command=shlex.join(["adaattn-export", *sys.argv[1:]]),
+            reads=[Path(given.removeprefix("hf:")) for given in (model, weights, calibrate) if given],
+            on_written=lambda: on_written(directory),
             on_stage=on_stage,
             on_progress=on_progress,
         )
+    if result.leftover is not None:
+        console.print(f"  the folder that it replaced could not be deleted whole; the rest is in {result.leftover}")
     return result.report, result.directory
 
 

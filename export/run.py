@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from adaattn.interrupts import raise_on_signals
+
 HELP = """Run PATH: a folder of adaattn-export, an ONNX file, or an engine.
 
 \b
@@ -30,6 +32,11 @@ booleans: true). It prints a line for each output; --output keeps them.
 @click.option("--target", type=click.Choice(["onnx", "tensorrt", "tensorrt-rtx"]), help="In a folder.  [default: onnx]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of ONNX Runtime.")
 @click.option("--cuda-graph", is_flag=True, help="Of an engine: record the launches once and replay them.")
+@click.option(
+    "--plugin-library",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Of an engine of --plugins native; loading it runs its code.",
+)
 @click.option("--time", "timed", is_flag=True, help="Time calls: median and 99th percentile.")
 @click.option("--calls", type=click.IntRange(min=1), default=100, show_default=True, help="How many to time.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the numbers that fill sizes.")
@@ -42,6 +49,7 @@ def main(
     target: str | None,
     device: str,
     cuda_graph: bool,
+    plugin_library: Path | None,
     timed: bool,
     calls: int,
     seed: int,
@@ -49,14 +57,15 @@ def main(
 ) -> None:
     import numpy as np
 
+    from adaattn.atomic_file import write
     from adaattn.errors import AdaAttnError
-    from adaattn.export.folder import write_whole
     from adaattn.export.golden import save_arrays
     from adaattn.export.runtime import open_runtime
 
+    raise_on_signals()
     random = np.random.default_rng(seed)
     try:
-        with open_runtime(path, target, device=device, cuda_graph=cuda_graph) as model:
+        with open_runtime(path, target, device=device, cuda_graph=cuda_graph, plugin_library=plugin_library) as model:
             arrays: dict[str, Any] = {}
             for text in inputs:
                 name, equals, given = text.partition("=")
@@ -69,7 +78,7 @@ def main(
         if output is not None:
             archive = io.BytesIO()
             save_arrays(archive, found)
-            write_whole(output, archive.getbuffer())
+            write(output, archive.getbuffer())
     except AdaAttnError as error:
         click.echo(f"adaattn-run: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from adaattn.errors import AdaAttnError
+from adaattn.interrupts import raise_on_signals
 from adaattn.plugins.native import build as builder
 from adaattn.plugins.native.program import common_kinds, for_onnxruntime, kinds
 
@@ -20,6 +21,7 @@ def main() -> None:
 
     An engine built from Python needs none of this: its kernels are embedded in it.
     """
+    raise_on_signals()
 
 
 @main.command()
