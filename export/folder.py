@@ -139,10 +139,19 @@ def _refuse_what_no_export_wrote(out: Path, place: Path, found: Snapshot) -> Non
     """
     written = _files_of(out, place, found)
     folders = {parent.as_posix() for name in written for parent in Path(name).parents}
-    for name, (mode, device, *_) in found.items():
-        known = name in folders if stat.S_ISDIR(mode) else name in written and stat.S_ISREG(mode)
-        if not known or device != place.stat().st_dev:
-            raise ConfigError(f"{out} holds {name}, which no export wrote there, and --force would delete it; {ADVICE}")
+    device = place.stat().st_dev
+    foreign = [
+        name
+        for name, (mode, on, *_) in found.items()
+        if on != device or not (name in folders if stat.S_ISDIR(mode) else name in written and stat.S_ISREG(mode))
+    ]
+    if foreign:
+        files = [name for name in foreign if not stat.S_ISDIR(found[name][0])] or foreign
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        raise ConfigError(
+            f"{out} holds {', '.join(files[:3])}{more}, which no export wrote there, "
+            f"and --force would delete it; {ADVICE}"
+        )
     for name, digest in written.items():
         if name in found and name != MARKER and sha256(place / name) != digest:
             raise ConfigError(
