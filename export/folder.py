@@ -195,7 +195,8 @@ def staging(
     Raises:
         ConfigError: the folder cannot be written or must not be replaced, at the start or when all is done.
     """
-    seen = check(out, force, reads)
+    with _alone(out.absolute().parent):
+        seen = check(out, force, reads)
     name, out = out, out.resolve()  # where it is a link, what it leads to is replaced
     missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     with ExitStack() as stack:
@@ -252,19 +253,16 @@ def _move(new: Path, name: Path, out: Path, seen: Snapshot | None, force: bool, 
 
 @contextmanager
 def _alone(parent: Path) -> Iterator[None]:
-    """Keep other exports from moving folders in `parent`, where the file system has locks."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
+    """Keep other exports from moving folders in `parent`, where there is one and its file system has locks."""
+    with ExitStack() as stack:
+        if sys.platform != "win32":
+            import fcntl
 
-    lock = os.open(parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with suppress(OSError):
+                lock = os.open(parent, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(lock)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
