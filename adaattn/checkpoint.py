@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from adaattn.archive import SavedFile
-from adaattn.errors import CheckpointError
+from adaattn.atomic_file import replacing
+from adaattn.errors import CheckpointError, ConfigError
 from adaattn.input_spec import INT_MAX, Dimension, InputSpec
 
 FORMAT, VERSION = "adaattn", 1
@@ -80,16 +80,12 @@ def write_whole(payload: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} cannot be written: it is a folder or a device; give a file")
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        with open(temporary, "xb") as file:
+        with replacing(Path(path)) as file:
             torch.save(payload, file)
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    except Exception as error:
         # torch's writer answers a full disk with an error of its own, behind which the system's stands
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):

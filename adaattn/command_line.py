@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import click
 
+from adaattn.interrupts import raise_on_signals
+
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 LONGEST = 500  # characters of a message: a few lines of a terminal
 VERBOSE = "adaattn.verbose"
@@ -89,6 +91,7 @@ class Command(click.Command):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # an ASCII terminal gets \xd7 for ×, not an error
+        raise_on_signals()
         try:
             # click's own main would end a broken pipe with status 1, which is a verdict here.
             with self.make_context(name, list(sys.argv[1:] if args is None else args), **extra) as context:

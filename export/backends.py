@@ -10,7 +10,8 @@ import numpy as np
 
 from adaattn.errors import TargetError
 from adaattn.export import engine
-from adaattn.export.folder import read_json, utf8
+from adaattn.export.engine_file import check_plugin_library, read_description
+from adaattn.export.folder import utf8
 from adaattn.export.golden import Array, Golden
 from adaattn.export.parity import Backend, Ran
 from adaattn.plugins import NAMESPACE, driver
@@ -28,12 +29,13 @@ class CannotRun(TargetError):
     """This machine cannot run the artifact: a fact to report, no fault of it."""
 
 
-def open_backend(name: str, folder: Path, log: Path) -> Backend:
+def open_backend(name: str, folder: Path, log: Path, plugin_library: Path | None = None) -> Backend:
     """A backend of BACKENDS on the artifacts of an export.
 
     Args:
         folder: of the export.
         log: of the runs of an engine; it is written only for engines.
+        plugin_library: for an engine that was built with plugins="native".
 
     Raises:
         CannotRun: the artifact or something that it needs is not here.
@@ -41,7 +43,7 @@ def open_backend(name: str, folder: Path, log: Path) -> Backend:
     """
     if name in PROVIDERS:
         return onnxruntime_backend(folder / "model.onnx", PROVIDERS[name])
-    return engine_backend(folder / f"{name}.engine", log)
+    return engine_backend(folder / f"{name}.engine", log, plugin_library)
 
 
 def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> Backend:
@@ -89,27 +91,32 @@ def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> B
     return backend
 
 
-def engine_backend(path: Path, log: Path) -> Backend:
+def engine_backend(path: Path, log: Path, plugin_library: Path | None = None) -> Backend:
     """An engine on the GPU of this machine.
 
     Args:
         log: of the runs.
+        plugin_library: for an engine that was built with plugins="native"; others do without.
 
     Raises:
         CannotRun: there is no engine, or no GPU that it was built for.
+        ConfigError: the engine needs a plugin library and none is given, or its description is damaged.
     """
     for file in (path, engine.sidecar(path)):
         if not file.exists():
             raise CannotRun(f"there is no {file.name}")
-    about = read_json(engine.sidecar(path))
+    about = read_description(path)
+    library = plugin_library if about["options"]["plugins"] == "native" else None
     capability = driver.capability()
     if capability is None:
         raise CannotRun("built, not run: a CUDA driver finds no GPU on this machine")
     if str(capability / 10) not in about["compute_capabilities"] and not about["options"]["hardware_compatible"]:
         raise CannotRun(f"built, not run: this GPU has compute capability {capability / 10}")
 
+    check_plugin_library(path, about, library)
+
     def backend(golden: Golden) -> Ran:
-        return Ran(engine.run(about["target"], path, log, golden.inputs), {}, {})
+        return Ran(engine.run(about["target"], path, log, golden.inputs, library), {}, {})
 
     return backend
 

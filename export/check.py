@@ -66,28 +66,36 @@ def _names(context: click.Context, parameter: click.Parameter, values: tuple[str
     callback=_names,
     help="ort-cpu, ort-cuda, ort-tensorrt, tensorrt or tensorrt-rtx.  [default: all that DIR has an artifact for]",
 )
+@click.option("--plugin-library", type=FILE, help="Of an engine of --plugins native; loading it runs its code.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else.")
 @click.option("--junit", type=FILE, help="Write a JUnit file, a test case for each output of each golden case.")
 @click.option("--html", type=FILE, help="Write the report as a page.")
 @verbose_option
-def check(folder: Path, names: tuple[str, ...], as_json: bool, junit: Path | None, html: Path | None) -> int:
+def check(
+    folder: Path,
+    names: tuple[str, ...],
+    plugin_library: Path | None,
+    as_json: bool,
+    junit: Path | None,
+    html: Path | None,
+) -> int:
     """Run the artifacts in DIR on its golden inputs and give the verdict."""
     from rich.console import Console
 
-    from adaattn.export.folder import write_whole
+    from adaattn.atomic_file import write
     from adaattn.export.verify import check as run
 
     if junit is not None and html is not None and junit.absolute() == html.absolute():
         raise click.UsageError(f"--junit and --html are one file, {junit}")
     with Console(stderr=True).status("") as status:
-        report = run(folder, names or None, lambda name: status.update(name))
+        report = run(folder, names or None, lambda name: status.update(name), plugin_library)
     report["command"] = shlex.join([NAME, *sys.argv[1:]])
     if junit is not None:
-        write_whole(junit, _junit(report))
+        write(junit, _junit(report))
     if html is not None:
         from adaattn.export.html import render
 
-        write_whole(html, render(report).encode())
+        write(html, render(report).encode())
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -116,15 +124,15 @@ def bisect(folder: Path, backend: str, output: Path) -> int:
     The values of eager PyTorch on a small case lie in DIR/trace.npz. The nodes between the last values that agree and
     the first that does not are printed and written as a model of their own.
     """
+    from adaattn.atomic_file import write
     from adaattn.export.backends import PROVIDERS
     from adaattn.export.bisect import bisect as run
-    from adaattn.export.folder import write_whole
     from adaattn.export.verify import check as check_all
 
     departure = run(folder, PROVIDERS[backend])
     if departure is None:
         return _say_where_else(check_all(folder, [backend]))
-    write_whole(output, departure.model.SerializeToString())
+    write(output, departure.model.SerializeToString())
     _say(f"{departure.value} departs: error {departure.error:.1e}, at most {departure.limit:.1e} was expected")
     for line in departure.nodes:
         _say(f"  {line}")

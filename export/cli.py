@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,19 +193,21 @@ class ExportCommand(Command):
 @verbose_option
 @click.version_option(package_name="adaattn")
 def main(model: str, as_json: bool, quiet: bool, **arguments: Any) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+    written: list[str] = []
+
+    def outcome() -> str:
+        return f"{written[0]} is written and whole" if written else "nothing was written"
+
     try:
         # Standard output is for the result alone, whatever the user's model prints.
         with redirect_stdout(sys.stderr):
-            report, directory = _export(model, quiet or as_json, **arguments)
+            report, directory = _export(model, quiet or as_json, written.append, **arguments)
     except KeyboardInterrupt as error:
-        state = arguments["calibration_state"]
+        state = None if written else arguments["calibration_state"]
         kept = f" but {state}, which a next run goes on from" if state is not None and state.exists() else ""
-        raise ExportError(f"interrupted; nothing was written{kept}") from error
+        raise ExportError(f"interrupted; {outcome()}{kept}") from error
     except OSError as error:
-        raise ExportError(
-            f"{error.filename or 'the output'}: {error.strerror or error}; nothing was written"
-        ) from error
+        raise ExportError(f"{error.filename or 'the output'}: {error.strerror or error}; {outcome()}") from error
     failed = bool(report["verdict"] == "failed")
     if as_json:
         click.echo(json.dumps(report, indent=1))
@@ -223,6 +224,7 @@ def main(model: str, as_json: bool, quiet: bool, **arguments: Any) -> int:
 def _export(
     model: str,
     quiet: bool,
+    on_written: Callable[[str], None],
     *,
     output: str | None,
     force: bool,
@@ -278,17 +280,22 @@ def _export(
         described = {spec.name: str(spec) for spec in source.inputs} | inputs
         used = {size for name, text in described.items() for size in InputSpec.parse(name, text).shape}
         saved = {dim.name: str(dim) for dim in source.dims if dim.name in used}
+        directory = output or f"{model_name(model)}-export"
         result = export(
             source.model,
             described,
-            output or f"{model_name(model)}-export",
+            directory,
             dims=saved | dims,
             options=options,
             source=model,
             command=shlex.join([NAME, *sys.argv[1:]]),
+            reads=[Path(given.removeprefix("hf:")) for given in (model, weights, calibrate) if given],
+            on_written=lambda: on_written(directory),
             on_stage=on_stage,
             on_progress=on_progress,
         )
+    if result.leftover is not None:
+        console.print(f"  the folder that it replaced could not be deleted whole; the rest is in {result.leftover}")
     return result.report, result.directory
 
 

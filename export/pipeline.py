@@ -106,10 +106,15 @@ class Options:
 
 @dataclass
 class Result:
-    """What an export came to: the folder and its report."""
+    """What an export came to: the folder and its report.
+
+    Args:
+        leftover: what is left of the folder that was replaced, where it could not be deleted.
+    """
 
     directory: Path
     report: dict[str, Any] = field(repr=False)
+    leftover: Path | None = None
 
     @property
     def passed(self) -> bool:
@@ -129,6 +134,8 @@ def export(
     options: Options | None = None,
     source: str | None = None,
     command: str | None = None,
+    reads: Sequence[Path] = (),
+    on_written: Callable[[], None] = lambda: None,
     on_stage: Stage = lambda stage: None,
     on_progress: engine.Progress = lambda phase, share: None,
 ) -> Result:
@@ -142,6 +149,8 @@ def export(
         dims: for each dynamic dimension its sizes, "min:opt:max".
         options: targets and the rest.
         source, command: what the report names as the model and the command.
+        reads: files and folders that were read for the model; an output folder that holds one is refused.
+        on_written: called once the folder is in its place; what fails or interrupts after that does not undo it.
         on_stage: called with the name of each stage as it begins.
         on_progress: called, while an engine is built, with the builder's phase and the share that is done, 0 to 1.
 
@@ -162,11 +171,13 @@ def export(
     specs, examples = _split_inputs(inputs or {})
     sizes = {name: Dimension.parse(name, text) for name, text in (dims or {}).items()}
     out = Path(output_dir)
-    folder.check(out, options.force)
 
     clock = _Clock(on_stage)
     notes: list[str] = []
-    with folder.staging(out, options.force) as staged:
+    of_options = (options.build.plugin_library, options.build.timing_cache, options.calibration_state)
+    reads = [*reads, *(path for path in of_options if path is not None)]
+    with folder.staging(out, options.force, reads, on_written) as staging:
+        staged = staging.folder
         calibrated = None
         if options.calibrate is not None:
             with clock.stage("calibrate"):
@@ -205,7 +216,7 @@ def export(
                 if entry["verdict"] != "failed" and name != "triton":
                     with clock.stage(f"verify {name}"):
                         backend = "ort-cpu" if name == "onnx" else name
-                        verify.verify(entry, backend, staged, goldens, exact_at)
+                        verify.verify(entry, backend, staged, goldens, exact_at, options.build.plugin_library)
         else:
             for entry in targets.values():
                 entry["reason"] = entry["reason"] or "made, not verified: --no-verify"
@@ -222,7 +233,7 @@ def export(
             (staged / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
             (staged / "report.html").write_text(render(report), encoding="utf-8")
             summary.write_manifest(staged, report)
-    return Result(out, report)
+    return Result(out, report, staging.leftover)
 
 
 class _Clock:

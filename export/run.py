@@ -40,6 +40,11 @@ Exit status
 @click.option("--target", type=click.Choice(["onnx", "tensorrt", "tensorrt-rtx"]), help="In a folder.  [default: onnx]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of ONNX Runtime.")
 @click.option("--cuda-graph", is_flag=True, help="Of an engine: record the launches once and replay them.")
+@click.option(
+    "--plugin-library",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Of an engine of --plugins native; loading it runs its code.",
+)
 @click.option("--time", "timed", is_flag=True, help="Time calls: median and 99th percentile.")
 @click.option("--calls", type=click.IntRange(min=1), default=100, show_default=True, help="How many to time.")
 @click.option(
@@ -55,6 +60,7 @@ def main(
     target: str | None,
     device: str,
     cuda_graph: bool,
+    plugin_library: Path | None,
     timed: bool,
     calls: int,
     seed: int,
@@ -62,12 +68,12 @@ def main(
 ) -> int:
     import numpy as np
 
-    from adaattn.export.folder import write_whole
+    from adaattn.atomic_file import write
     from adaattn.export.golden import save_arrays
     from adaattn.export.runtime import open_runtime
 
     random = np.random.default_rng(seed)
-    with open_runtime(path, target, device=device, cuda_graph=cuda_graph) as model:
+    with open_runtime(path, target, device=device, cuda_graph=cuda_graph, plugin_library=plugin_library) as model:
         arrays: dict[str, Any] = {}
         for text in inputs:
             name, equals, given = text.partition("=")
@@ -83,7 +89,7 @@ def main(
     if output is not None:
         archive = io.BytesIO()
         save_arrays(archive, found)
-        write_whole(output, archive.getbuffer())
+        write(output, archive.getbuffer())
     rows: list[dict[str, Any]] = [
         {"name": name, "type": str(x.dtype), "shape": list(x.shape), "mean": _mean(x), "finite": _finite(x)}
         for name, x in found.items()

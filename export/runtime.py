@@ -129,7 +129,12 @@ class Runtime(ABC):
 
 
 def open_runtime(
-    path: str | Path, target: str | None = None, *, device: str = "cpu", cuda_graph: bool = False
+    path: str | Path,
+    target: str | None = None,
+    *,
+    device: str = "cpu",
+    cuda_graph: bool = False,
+    plugin_library: str | Path | None = None,
 ) -> Runtime:
     """Open an artifact.
 
@@ -138,6 +143,7 @@ def open_runtime(
         target: in a folder, what to open: "onnx", "tensorrt" or "tensorrt-rtx". [default: onnx]
         device: where ONNX Runtime computes, "cpu" or "cuda"; engines run on the GPU.
         cuda_graph: of engines: record the launches once for each set of shapes and replay them.
+        plugin_library: the library of an engine that was built with plugins="native"; loading it runs its code.
 
     Raises:
         ConfigError: no such file, target or device.
@@ -157,8 +163,10 @@ def open_runtime(
     if path.suffix == ".onnx":
         if cuda_graph:
             raise ConfigError("cuda_graph is for engines; ONNX Runtime has an option of its own")
+        if plugin_library is not None:
+            raise ConfigError("plugin_library is for engines; an ONNX file is run without it")
         return OnnxRuntime(path, device)
-    return EngineRuntime(path, cuda_graph)
+    return EngineRuntime(path, cuda_graph, None if plugin_library is None else Path(plugin_library))
 
 
 class OnnxRuntime(Runtime):
@@ -201,8 +209,8 @@ class OnnxRuntime(Runtime):
 class EngineRuntime(Runtime):
     """An engine of TensorRT or TensorRT-RTX, with torch's memory and stream."""
 
-    def __init__(self, path: Path, cuda_graph: bool) -> None:
-        self._opened = open_engine(path)
+    def __init__(self, path: Path, cuda_graph: bool, plugin_library: Path | None = None) -> None:
+        self._opened = open_engine(path, plugin_library)
         import torch
 
         if not torch.cuda.is_available():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -14,7 +13,8 @@ import onnx
 from google.protobuf.text_encoding import CEscape
 from onnx import helper
 
-from adaattn.export.engine import BuildOptions, Profile, sidecar
+from adaattn.export.engine import BuildOptions, Profile
+from adaattn.export.engine_file import read_description
 from adaattn.input_spec import Dimension
 
 EPCONTEXT = "model_epcontext.onnx"
@@ -36,7 +36,7 @@ def ep_context(model: Path, engine: Path) -> Path:
         >>> ep_context(Path("out/model.onnx"), Path("out/tensorrt.engine"))  # doctest: +SKIP
         PosixPath('out/model_epcontext.onnx')
     """
-    source, about = onnx.load(model, load_external_data=False), json.loads(sidecar(engine).read_text())
+    source, about = onnx.load(model, load_external_data=False), read_description(engine)
     (capability,) = about["compute_capabilities"]
     node = helper.make_node(
         "EPContext",
@@ -80,7 +80,7 @@ def triton_repository(
         The files written.
     """
     graph = onnx.load(model, load_external_data=False).graph
-    profiles: Sequence[Profile] = [] if engine is None else json.loads(sidecar(engine).read_text())["profiles"]
+    profiles: Sequence[Profile] = [] if engine is None else read_description(engine)["profiles"]
     place = folder / name
     (place / "1").mkdir(parents=True)
     sources = {model.name: model, model.name + ".data": model.with_name(model.name + ".data")}

@@ -5,18 +5,17 @@ Nothing here needs torch, or the model: `check` gives on the machine of deployme
 
 from __future__ import annotations
 
-import hashlib
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaattn.atomic_file import scratch_folder
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export import backends, engine, golden, parity, schemas
-from adaattn.export.engine_file import profile_of
-from adaattn.export.folder import read_json
+from adaattn.export.engine_file import profile_of, read_description
+from adaattn.export.folder import sha256
 from adaattn.export.golden import Golden
 from adaattn.export.versions import versions
 
@@ -27,6 +26,7 @@ def verify(
     folder: Path,
     goldens: Sequence[Golden],
     exact_at: parity.ExactAt | None = None,
+    plugin_library: Path | None = None,
 ) -> None:
     """Give a target's entry of the report its verdict.
 
@@ -34,10 +34,11 @@ def verify(
         backend: of `backends.BACKENDS`.
         folder: of the export.
         exact_at: float64 outputs at other plans than eager's, where the model is at hand.
+        plugin_library: for an engine that was built with plugins="native".
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="adaattn-") as scratch:
-            run = backends.open_backend(backend, folder, Path(scratch) / "run.log")
+        with scratch_folder() as scratch:
+            run = backends.open_backend(backend, folder, scratch / "run.log", plugin_library)
             served, others = _served(folder / f"{backend}.engine", goldens)
             if not served:
                 raise backends.CannotRun(f"built, not run: no profile takes the golden inputs {', '.join(others)}")
@@ -69,7 +70,10 @@ def target(
 
 
 def check(
-    folder: Path, names: Sequence[str] | None = None, on_backend: Callable[[str], None] = lambda name: None
+    folder: Path,
+    names: Sequence[str] | None = None,
+    on_backend: Callable[[str], None] = lambda name: None,
+    plugin_library: Path | None = None,
 ) -> dict[str, Any]:
     """The report of an export's artifacts as they run on this machine.
 
@@ -77,6 +81,7 @@ def check(
         folder: that `adaattn-export` made; its golden.npz says what is right.
         names: of `backends.BACKENDS`; None for all that have an artifact.
         on_backend: called with the name of each backend as it begins.
+        plugin_library: for an engine that was built with plugins="native".
 
     Returns:
         What `report.json` holds, a target a backend; it fails where one failed or none could run.
@@ -101,7 +106,7 @@ def check(
         on_backend(name)
         start = time.perf_counter()
         targets.append(target(name, folder, [file for file in files if file.exists()]))
-        verify(targets[-1], name, folder, goldens)
+        verify(targets[-1], name, folder, goldens, plugin_library=plugin_library)
         targets[-1]["seconds"] = time.perf_counter() - start
     if not targets:
         raise ConfigError(f"{folder} has neither a model.onnx nor an engine")
@@ -151,17 +156,11 @@ def changed_files(folder: Path) -> list[str]:
     return lines
 
 
-def sha256(file: Path) -> str:
-    """Of its content, in hexadecimal digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _served(path: Path, goldens: Sequence[Golden]) -> tuple[list[Golden], list[str]]:
     """The cases that a backend takes, and the names of the others; only engines are choosy."""
     if not engine.sidecar(path).exists():
         return list(goldens), []
-    profiles = read_json(engine.sidecar(path))["profiles"]
+    profiles = read_description(path)["profiles"]
     served, others = [], []
     for each in goldens:
         try:

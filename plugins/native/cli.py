@@ -56,20 +56,19 @@ def build(
 
     wanted = list(dict.fromkeys(kind for model in models for kind in kinds(model))) if models else common_kinds()
     architectures = builder.architectures(arch)
-    place = output or builder.cache(wanted, architectures)
-    if output is not None or force or not place.exists():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("kernels", total=None)
-            builder.library(
-                wanted,
-                architectures,
-                place,
-                builder.tensorrt_headers(tensorrt_include),
-                cuda_include,
-                lambda done, of: progress.update(task, completed=done, total=of),
-            )
+    include = builder.tensorrt_headers(tensorrt_include)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("kernels", total=None)
+
+        def on_kernel(done: int, of: int) -> None:
+            progress.update(task, completed=done, total=of)
+
+        if output is None:
+            place = builder.cached(wanted, architectures, include, cuda_include, on_kernel, force)
+        else:
+            place = builder.library(wanted, architectures, output, include, cuda_include, on_kernel)
     click.echo(place)
 
 

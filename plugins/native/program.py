@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adaattn.atomic_file import write
 from adaattn.errors import ConfigError
 from adaattn.ops.adaptive_attention.impl.triton import launches, pack_spec, scratch
 from adaattn.ops.kernel_spec import KernelSpec
@@ -148,12 +149,7 @@ def for_onnxruntime(model: Path) -> Path:
         field.extend(kept)
     copy.opset_import.append(onnx.helper.make_opsetid("trt.plugins", 1))
     out = model.with_suffix(".trt.onnx")
-    new = out.with_suffix(".new")
-    try:
-        onnx.save(copy, str(new))
-        new.replace(out)
-    finally:
-        new.unlink(missing_ok=True)
+    write(out, copy.SerializeToString())
     return out
 
 
