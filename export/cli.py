@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaattn.command_line import Command, complain, verbose_option
+from adaattn.command_line import Command, complain, printable, verbose_option
 from adaattn.errors import ExportError
 
 if TYPE_CHECKING:
@@ -295,7 +295,8 @@ def _export(
             on_progress=on_progress,
         )
     if result.leftover is not None:
-        console.print(f"  the folder that it replaced could not be deleted whole; the rest is in {result.leftover}")
+        rest = printable(str(result.leftover))
+        console.print(f"  the folder that it replaced could not be deleted whole; the rest is in {rest}")
     return result.report, result.directory
 
 

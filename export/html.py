@@ -80,7 +80,7 @@ def render(report: dict[str, Any]) -> str:
 def _without_controls(value: Any) -> Any:
     """The value with control characters, which HTML forbids, as escapes; lines stay lines."""
     if isinstance(value, str):
-        return "\n".join(map(printable, value.splitlines()))
+        return "\n".join(map(printable, value.split("\n")))
     if isinstance(value, dict):
         return {_without_controls(key): _without_controls(item) for key, item in value.items()}
     return [_without_controls(item) for item in value] if isinstance(value, (list, tuple)) else value
