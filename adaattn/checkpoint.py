@@ -144,7 +144,7 @@ def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Check
         raise CheckpointError(f"{OTHER}: it {error}") from error
     if not is_payload(payload):
         raise CheckpointError(f"{OTHER}; it holds a {type(payload).__name__}")
-    if payload.get("version") != VERSION:
+    if type(payload.get("version")) is not int or payload["version"] != VERSION:  # a tensor compares to a tensor
         raise CheckpointError(
             f"has format version {_short(payload.get('version'))} and this release reads version {VERSION}; "
             "save the model again, or install the release that wrote it"

@@ -149,7 +149,7 @@ def _load(name: str, path: Path) -> Any:
     from adaattn.export.golden import UNREADABLE
 
     if not path.is_file():  # a pipe or a device could be read without an end
-        raise ConfigError(f"{name}: {path} is not a file; give an array that numpy.save wrote")
+        raise ConfigError(f"{name}: {path} is no array that numpy reads: it is not a file")
     try:
         found = np.load(path, allow_pickle=False)
     except UNREADABLE as error:

@@ -22,6 +22,7 @@ from torch import nn
 import adaattn
 from adaattn.errors import ConfigError
 from adaattn.export.check import main
+from adaattn.export.golden import save_arrays
 from adaattn.export.testing import assert_parity as assert_directly
 
 pytest_plugins = ["pytester"]
@@ -153,6 +154,48 @@ def test_files_that_were_cut_off_are_one_line(name: str, left: float, good: Path
     assert name in line
 
 
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a case is gone": lambda arrays: [arrays.pop(name) for name in list(arrays) if name.startswith("longest/")],
+    "limits are larger": lambda arrays: arrays.update({n: 10 * x for n, x in arrays.items() if "/limit/" in n}),
+    "limits are none": lambda arrays: arrays.update({n: x * np.nan for n, x in arrays.items() if "/limit/" in n}),
+    "cases are swapped": lambda arrays: arrays.update(dict(zip(arrays, reversed(arrays.values()), strict=True))),
+    "all is zero": lambda arrays: arrays.update({n: np.zeros_like(x) for n, x in arrays.items() if "dtype" not in n}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [*(("golden.npz", change) for change in CHANGES), ("trace.npz", "all is zero")]
+)
+def test_changed_results_prove_nothing(name: str, change: str, good: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "copy"))
+    with np.load(folder / name) as archive:
+        arrays = dict(archive)
+    CHANGES[change](arrays)
+    save_arrays(folder / name, arrays)
+    command = ("bisect", folder, "-o", tmp_path / "part.onnx") if name == "trace.npz" else (folder,)
+    result = run(*command, "--backend", "ort-cpu")
+    said = f"{folder / name} is not the file that was exported; export the model again" in result.stderr
+    assert (result.exit_code, said) == (2, True), result.output
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert run(*command, "--backend", "ort-cpu").exit_code == 2
+
+
+def test_an_edited_report_changes_no_verdict_and_is_told_of(good: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "copy"))
+    report = json.loads((folder / "report.json").read_text())
+    report["targets"], report["verdict"] = [], "failed"
+    (folder / "report.json").write_text(json.dumps(report))
+    result = run(folder, "--backend", "ort-cpu")
+    assert result.exit_code == 0, result.stderr
+    assert "warning: report.json is not the file that was exported" in result.stdout
+    report["layers"][0]["rank"] = "all"
+    (folder / "report.json").write_text(json.dumps(report))
+    result = run(folder, "--backend", "ort-cpu")
+    assert (result.exit_code, "layers[0].rank is a str" in result.stderr) == (2, True)
+
+
 def test_another_models_results_are_no_crash(good: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "copy"))
     model = onnx.load(folder / "model.onnx")
@@ -213,6 +256,7 @@ def test_neither_the_model_nor_torch_is_needed(good: Path) -> None:
 import sys
 sys.modules["torch"] = None  # an import of it fails
 from adaattn.export.check import main
+from adaattn.export.golden import save_arrays
 try:
     main([{str(good)!r}, "--backend", "ort-cpu"])
 except SystemExit as end:
