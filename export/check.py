@@ -83,10 +83,13 @@ def check(
     from rich.console import Console
 
     from adaattn.atomic_file import write
+    from adaattn.export.schemas import refuse_to_overwrite
     from adaattn.export.verify import check as run
 
     if junit is not None and html is not None and junit.absolute() == html.absolute():
         raise click.UsageError(f"--junit and --html are one file, {junit}")
+    for output in (junit, html):
+        refuse_to_overwrite(folder, output)
     with Console(stderr=True).status("") as status:
         report = run(folder, names or None, lambda name: status.update(name), plugin_library)
     report["command"] = shlex.join([NAME, *sys.argv[1:]])
@@ -127,8 +130,10 @@ def bisect(folder: Path, backend: str, output: Path) -> int:
     from adaattn.atomic_file import write
     from adaattn.export.backends import PROVIDERS
     from adaattn.export.bisect import bisect as run
+    from adaattn.export.schemas import refuse_to_overwrite
     from adaattn.export.verify import check as check_all
 
+    refuse_to_overwrite(folder, output)
     departure = run(folder, PROVIDERS[backend])
     if departure is None:
         return _say_where_else(check_all(folder, [backend]))

@@ -71,7 +71,11 @@ def main(
     from adaattn.atomic_file import write
     from adaattn.export.golden import save_arrays
     from adaattn.export.runtime import open_runtime
+    from adaattn.export.schemas import refuse_to_overwrite
 
+    refuse_to_overwrite(path, output)
+    if output is not None and os.path.realpath(output) == os.path.realpath(path):
+        raise ConfigError(f"{output} is the model; give another file")
     random = np.random.default_rng(seed)
     with open_runtime(path, target, device=device, cuda_graph=cuda_graph, plugin_library=plugin_library) as model:
         arrays: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -95,3 +96,16 @@ def manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
         if path.is_absolute() or ".." in path.parts or "\0" in name:
             raise ConfigError(f"{folder / MARKER} is not what adaattn-export wrote: {name} is outside the folder")
     return files
+
+
+def refuse_to_overwrite(folder: Path, output: Path | None) -> None:
+    """Refuse an output file that is a file of the export itself.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if output is None or not (folder / MARKER).is_file():
+        return
+    for name in (MARKER, *manifest_files(folder)):
+        if os.path.realpath(output) == os.path.realpath(folder / name):
+            raise ConfigError(f"{output} is a file of the export in {folder}; give another file")

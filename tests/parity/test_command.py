@@ -23,6 +23,7 @@ import adaattn
 from adaattn.errors import ConfigError
 from adaattn.export.check import main
 from adaattn.export.golden import save_arrays
+from adaattn.export.run import main as run_main
 from adaattn.export.testing import assert_parity as assert_directly
 
 pytest_plugins = ["pytester"]
@@ -182,6 +183,17 @@ def test_changed_results_prove_nothing(name: str, change: str, good: Path, tmp_p
     assert run(*command, "--backend", "ort-cpu").exit_code == 2
 
 
+@pytest.mark.parametrize("name", ["golden.npz", "manifest.json", "model.onnx", "../out/model.onnx"])
+def test_an_output_replaces_no_file_of_the_export(name: str, good: Path) -> None:
+    before = (good / name).read_bytes()
+    for command in ((good, "--html"), (good, "--junit"), ("bisect", good, "-o")):
+        result = run(*command, good / name)
+        assert (result.exit_code, "is a file of the export" in result.stderr) == (2, True)
+    ran = CliRunner().invoke(run_main, [str(good), "--input", "x=1,9,16", "-o", str(good / name)])
+    assert (ran.exit_code, "is a file of the export" in ran.stderr) == (2, True)
+    assert (good / name).read_bytes() == before
+
+
 def test_an_edited_report_changes_no_verdict_and_is_told_of(good: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "copy"))
     report = json.loads((folder / "report.json").read_text())
@@ -257,6 +269,7 @@ import sys
 sys.modules["torch"] = None  # an import of it fails
 from adaattn.export.check import main
 from adaattn.export.golden import save_arrays
+from adaattn.export.run import main as run_main
 try:
     main([{str(good)!r}, "--backend", "ort-cpu"])
 except SystemExit as end:
