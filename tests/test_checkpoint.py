@@ -146,7 +146,7 @@ def test_the_payload_below_is_sound(tmp_path: Path) -> None:
     [
         (payload(version=2), "format version 2 and this release reads version 1; save the model again"),
         (payload(version=None), "format version None"),
-        (payload(version=torch.ones(2)), "format version tensor"),
+        (payload(version=torch.ones(2)), "format version of type Tensor"),
         (payload(format="other"), "not a model saved by adaattn.save; it holds a dict"),
         (torch.zeros(3), "not a model saved by adaattn.save; it holds a Tensor"),
         (payload()["state"], "not a model saved by adaattn.save"),
