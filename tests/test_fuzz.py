@@ -37,7 +37,7 @@ from adaattn.plugins.native import cli as plugins
 SEED = 15
 COUNTS = {"arguments": 70, "folder": 60, "array": 30, "model": 30, "payload": 20, "program": 12}
 THOROUGH = {"arguments": 600, "folder": 600, "array": 200, "model": 300, "payload": 150, "program": 150}
-SECONDS = 120  # of a call, on a machine that is busy with other tests
+SECONDS = 300  # of a call, on a machine that is busy with other tests
 LARGEST = 1 << 30  # bytes that a call may take: all files are small
 STATUSES = {"export": (0, 1, 2), "parity": (0, 1, 2), "run": (0, 2), "plugins": (0, 2)}
 ESCAPE = "\x1b[31m"
