@@ -102,8 +102,7 @@ def test_each_command_documents_its_statuses_and_refuses_what_it_does_not_know(n
     sub = {"adaattn-plugins": ["build"], "adaattn-parity": ["check"]}.get(name, [])
     refused(call(name, *sub, "--nonsense"), name, "No such option")
     refused(call(name, *sub, HOSTILE.replace("\x00", ""), "--output"), name, "--output")
-    for words in (("--help",), (*sub, "--help")):
-        assert "--verbose" in call(name, *words).stdout or (not sub and name) or words == ("--help",)
+    assert "--verbose" in call(name, *sub, "--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -339,8 +338,6 @@ def test_what_onnxruntime_logs_is_in_the_error_alone(identity: Path, capfd: pyte
 
 def test_json_has_no_nan(identity: Path) -> None:
     np.save("x.npy", np.array([[np.nan, 1, np.inf]], np.float32))
-    done = call("adaattn-run", identity, "--input", "x=@x.npy", "--input", "ids=2", "--json", "-o", "out.npz", "--time")
-    refused(done, "adaattn-run", "indices element") if done.exit_code else None
     done = call("adaattn-run", identity, "--input", "x=@x.npy", "--input", "ids=0", "--json", "-o", "out.npz")
     assert (done.exit_code, done.stderr) == (0, "")
 
