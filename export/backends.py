@@ -11,10 +11,11 @@ import numpy as np
 
 from adaattn.errors import TargetError
 from adaattn.export import engine
-from adaattn.export.folder import read_json
+from adaattn.export.engine_file import check_plugin_library, read_description
+from adaattn.export.folder import utf8
 from adaattn.export.golden import Array, Golden
 from adaattn.export.parity import Backend, Ran, probe_inputs
-from adaattn.plugins import NAMESPACE, driver
+from adaattn.plugins import NAMESPACE, driver, onnx_file
 
 if TYPE_CHECKING:
     import onnx
@@ -32,12 +33,13 @@ class CannotRun(TargetError):
     """This machine cannot run the artifact: a fact to report, no fault of it."""
 
 
-def open_backend(name: str, folder: Path, log: Path) -> Backend:
+def open_backend(name: str, folder: Path, log: Path, plugin_library: Path | None = None) -> Backend:
     """A backend of BACKENDS on the artifacts of an export.
 
     Args:
         folder: of the export.
         log: of the runs of an engine; it is written only for engines.
+        plugin_library: for an engine that was built with plugins="native".
 
     Raises:
         CannotRun: the artifact or something that it needs is not here.
@@ -45,7 +47,7 @@ def open_backend(name: str, folder: Path, log: Path) -> Backend:
     """
     if name in PROVIDERS:
         return onnxruntime_backend(folder / "model.onnx", PROVIDERS[name])
-    return engine_backend(folder / f"{name}.engine", log)
+    return engine_backend(folder / f"{name}.engine", log, plugin_library)
 
 
 def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> Backend:
@@ -116,7 +118,7 @@ class OnnxRuntimeBackend:
         """
         key = f"{bool(golden.forced)}: {sorted(names)}"
         if key not in self._sessions:
-            model = load_graph(self._path)
+            model = onnx_file.load(self._path)
             if golden.forced:
                 _take_plans(model, self._layers)
             _show(model, names)
@@ -151,39 +153,43 @@ class OnnxRuntimeBackend:
             raise TargetError(f"ONNX Runtime fails on {case}: {said}") from error
 
 
-def engine_backend(path: Path, log: Path) -> EngineBackend:
+def engine_backend(path: Path, log: Path, plugin_library: Path | None = None) -> EngineBackend:
     """An engine on the GPU of this machine.
 
     Args:
         log: of the runs.
+        plugin_library: for an engine that was built with plugins="native"; others do without.
 
     Raises:
         CannotRun: there is no engine, or no GPU that it was built for.
+        ConfigError: the engine needs a plugin library and none is given, or its description is damaged.
     """
     for file in (path, engine.sidecar(path)):
         if not file.exists():
             raise CannotRun(f"there is no {file.name}")
-    about = read_json(engine.sidecar(path))
+    about = read_description(path)
+    library = plugin_library if about["options"]["plugins"] == "native" else None
     capability = driver.capability()
     if capability is None:
         raise CannotRun("built, not run: a CUDA driver finds no GPU on this machine")
     if str(capability / 10) not in about["compute_capabilities"] and not about["options"]["hardware_compatible"]:
         raise CannotRun(f"built, not run: this GPU has compute capability {capability / 10}")
-    return EngineBackend(path, log, about)
+    check_plugin_library(path, about, library)
+    return EngineBackend(path, log, about, library)
 
 
 class EngineBackend:
     """See `engine_backend`. Forced plans take a second engine, which `build_exact` makes, for fp32 at full rank."""
 
-    def __init__(self, path: Path, log: Path, about: Mapping[str, Any]) -> None:
-        self._path, self._log, self._about = path, log, about
+    def __init__(self, path: Path, log: Path, about: Mapping[str, Any], library: Path | None = None) -> None:
+        self._path, self._log, self._about, self._library = path, log, about, library
         self._exact: Path | None = None
 
     def __call__(self, golden: Golden) -> Ran:
         path = self._path if golden.whole else self._exact
         if path is None:
             raise TargetError(f"no engine has plans that are forced to {golden.forced}")
-        return Ran(engine.run(self._about["target"], path, self._log, golden.inputs), {}, {})
+        return Ran(engine.run(self._about["target"], path, self._log, golden.inputs, self._library), {}, {})
 
     def build_exact(self, scratch: Path) -> None:
         """Build the engine with all plans at fp32 and full rank, as the engine itself was built.
@@ -192,9 +198,7 @@ class EngineBackend:
             TargetError: the builder refuses.
         """
         built, options = scratch / "exact.engine", dict(self._about["options"])
-        library = options.get("plugin_library")
-        options["plugin_library"] = None if library is None else Path(library)
-        options["timing_cache"] = None
+        options |= {"plugin_library": self._library, "timing_cache": None}
         model = exact_copy(self._path.with_name("model.onnx"), scratch / "exact.onnx")
         names = set(engine.BuildOptions(**options).taken_by(self._about["target"]).given())
         chosen = {name: value for name, value in options.items() if name in names}
@@ -215,7 +219,7 @@ def exact_copy(path: Path, copy: Path) -> Path:
     import onnx
     from onnx import helper, numpy_helper
 
-    model, layers = load_graph(path), planned_layers(path)
+    model, layers = onnx_file.load(path), planned_layers(path)
     made: list[onnx.NodeProto] = []
     for number, node in enumerate([x for x in model.graph.node if x.domain == NAMESPACE and x.name in layers]):
         layer, at = layers[node.name], f"exact/{number}"
@@ -241,23 +245,9 @@ def exact_copy(path: Path, copy: Path) -> Path:
     return copy
 
 
-def load_graph(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file without its external data.
-
-    Raises:
-        TargetError: it is not an ONNX file, or it is cut off.
-    """
-    import onnx
-
-    try:
-        return onnx.load(path, load_external_data=False)
-    except Exception as error:  # of protobuf, whose errors are onnx's affair
-        raise TargetError(f"{path} is not an ONNX file, or it is cut off: {error}") from error
-
-
 def planned_layers(path: Path) -> dict[str, PlannedLayer]:
     """Return the planned attentions of an ONNX file by the names of their nodes."""
-    model = load_graph(path)
+    model = onnx_file.load(path)
     functions = {function.name: function for function in model.functions if function.domain == NAMESPACE}
     maker = {name: node for node in model.graph.node for name in node.output}
     found = {}
@@ -305,7 +295,7 @@ def part(
     import onnx
     from onnx import external_data_helper, helper
 
-    whole = load_graph(path)
+    whole = onnx_file.load(path)
     graph = whole.graph
     maker = {name: node for node in graph.node for name in node.output}
     places = {id(node): place for place, node in enumerate(graph.node)}
@@ -393,10 +383,13 @@ def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
     if provider != "CPUExecutionProvider" and driver.capability() is None:
         raise CannotRun(f"{provider} needs a GPU, and a CUDA driver finds none on this machine")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.log_severity_level = 4  # what it logs of an error, in colours, stands in the error too
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8(folder))
+    if isinstance(model, Path) and not model.is_file():  # a pipe or a device could be read without an end
+        raise TargetError(f"{model} is not a file")
+    source = utf8(model) if isinstance(model, Path) else model
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+        session = onnxruntime.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # its exceptions have no public base class
         reason = str(error).strip().splitlines()[-1]
         if "NOT_IMPLEMENTED" in reason or "Could not find an implementation" in reason:

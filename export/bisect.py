@@ -12,7 +12,8 @@ import onnx
 from adaattn.errors import TargetError
 from adaattn.export import backends, golden, parity
 from adaattn.export.golden import Golden
-from adaattn.plugins import NAMESPACE
+from adaattn.export.verify import as_exported
+from adaattn.plugins import NAMESPACE, onnx_file
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ def bisect(folder: Path, provider: str = "CPUExecutionProvider") -> Departure | 
     of values that all depart leads from it to an output.
 
     Raises:
-        ConfigError: the folder has no trace of eager PyTorch.
+        ConfigError: the folder does not have the trace of eager PyTorch that was exported, or no ONNX file.
         TargetError: ONNX Runtime refuses the file or fails, or the file lacks an output.
     """
     path = folder / "model.onnx"
-    traces = golden.load(folder / "trace.npz", "trace of eager PyTorch")
-    goldens = golden.load(folder / "golden.npz")
-    graph = backends.load_graph(path).graph
+    traces = golden.load(as_exported(folder, "trace.npz"), "trace of eager PyTorch")
+    goldens = golden.load(as_exported(folder, "golden.npz"))
+    graph = onnx_file.load(path).graph
     missing = {name for case in goldens if case.whole for name in case.outputs} - {x.name for x in graph.output}
     if missing:
         raise TargetError(f"{path} has no output {sorted(missing)[0]!r}, which the export had")

@@ -7,11 +7,12 @@ Wire format: https://protobuf.dev/programming-guides/encoding/
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import BinaryIO
 
 import onnx
+
+from adaattn.atomic_file import replacing
 
 PIECE = 1 << 24
 MODEL_GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
@@ -40,13 +41,11 @@ def embed(path: Path, data: Path) -> None:
     heads = [_head(GRAPH_INITIALIZER, len(start) + length) for start, _, length in tensors]
     size = len(graph) + sum(len(head) + len(start) + n for head, (start, _, n) in zip(heads, tensors, strict=True))
 
-    whole = path.with_suffix(".whole")
-    with whole.open("wb") as out, data.open("rb") as weights:
+    with replacing(path) as out, data.open("rb") as weights:
         out.write(model.SerializeToString() + _head(MODEL_GRAPH, size) + graph)
         for head, (start, offset, length) in zip(heads, tensors, strict=True):
             out.write(head + start)
             _copy(weights, out, offset, length)
-    os.replace(whole, path)
     data.unlink()
 
 

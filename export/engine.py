@@ -5,15 +5,13 @@ The two packages share one API, so one piece of code serves both. This is the si
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from adaattn import children
+from adaattn.atomic_file import scratch_folder
 from adaattn.checks import as_bool, as_choice, as_int, as_path, as_sequence, check_instance, described
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export.golden import Array, save_arrays
@@ -36,6 +36,7 @@ RTX_COMPUTE_CAPABILITIES = ("8.6", "8.9", "12.0")
 
 Profile = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 """For each input of the model its least, usual and largest shape."""
+MOST_MEBIBYTES = 2**43 - 1  # bytes that TensorRT counts in 64 bits
 PLUGINS = ("python", "native", "none")
 Progress = Callable[[str, float], None]
 """Called with the builder's phase and the share of the build that is done, 0 to 1."""
@@ -92,20 +93,27 @@ class BuildOptions:
         level = self.optimization_level
         if level is not None and as_int("optimization_level", level, "0 to 5", least=0) > 5:
             raise ConfigError(f"optimization_level is {described(level)}; choose 0 to 5")
-        if self.workspace is not None:
-            as_int("workspace", self.workspace, "MiB, 1 or more")
+        wanted = f"MiB, 1 to {MOST_MEBIBYTES}"
+        if self.workspace is not None and as_int("workspace", self.workspace, wanted) > MOST_MEBIBYTES:
+            raise ConfigError(f"workspace is {described(self.workspace)}; give {wanted}")
 
     def check(self, targets: Collection[str]) -> None:
         """Refuse options that none of the targets takes.
 
         Raises:
-            ConfigError: an option with nothing to act on.
+            ConfigError: an option with nothing to act on, or a compute capability that the package does not know.
         """
         for name in self.given():
             takers = TAKEN_BY.get(name, tuple(PACKAGES))
             if not set(takers) & set(targets):
                 raise ConfigError(
                     f"{name} has nothing to act on: it is for {' and '.join(takers)}, not for {', '.join(targets)}"
+                )
+        known = compute_capabilities() if self.compute_capabilities else None
+        for each in self.compute_capabilities or ():
+            if known is not None and each not in known:
+                raise ConfigError(
+                    f"compute capability {each!r} is unknown to tensorrt_rtx; choose of {', '.join(known)}"
                 )
 
     def given(self) -> list[str]:
@@ -128,6 +136,16 @@ TAKEN_BY = {
 def installed(target: str) -> bool:
     """Whether the package of a TensorRT target is here."""
     return importlib.util.find_spec(PACKAGES[target]) is not None
+
+
+def compute_capabilities() -> list[str] | None:
+    """Return what the TensorRT-RTX that is installed builds engines for; None where there is none to ask."""
+    try:
+        trt = importlib.import_module(PACKAGES["tensorrt-rtx"])
+        names = list(trt.ComputeCapability.__members__)
+    except (ImportError, AttributeError):
+        return None
+    return [f"{name[2:-1]}.{name[-1]}" for name in names if name.startswith("SM")]
 
 
 def versions_found(target: str) -> str:
@@ -198,16 +216,18 @@ def engine_from_onnx(
         "compute_capabilities": list(options.compute_capabilities or RTX_COMPUTE_CAPABILITIES) if rtx else [],
     }
     job = {
-        **{name: str(value) if isinstance(value, Path) else value for name, value in wanted.items()},
+        **{name: str(value.absolute()) if isinstance(value, Path) else value for name, value in wanted.items()},
         "do": "build",
         "target": target,
-        "model": str(model),
-        "engine": str(engine),
+        "model": str(model.absolute()),
+        "engine": str(engine.absolute()),
         "profiles": [{name: [list(x) for x in shapes] for name, shapes in each.items()} for each in profiles],
     }
-    _run_child(job, engine.with_suffix(".job.json"), log or engine.with_suffix(".log"), on_progress)
-    built: dict[str, Any] = json.loads(sidecar(engine).read_text())
-    return built
+    with scratch_folder() as scratch:
+        _run_child(job, scratch / "job.json", log or engine.with_suffix(".log"), on_progress)
+    from adaattn.export.engine_file import read_description
+
+    return read_description(engine)
 
 
 def sidecar(engine: Path) -> Path:
@@ -215,20 +235,25 @@ def sidecar(engine: Path) -> Path:
     return engine.with_name(engine.name + ".json")
 
 
-def run(target: str, engine: Path, log: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def run(
+    target: str, engine: Path, log: Path, inputs: Mapping[str, Array], plugin_library: Path | None = None
+) -> dict[str, Array]:
     """Outputs of an engine on the GPU of this machine, by name; bfloat16 goes in and comes out as float32.
 
     Args:
         log: of the run.
+        plugin_library: for an engine that was built with plugins="native".
 
     Raises:
         TargetError: the engine does not load or run.
     """
-    with tempfile.TemporaryDirectory(prefix="adaattn-") as scratch:
-        files = {"inputs": Path(scratch) / "inputs.npz", "outputs": Path(scratch) / "outputs.npz"}
+    with scratch_folder() as scratch:
+        files = {"inputs": scratch / "inputs.npz", "outputs": scratch / "outputs.npz"}
         save_arrays(files["inputs"], inputs)
-        job = {"do": "run", "target": target, "engine": str(engine), **{n: str(f) for n, f in files.items()}}
-        _run_child(job, Path(scratch) / "job.json", log)
+        job: dict[str, Any] = {"do": "run", "target": target, "engine": str(engine.absolute())}
+        job |= {"plugin_library": None if plugin_library is None else str(plugin_library.absolute())}
+        job |= {name: str(file) for name, file in files.items()}
+        _run_child(job, scratch / "job.json", log)
         with np.load(files["outputs"]) as outputs:
             return dict(outputs)
 
@@ -237,26 +262,14 @@ def _run_child(
     job: Mapping[str, Any], job_file: Path, log: Path, on_progress: Progress = lambda phase, share: None
 ) -> None:
     reading, writing = os.pipe()
-    job_file.write_text(json.dumps({**job, "progress": writing}))
-    try:
-        with log.open("wb") as stream, os.fdopen(reading) as progress:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "adaattn.export.worker", str(job_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                pass_fds=(writing,),
-            )
-            os.close(writing)
-            try:
-                for line in progress:  # until the child has ended
-                    on_progress(*json.loads(line))
-                code = child.wait()
-            finally:  # interrupted: the child must be gone before its folder is
-                child.kill()
-                child.wait()
-    finally:
-        job_file.unlink(missing_ok=True)
+    with os.fdopen(reading) as progress, os.fdopen(writing, "wb") as end, log.open("wb") as stream:
+        job_file.write_text(json.dumps({**job, "progress": writing}))
+        command = [*children.python(), "-m", "adaattn.export.worker", str(job_file)]
+        with children.child(command, stream, stream, pass_fds=(writing,)) as process:
+            end.close()
+            for line in progress:  # until the child has ended
+                on_progress(*json.loads(line))
+            code = process.wait()
     if code:
         if code < 0:
             said = f"the process that had to {job['do']} the engine crashed with {signal.Signals(-code).name}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export.engine import INSTALL, sidecar, versions_found
+from adaattn.export.engine import INSTALL, PACKAGES, sidecar, versions_found
 from adaattn.export.folder import read_json
 from adaattn.plugins import driver
 
@@ -25,39 +25,75 @@ class OpenEngine:
     logger: Any
 
 
-def open_engine(path: Path) -> OpenEngine:
+def open_engine(path: Path, plugin_library: Path | None = None) -> OpenEngine:
     """Load an engine with what its options ask for: its plugins, its weights, its share of the GPU's memory.
 
+    An engine is a program: open only engines whose origin you trust.
+
+    Args:
+        plugin_library: the library of an engine that was built with plugins="native". The engine's own description is
+            not asked where it lies, since loading a library runs its code.
+
     Raises:
-        ConfigError: there is no `.engine.json` beside it.
+        ConfigError: there is no `.engine.json` beside it, or it is damaged; the engine needs a plugin library and none
+            is given, or the other way round.
         TargetError: its package, its GPU or a file that it needs is missing, or the package refuses it.
     """
-    about = _about(path)
+    about = read_description(path)
     options, target = about["options"], about["target"]
-    if importlib.util.find_spec(about["package"]) is None:
-        raise TargetError(f"{about['package']} is not installed: {INSTALL[target]}")
+    check_plugin_library(path, about, plugin_library)
+    package = PACKAGES[target]
+    if importlib.util.find_spec(package) is None:
+        raise TargetError(f"{package} is not installed: {INSTALL[target]}")
     here = driver.capability()
     built = ", ".join(about["compute_capabilities"])
     fits = here is not None and (str(here / 10) in about["compute_capabilities"] or options["hardware_compatible"])
     if not fits:
         raise TargetError(f"{path.name} needs a GPU of compute capability {built} ({versions_found(target)})")
-    trt = importlib.import_module(about["package"])
+    trt = importlib.import_module(package)
     logger = trt.Logger(trt.Logger.WARNING)
-    library = options["plugin_library"]
-    if library is not None and trt.get_plugin_registry().load_library(library) is None:
-        raise TargetError(f"TensorRT does not load the plugins {library} ({versions_found(target)})")
+    if plugin_library is not None:
+        library = str(plugin_library.absolute())  # a bare name would be looked for in other folders
+        if trt.get_plugin_registry().load_library(library) is None:
+            raise TargetError(f"TensorRT does not load the plugins {plugin_library} ({versions_found(target)})")
     runtime = trt.Runtime(logger)
-    # A version-compatible engine carries code for the host: open only engines whose origin you trust.
+    # A version-compatible engine carries code for the host.
     runtime.engine_host_code_allowed = options["version_compatible"]
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        version = about["versions"][about["package"]]
+        version = about["versions"][package]
         raise TargetError(f"{path.name}, which {version} built, does not open ({versions_found(target)})")
     if options["strip_weights"]:
-        _refit(trt, logger, engine, path.parent / about["model"])
+        _refit(trt, logger, engine, _weights_of(path, about["model"]))
     if options["weight_streaming"]:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
     return OpenEngine(engine, about, runtime, logger)
+
+
+def check_plugin_library(path: Path, about: Mapping[str, Any], plugin_library: Path | None) -> None:
+    """Raises ConfigError where an engine needs a plugin library that is not given, or has no use for one."""
+    native = about["options"]["plugins"] == "native"
+    if native and plugin_library is None:
+        raise ConfigError(
+            f"{path.name} was built with the plugins of {about['options']['plugin_library']}, and loading a library "
+            "runs its code: name the one that you trust with --plugin-library, or open_runtime(..., plugin_library=...)"
+        )
+    if plugin_library is not None:
+        if not native:
+            raise ConfigError(f"{path.name} was built without a plugin library; leave out --plugin-library")
+        if not plugin_library.is_file():
+            raise ConfigError(f"the plugin library {plugin_library} does not exist; adaattn-plugins build makes it")
+
+
+def _weights_of(path: Path, model: str) -> Path:
+    """The ONNX file that an engine takes its weights from, which must lie beside it or in a folder below."""
+    weights = path.parent / model
+    if not weights.resolve().is_relative_to(path.parent.resolve()):
+        raise ConfigError(
+            f"{path.name} takes its weights from {model}, which is outside its folder; put the ONNX file beside the "
+            f"engine and its name into {sidecar(path).name}"
+        )
+    return weights
 
 
 def _refit(trt: Any, logger: Any, engine: Any, model: Path) -> None:
@@ -84,9 +120,12 @@ def profile_of(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]], shapes
 
     def within(profile: Mapping[str, Sequence[Sequence[int]]]) -> bool:
         return all(
-            low <= size <= high
+            name in profile
+            and len(shape) == len(profile[name][0])
+            and all(
+                low <= size <= high for low, size, high in zip(profile[name][0], shape, profile[name][2], strict=True)
+            )
             for name, shape in shapes.items()
-            for low, size, high in zip(profile[name][0], shape, profile[name][2], strict=True)
         )
 
     for place, profile in enumerate(profiles):
@@ -99,8 +138,78 @@ def profile_of(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]], shapes
     raise ConfigError(f"the engine has no profile for {given}; it takes {ranges}")
 
 
-def _about(path: Path) -> dict[str, Any]:
-    file = sidecar(path)
-    if not file.exists():
-        raise ConfigError(f"{path.name} has no {file.name} beside it, which says what it is")
-    return read_json(file)
+def read_description(engine: Path) -> dict[str, Any]:
+    """Return what the `.engine.json` beside an engine says; all of it is there and of the right type.
+
+    Raises:
+        ConfigError: there is no such file, or it is not what an export writes.
+    """
+    file = sidecar(engine)
+    if not file.is_file():
+        raise ConfigError(f"{engine.name} has no {file.name} beside it, which says what it is")
+    about = read_json(file)
+    wrong = _first_wrong(about, _DESCRIPTION, "")
+    if wrong is None and (about["target"] not in PACKAGES or about["package"] != PACKAGES[about["target"]]):
+        wrong = "target"
+    if wrong is None and about["package"] not in about["versions"]:
+        wrong = "versions"
+    if wrong is None:
+        wrong = _first_wrong_profile(about)
+    if wrong is not None:
+        raise ConfigError(
+            f"{file} is not what adaattn-export wrote: {wrong} is missing or wrong; export the model again"
+        )
+    return about
+
+
+def _first_wrong_profile(about: Mapping[str, Any]) -> str | None:
+    """The name of the first profile that does not give each input a least, a usual and a largest shape."""
+    ranks = {x["name"]: [len(x["shape"])] * 3 for x in about["inputs"]}
+    for place, profile in enumerate(about["profiles"]):
+        if {name: [len(shape) for shape in shapes] for name, shapes in profile.items()} != ranks:
+            return f"profiles[{place}]"
+    return None
+
+
+_FLAG, _NUMBER, _TEXT = (bool, type(None)), (int, type(None)), (str, type(None))
+_OPTIONS: dict[str, Any] = {
+    **{"plugins": _TEXT, "plugin_library": _TEXT, "timing_cache": _TEXT},
+    **{"workspace": _NUMBER, "optimization_level": _NUMBER},
+    **dict.fromkeys(("version_compatible", "hardware_compatible", "weight_streaming", "strip_weights"), _FLAG),
+}
+_TENSORS = [{"name": (str,), "type": (str,), "shape": [(int,)]}]
+_DESCRIPTION: dict[str, Any] = {
+    "target": (str,),
+    "package": (str,),
+    "versions": {...: (str,)},
+    "compute_capabilities": [(str,)],
+    "options": _OPTIONS,
+    "model": (str,),
+    "inputs": _TENSORS,
+    "outputs": _TENSORS,
+    "profiles": [{...: [[(int,)]]}],
+    "ops": {...: (str,)},
+}
+"""Types of what a description holds: of a list's items, of an object's fields, of all fields (...) of an object."""
+
+
+def _first_wrong(value: Any, wanted: Any, name: str) -> str | None:
+    """The name of the first part of a description that is missing or of another type."""
+    if isinstance(wanted, tuple):
+        fits = isinstance(value, wanted) and not (isinstance(value, bool) and bool not in wanted)
+        return None if fits else name or "all of it"
+    if isinstance(wanted, list):
+        if not isinstance(value, list):
+            return name
+        parts: list[tuple[Any, Any, str]] = [(item, wanted[0], f"{name}[{at}]") for at, item in enumerate(value)]
+    else:
+        if not isinstance(value, dict):
+            return name or "all of it"
+        if ... in wanted:
+            parts = [(item, wanted[...], f"{name}.{key}".lstrip(".")) for key, item in value.items()]
+        else:
+            missing = [key for key in wanted if key not in value]
+            if missing:
+                return f"{name}.{missing[0]}".lstrip(".")
+            parts = [(value[key], part, f"{name}.{key}".lstrip(".")) for key, part in wanted.items()]
+    return next((found for part in parts if (found := _first_wrong(*part)) is not None), None)

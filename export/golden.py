@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,11 @@ import numpy as np
 from adaattn.errors import ConfigError
 
 Array: TypeAlias = np.ndarray[Any, Any]
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, MemoryError, OverflowError, RuntimeError),
+    *(NotImplementedError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+"""What numpy and zipfile raise for a damaged .npy or .npz."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +173,8 @@ def load(path: Path, what: str = "golden results") -> list[Golden]:
             base = kinds["about"].get("inputs of")
             kinds["input"] = found[str(base)]["input"] if base is not None else kinds.get("input", {})
         return [_golden(case, kinds) for case, kinds in found.items()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} holds no {what}, but {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} holds no {what}: {error}") from error
 
 
 def load_arrays(path: Path, what: str) -> dict[str, Array]:
@@ -177,9 +184,11 @@ def load_arrays(path: Path, what: str) -> dict[str, Array]:
         ConfigError: there is no such file, or it holds no arrays; it says that it should hold `what`.
     """
     try:
+        if not path.is_file():
+            raise FileNotFoundError("it is not a file")  # a pipe or a device could be read without an end
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"{path} holds no {what} ({error}); it is cut off, or the export was made with --no-verify"
         ) from error
@@ -189,15 +198,40 @@ def load_arrays(path: Path, what: str) -> dict[str, Array]:
 
 
 def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:
-    outputs = {}
-    for name, exact in kinds["output"].items():
-        eager_error, limit, fill_limit, broken = kinds["limit"][name].tolist()
-        lost = kinds.get("lost", {}).get(name)
-        outputs[name] = Output(exact, str(kinds["dtype"][name]), eager_error, limit, fill_limit, lost, int(broken))
+    outputs = {name: _output(name, exact, kinds) for name, exact in kinds["output"].items()}
     of_layers: dict[str, dict[str, Any]] = {}
     for kind, arrays in kinds.items():
         for name, x in arrays.items() if kind.startswith("layer.") else ():
             of_layers.setdefault(name, {})[kind.removeprefix("layer.")] = str(x) if kind == "layer.dtype" else x
     layers = {name: Layer(**fields) for name, fields in of_layers.items()}
+    for name, layer in layers.items():
+        _check_layer(name, layer)
     forced, probes, trivial = kinds["about"]["fields"].tolist()
     return Golden(case, kinds["input"], outputs, layers, forced, probes, trivial == "True")
+
+
+def _check_layer(name: str, layer: Layer) -> None:
+    heads = layer.precision.shape[1:]
+    wanted = {"exact": None, "eager_error": heads, "limit": heads, "dtype": None}
+    for field_name, x in vars(layer).items():
+        shape = wanted.get(field_name, layer.precision.shape)
+        if isinstance(x, np.ndarray) and shape is not None and x.shape != shape:
+            raise ValueError(f"the {field_name} of {name} has shape {x.shape}, its precision {layer.precision.shape}")
+    if len(heads) != 1 or (
+        layer.exact is not None and (layer.exact.ndim != 4 or layer.exact.shape[:2] != layer.precision.shape)
+    ):
+        raise ValueError(f"the arrays of {name} do not fit together")
+    for x in (layer.limit, layer.predicted_limit):
+        if x is not None and not (x >= 0).all():
+            raise ValueError(f"a limit of {name} is {x.min()}")
+
+
+def _output(name: str, exact: Array, kinds: Mapping[str, Mapping[str, Array]]) -> Output:
+    dtype, numbers, lost = str(kinds["dtype"][name]), kinds["limit"][name], kinds.get("lost", {}).get(name)
+    if numbers.shape != (4,) or numbers.dtype.kind != "f" or not (numbers >= 0).all():
+        raise ValueError(f"the limits of {name} are {numbers.tolist()}")
+    kept = "float64" if "float" in dtype else dtype
+    if str(exact.dtype) != kept or (lost is not None and (lost.shape, lost.dtype) != (exact.shape, np.bool_)):
+        raise ValueError(f"{name} is {exact.dtype}{exact.shape}, of {dtype}")
+    eager_error, limit, fill_limit, broken = numbers.tolist()
+    return Output(exact, dtype, eager_error, limit, fill_limit, lost, int(broken))

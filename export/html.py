@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from adaattn.command_line import printable
 from adaattn.export.parity import coverage_text
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ INK = {name: f"#0000{number:02x}" for number, name in enumerate(("ink", "muted",
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: the reader's font, and searchable
     "svg.hashsalt": "adaattn",  # the same report gives the same file
+    "text.parse_math": False,  # a $ in a name is a $
     **dict.fromkeys(("text.color", "axes.labelcolor"), INK["ink"]),
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), INK["muted"]),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
@@ -49,6 +51,7 @@ def render(report: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    report = _without_controls(report)
     environment.filters.update(number=_number, decimal=_decimal, mebibytes=_mebibytes, over=_over)
     environment.filters["coverage"] = coverage_text
     targets = report["targets"] or []
@@ -74,6 +77,15 @@ def render(report: dict[str, Any]) -> str:
         counts=Counter(cell["precision"] for cell in cells),
         codes=PRECISIONS,
     )
+
+
+def _without_controls(value: Any) -> Any:
+    """The value with control characters, which HTML forbids, as escapes; lines stay lines."""
+    if isinstance(value, str):
+        return "\n".join(map(printable, value.split("\n")))
+    if isinstance(value, dict):
+        return {_without_controls(key): _without_controls(item) for key, item in value.items()}
+    return [_without_controls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _float(value: Any) -> float:

@@ -35,6 +35,7 @@ from adaattn.export import cases, engine, folder, golden, onnx, parity, serving,
 from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs, with_specs
 from adaattn.export.html import render
 from adaattn.export.reference import Expected, Reference, disagreements
+from adaattn.export.source import usable
 from adaattn.input_spec import Dimension, InputSpec
 from adaattn.integrations import transformers as integration
 
@@ -128,10 +129,15 @@ class Options:
 
 @dataclass
 class Result:
-    """What an export came to: the folder and its report."""
+    """What an export came to: the folder and its report.
+
+    Args:
+        leftover: what is left of the folder that was replaced, where it could not be deleted.
+    """
 
     directory: Path
     report: dict[str, Any] = field(repr=False)
+    leftover: Path | None = None
 
     @property
     def passed(self) -> bool:
@@ -151,6 +157,8 @@ def export(
     options: Options | None = None,
     source: str | None = None,
     command: str | None = None,
+    reads: Sequence[Path] = (),
+    on_written: Callable[[], None] = lambda: None,
     on_stage: Stage = lambda stage: None,
     on_progress: engine.Progress = lambda phase, share: None,
 ) -> Result:
@@ -165,6 +173,8 @@ def export(
         dims: for each dynamic dimension its sizes, "min:opt:max".
         options: targets and the rest.
         source, command: what the report names as the model and the command.
+        reads: files and folders that were read for the model; an output folder that holds one is refused.
+        on_written: called once the folder is in its place; what fails or interrupts after that does not undo it.
         on_stage: called with the name of each stage as it begins.
         on_progress: called, while an engine is built, with the builder's phase and the share that is done, 0 to 1.
 
@@ -188,15 +198,17 @@ def export(
     check_mapping("dims", dims, (str,), "sizes such as '1:128:4096'")
     check_function("on_stage", on_stage)
     check_function("on_progress", on_progress)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = usable(model)
     specs, examples = _split_inputs(inputs)
     sizes = {name: Dimension.parse(name, text) for name, text in dims.items()}
     out = as_path("output_dir", output_dir)
-    folder.check(out, options.force)
 
     clock = _Clock(on_stage)
     notes: list[str] = []
-    with folder.staging(out, options.force) as staged:
+    of_options = (options.build.plugin_library, options.build.timing_cache, options.calibration_state)
+    reads = [*reads, *(path for path in of_options if path is not None)]
+    with folder.staging(out, options.force, reads, on_written) as staging:
+        staged = staging.folder
         calibrated = None
         if options.calibrate is not None:
             with clock.stage("calibrate"):
@@ -240,7 +252,7 @@ def export(
                 if entry["verdict"] != "failed" and name != "triton":
                     with clock.stage(f"verify {name}"):
                         backend = "ort-cpu" if name == "onnx" else name
-                        verify.verify(entry, backend, staged, goldens, exact_at)
+                        verify.verify(entry, backend, staged, goldens, exact_at, options.build.plugin_library)
             verify.withhold(list(targets.values()), unproven)
         else:
             for entry in targets.values():
@@ -257,9 +269,9 @@ def export(
             verdict = next((each for each in ("failed", "passed") if each in verdicts), "not run")
             report = verify.plain(report | {"verdict": verdict})
             (staged / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-            (staged / "report.html").write_text(render(report))
+            (staged / "report.html").write_text(render(report), encoding="utf-8")
             summary.write_manifest(staged, report)
-    return Result(out, report)
+    return Result(out, report, staging.leftover)
 
 
 class _Clock:

@@ -129,7 +129,12 @@ class Runtime(ABC):
 
 
 def open_runtime(
-    path: str | Path, target: str | None = None, *, device: str = "cpu", cuda_graph: bool = False
+    path: str | Path,
+    target: str | None = None,
+    *,
+    device: str = "cpu",
+    cuda_graph: bool = False,
+    plugin_library: str | Path | None = None,
 ) -> Runtime:
     """Open an artifact.
 
@@ -138,6 +143,7 @@ def open_runtime(
         target: in a folder, what to open: "onnx", "tensorrt" or "tensorrt-rtx". [default: onnx]
         device: where ONNX Runtime computes, "cpu" or "cuda"; engines run on the GPU.
         cuda_graph: of engines: record the launches once for each set of shapes and replay them.
+        plugin_library: the library of an engine that was built with plugins="native"; loading it runs its code.
 
     Raises:
         ConfigError: no such file, target or device.
@@ -150,13 +156,17 @@ def open_runtime(
         if target not in (None, "onnx", *PACKAGES):
             raise ConfigError(f"target {target!r} is unknown; choose of onnx, {', '.join(PACKAGES)}")
         path /= "model.onnx" if target in (None, "onnx") else f"{target}.engine"
+    elif target is not None:
+        raise ConfigError(f"target {target!r} chooses an artifact of a folder, and {path} is not a folder")
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give a folder of adaattn-export, an ONNX file or an engine")
     if path.suffix == ".onnx":
         if cuda_graph:
             raise ConfigError("cuda_graph is for engines; ONNX Runtime has an option of its own")
+        if plugin_library is not None:
+            raise ConfigError("plugin_library is for engines; an ONNX file is run without it")
         return OnnxRuntime(path, device)
-    return EngineRuntime(path, cuda_graph)
+    return EngineRuntime(path, cuda_graph, None if plugin_library is None else Path(plugin_library))
 
 
 class OnnxRuntime(Runtime):
@@ -171,7 +181,11 @@ class OnnxRuntime(Runtime):
 
     def _run(self, inputs: Mapping[str, Value]) -> dict[str, Any]:
         if all(isinstance(x, np.ndarray) for x in inputs.values()):
-            return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(inputs)), strict=True))
+            try:
+                found = self._session.run(list(self.outputs), dict(inputs))
+            except Exception as error:  # its exceptions have no public base class
+                raise TargetError(f"ONNX Runtime does not run it: {str(error).strip().splitlines()[-1]}") from error
+            return dict(zip(self.outputs, found, strict=True))
         import torch
 
         binding = self._session.io_binding()
@@ -182,8 +196,8 @@ class OnnxRuntime(Runtime):
         for name in self.outputs:
             binding.bind_output(name, self._device)
         self._session.run_with_iobinding(binding)
-        found = zip(self.outputs, binding.get_outputs(), strict=True)
-        return {name: torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for name, value in found}
+        values = zip(self.outputs, binding.get_outputs(), strict=True)
+        return {name: torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for name, value in values}
 
     def _wait(self) -> None:
         pass  # a call of ONNX Runtime returns when it is done
@@ -195,8 +209,8 @@ class OnnxRuntime(Runtime):
 class EngineRuntime(Runtime):
     """An engine of TensorRT or TensorRT-RTX, with torch's memory and stream."""
 
-    def __init__(self, path: Path, cuda_graph: bool) -> None:
-        self._opened = open_engine(path)
+    def __init__(self, path: Path, cuda_graph: bool, plugin_library: Path | None = None) -> None:
+        self._opened = open_engine(path, plugin_library)
         import torch
 
         if not torch.cuda.is_available():
@@ -289,6 +303,8 @@ _WORDS = {"float": "float32", "double": "float64", "half": "float16", "bf16": "b
 
 
 def _onnx_info(x: Any) -> TensorInfo:
+    if not x.type.startswith("tensor("):
+        raise ConfigError(f"{x.name} of the model is a {x.type}; only tensors can be run")
     word = x.type.removeprefix("tensor(").removesuffix(")")
     return TensorInfo(x.name, _WORDS.get(word, word), tuple(-1 if size is None else size for size in x.shape))
 

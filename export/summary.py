@@ -14,9 +14,8 @@ from adaattn.attention.base import PlannedAttention
 from adaattn.calibration import Calibration
 from adaattn.config import PRECISIONS
 from adaattn.export.capture import Captured
-from adaattn.export.folder import MARKER
+from adaattn.export.folder import FORMAT, MARKER, VERSION, sha256
 from adaattn.export.reference import Expected
-from adaattn.export.verify import sha256
 from adaattn.export.versions import versions
 from adaattn.integrations.transformers import tolerance_of
 
@@ -50,6 +49,8 @@ def write_manifest(folder: Path, report: Mapping[str, Any]) -> None:
         if file.is_file()
     }
     content = {
+        "format": FORMAT,
+        "version": VERSION,
         "files": files,
         "versions": report["versions"],
         "command": report["command"],

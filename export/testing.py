@@ -8,7 +8,6 @@ pytest loads this file at every start, so it imports nothing until it is called.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +49,7 @@ def assert_parity(
         AssertionError: a target failed, or nothing ran; the message has a line for each output that is wrong.
         ConfigError: arguments that do not go together.
     """
+    from adaattn.atomic_file import scratch_folder
     from adaattn.errors import ConfigError
     from adaattn.export.verify import check
 
@@ -61,8 +61,8 @@ def assert_parity(
         return _passed(check(Path(model), backends), backends)
     from adaattn.export import Options, export
 
-    with tempfile.TemporaryDirectory(prefix="adaattn-") as scratch:
-        out = folder or Path(scratch) / "export"
+    with scratch_folder() as scratch:
+        out = folder or scratch / "export"
         report = _passed(export(model, inputs, out, dims=dims, options=options or Options(("onnx",))).report)
         return report if backends is None else _passed(check(out, backends), backends)
 

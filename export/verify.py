@@ -5,18 +5,17 @@ Nothing here needs torch, or the model: `check` gives on the machine of deployme
 
 from __future__ import annotations
 
-import hashlib
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaattn.atomic_file import scratch_folder
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export import backends, engine, golden, parity
-from adaattn.export.engine_file import profile_of
-from adaattn.export.folder import MARKER, read_json
+from adaattn.export import backends, engine, golden, parity, schemas
+from adaattn.export.engine_file import profile_of, read_description
+from adaattn.export.folder import sha256
 from adaattn.export.golden import Golden
 from adaattn.export.versions import versions
 
@@ -27,6 +26,7 @@ def verify(
     folder: Path,
     goldens: Sequence[Golden],
     exact_at: parity.ExactAt | None = None,
+    plugin_library: Path | None = None,
 ) -> None:
     """Give a target's entry of the report its verdict.
 
@@ -34,10 +34,11 @@ def verify(
         backend: of `backends.BACKENDS`.
         folder: of the export.
         exact_at: float64 outputs at other plans than eager's, where the model is at hand.
+        plugin_library: for an engine that was built with plugins="native".
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="adaattn-") as scratch:
-            run = backends.open_backend(backend, folder, Path(scratch) / "run.log")
+        with scratch_folder() as scratch:
+            run = backends.open_backend(backend, folder, scratch / "run.log", plugin_library)
             served, others = _served(folder / f"{backend}.engine", goldens)
             if not served:
                 raise backends.CannotRun(f"built, not run: no profile takes the golden inputs {', '.join(others)}")
@@ -77,7 +78,10 @@ def target(
 
 
 def check(
-    folder: Path, names: Sequence[str] | None = None, on_backend: Callable[[str], None] = lambda name: None
+    folder: Path,
+    names: Sequence[str] | None = None,
+    on_backend: Callable[[str], None] = lambda name: None,
+    plugin_library: Path | None = None,
 ) -> dict[str, Any]:
     """The report of an export's artifacts as they run on this machine.
 
@@ -85,6 +89,7 @@ def check(
         folder: that `adaattn-export` made; its golden.npz says what is right.
         names: of `backends.BACKENDS`; None for all that have an artifact.
         on_backend: called with the name of each backend as it begins.
+        plugin_library: for an engine that was built with plugins="native".
 
     Returns:
         What `report.json` holds, a target a backend; it fails where one failed or none could run.
@@ -94,17 +99,13 @@ def check(
         'passed'
 
     Raises:
-        ConfigError: no such backend, or the folder has no golden results.
+        ConfigError: no such backend, or the folder does not have the golden results that were exported.
     """
     for name in names or ():
         if name not in backends.BACKENDS:
             raise ConfigError(f"backend {name!r} is unknown; choose of {', '.join(backends.BACKENDS)}")
-    if not (folder / MARKER).is_file():
-        raise ConfigError(f"{folder} holds no {MARKER}; give a folder that adaattn-export made")
-    goldens = golden.load(folder / "golden.npz")
-    report = read_json(folder / "report.json")
-    if not {"layers", "model", "tokens", "calibration"} <= report.keys():
-        raise ConfigError(f"{folder / 'report.json'} is not what adaattn-export wrote")
+    goldens = golden.load(as_exported(folder, "golden.npz"))
+    report = schemas.read(folder / "report.json", schemas.REPORT)
     targets = []
     for name in names or backends.BACKENDS:
         files = [folder / "model.onnx" if name in backends.PROVIDERS else folder / f"{name}.engine"]
@@ -113,7 +114,7 @@ def check(
         on_backend(name)
         start = time.perf_counter()
         targets.append(target(name, folder, [file for file in files if file.exists()]))
-        verify(targets[-1], name, folder, goldens)
+        verify(targets[-1], name, folder, goldens, plugin_library=plugin_library)
         targets[-1]["seconds"] = time.perf_counter() - start
     if not targets:
         raise ConfigError(f"{folder} has neither a model.onnx nor an engine")
@@ -148,21 +149,27 @@ def withhold(targets: Sequence[dict[str, Any]], unproven: Sequence[str]) -> None
             entry.update(verdict="not run", reason=unproven[0])
 
 
+def as_exported(folder: Path, name: str) -> Path:
+    """Return the path of a file that says what is right. One that was changed since the export proves nothing.
+
+    Raises:
+        ConfigError: it is not the file that was exported.
+    """
+    files, path = schemas.manifest_files(folder), folder / name
+    if path.is_file() and sha256(path) != files.get(name, {}).get("sha256"):
+        raise ConfigError(f"{path} is not the file that was exported; export the model again, or restore the file")
+    return path
+
+
 def changed_files(folder: Path) -> list[str]:
     """A line for each file that is not the one which was exported."""
     lines = []
-    for name, about in read_json(folder / MARKER)["files"].items():
-        if not (folder / name).exists():
+    for name, about in schemas.manifest_files(folder).items():
+        if not (folder / name).is_file():
             lines.append(f"{name} is missing")
         elif sha256(folder / name) != about["sha256"]:
             lines.append(f"{name} is not the file that was exported")
     return lines
-
-
-def sha256(file: Path) -> str:
-    """Of its content, in hexadecimal digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _served(path: Path, goldens: Sequence[Golden]) -> tuple[list[Golden], list[str]]:
@@ -172,7 +179,7 @@ def _served(path: Path, goldens: Sequence[Golden]) -> tuple[list[Golden], list[s
     """
     if not engine.sidecar(path).exists():
         return list(goldens), []
-    profiles = read_json(engine.sidecar(path))["profiles"]
+    profiles = read_description(path)["profiles"]
     served, others = [], []
     for each in goldens:
         if not each.whole and each.forced != parity.EXACT:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from adaattn.atomic_file import write
 from adaattn.errors import AdaAttnError, TargetError
 from adaattn.export.engine import PACKAGES, BuildOptions, sidecar
-from adaattn.export.folder import write_whole
 from adaattn.export.golden import save_arrays
 from adaattn.plugins import NAMESPACE, driver
+from adaattn.supervisor import end_with_parent
 
 
 def work(job: Mapping[str, Any]) -> None:
@@ -52,10 +54,10 @@ def _build(job: Mapping[str, Any]) -> None:
     if serialized is None:
         sys.exit(1)
     engine = Path(job["engine"])
-    write_whole(engine, serialized)
+    write(engine, serialized)
     if cache is not None:
-        write_whole(Path(job["timing_cache"]), cache.serialize())
-    write_whole(sidecar(engine), json.dumps(_described(trt, logger, network, serialized, job), indent=1).encode())
+        write(Path(job["timing_cache"]), cache.serialize())
+    write(sidecar(engine), json.dumps(_described(trt, logger, network, serialized, job), indent=1).encode())
 
 
 def _take_plugins(trt: Any, job: Mapping[str, Any]) -> None:
@@ -166,6 +168,8 @@ def _described(trt: Any, logger: Any, network: Any, serialized: Any, job: Mappin
 
     package, here = PACKAGES[job["target"]], driver.capability()
     options = {name: job[name] for name in BuildOptions.__dataclass_fields__ if name != "compute_capabilities"}
+    for name in ("plugin_library", "timing_cache"):  # their names alone: the file is for other machines too
+        options[name] = None if options[name] is None else Path(options[name]).name
     return {
         "target": job["target"],
         "package": package,
@@ -230,7 +234,8 @@ def _run(job: Mapping[str, Any]) -> None:
 
     from adaattn.export.engine_file import open_engine, profile_of
 
-    opened = open_engine(Path(job["engine"]))
+    library = job["plugin_library"]
+    opened = open_engine(Path(job["engine"]), None if library is None else Path(library))
     types = {x["name"]: x["type"] for x in opened.about["inputs"]}
     with np.load(job["inputs"]) as archive:
         inputs = {name: _as(types[name], archive[name]) for name in archive.files}
@@ -254,4 +259,5 @@ def _wide(x: Any) -> Any:
 
 
 if __name__ == "__main__":
+    end_with_parent(signal.SIGKILL)
     work(json.loads(Path(sys.argv[1]).read_text()))

@@ -3,41 +3,68 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 from click.testing import CliRunner, Result
 
 from adaattn.export import cli
+from adaattn.interrupts import SIGNALS
 
 TESTS = Path(__file__).parent
 
 
 def run(*arguments: object) -> Result:
     """Call the command here: exit_code, stdout, stderr."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def start(*arguments: object, folder: Path, path: Path | None = None) -> subprocess.Popen[str]:
-    """Start the installed command in a process group of its own.
+def alive(process: subprocess.Popen[str]) -> list[str]:
+    """The command lines of a process of `start` and of all that it has started, without those that have ended."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            if MARK.format(process.token).encode() in (place / "environ").read_bytes():
+                state = (place / "stat").read_text().rpartition(")")[2].split()[0]
+                if state not in "ZX":
+                    found.append((place / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+MARK = "ADAATTN_TEST={}"
+
+
+def start(
+    *arguments: object, folder: Path, path: Path | None = None, command: str = "adaattn-export", **variables: str
+) -> subprocess.Popen[str]:
+    """Start an installed command in a process group of its own.
 
     Args:
         folder: where it runs.
         path: a folder of modules that come before those installed.
+        variables: of its environment.
     """
-    command = [str(Path(sysconfig.get_path("scripts"), "adaattn-export")), *(str(argument) for argument in arguments)]
+    words = [str(Path(sysconfig.get_path("scripts"), command)), *(str(argument) for argument in arguments)]
+    token = secrets.token_hex(8)
     modules = os.pathsep.join(str(place) for place in (path, TESTS) if place)
-    return subprocess.Popen(
-        [sys.executable, *command],
+    process = subprocess.Popen(
+        [sys.executable, *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": modules, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        env={
+            **os.environ,
+            **{"PYTHONPATH": modules, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "ADAATTN_TEST": token},
+            **variables,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -45,6 +72,8 @@ def start(*arguments: object, folder: Path, path: Path | None = None) -> subproc
         # A suite that runs in the background ignores Ctrl-C, and its children would too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    process.token = token
+    return process
 
 
 def refused(result: Result, *words: str) -> None:

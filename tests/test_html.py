@@ -20,7 +20,8 @@ SECTIONS = [
     "versions", "command", "seconds",
 ]  # fmt: skip
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
-NASTY = """</title><script>alert("x")</script><img src='http://evil.example/a.png' onerror="x">"""
+NASTY = """</title><script>alert("x")</script><img src='http://evil.example/a.png' onerror="x"> $\\frac{1}{2}$ $\\bad"""
+CONTROLS = "\x00\x1b[31m\x85\u202e\udcff"
 
 
 class Page(HTMLParser):
@@ -248,6 +249,19 @@ def test_empty_sections_say_so(report: dict[str, Any], empty: list[str], as_none
     for section in source.split("<section ")[1:]:
         body = Page("<section " + section.split("</section>")[0] + "</section>")
         assert any(body.texts("p", "table", "li", "figure", "code")), section
+
+
+def test_control_characters_are_escapes_and_lines_stay_lines(report: dict[str, Any]) -> None:
+    report["targets"][0]["name"] = report["model"]["source"] = f"{NASTY}{CONTROLS}"
+    report["targets"][1]["reason"] = f"one{CONTROLS}\ntwo"
+    report["inputs"] = {CONTROLS: CONTROLS}
+    source = render(report)
+    assert all(line.replace("\u00a0", "").isprintable() for line in source.split("\n"))
+    escaped = "\\x00\\x1b[31m\\x85\\u202e\\udcff"
+    page = Page(source)
+    assert page.texts("code")[0] == f"{NASTY}{escaped}"
+    assert f"{NASTY}{escaped}" in page.texts("text"), "in a figure too, where $ begins no formula"
+    assert f"one{escaped}\ntwo" in source
 
 
 def test_targets_without_outputs_and_heads_without_errors(report: dict[str, Any]) -> None:

@@ -76,6 +76,23 @@ def test_what_is_wrong_with_a_call_is_said(exported: tuple[torch.nn.Module, Path
         open_runtime(tmp_path / "bad.onnx")
 
 
+def described(target: str, **changes: object) -> dict[str, object]:
+    """What stands beside an engine."""
+    return {
+        "target": target,
+        "package": engine.PACKAGES[target],
+        "versions": {engine.PACKAGES[target]: "10.14"},
+        "compute_capabilities": ["9.0"],
+        "options": dict.fromkeys(engine.BuildOptions.__dataclass_fields__),
+        "model": "model.onnx",
+        "inputs": [{"name": "x", "type": "FLOAT", "shape": [-1, 8]}],
+        "outputs": [{"name": "y", "type": "FLOAT", "shape": [-1, 8]}],
+        "profiles": [{"x": [[1, 8], [4, 8], [9, 8]]}],
+        "ops": {},
+        **changes,
+    }
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_an_engine_needs_its_description_and_a_gpu(tmp_path: Path) -> None:
     file = tmp_path / "m.engine"
@@ -85,7 +102,7 @@ def test_an_engine_needs_its_description_and_a_gpu(tmp_path: Path) -> None:
     engine.sidecar(file).write_text("{")
     with pytest.raises(ConfigError, match=r"m\.engine\.json is not what adaattn-export wrote"):
         open_runtime(file)
-    about = {"target": "tensorrt-rtx", "package": "tensorrt_rtx", "compute_capabilities": ["8.9"], "options": {}}
+    about = described("tensorrt-rtx", compute_capabilities=["8.9"])
     engine.sidecar(file).write_text(json.dumps(about))
     said = r"needs a GPU of compute capability 8\.9 \(tensorrt_rtx .*, no GPU that a CUDA driver finds\)"
     with pytest.raises(TargetError, match=said if engine.installed("tensorrt-rtx") else "is not installed"):
@@ -140,18 +157,20 @@ def test_an_engine_gets_what_its_options_ask_for(tmp_path: Path, monkeypatch: py
     file = tmp_path / "m.engine"
     file.write_bytes(b"good")
     options: dict[str, object] = dict.fromkeys(engine.BuildOptions.__dataclass_fields__)
-    about = {"target": "tensorrt", "package": "tensorrt", "compute_capabilities": ["9.0"], "model": "model.onnx"}
+    library, other = tmp_path / "lib.so", tmp_path / "other"
+    library.touch()
+    other.touch()
 
-    def opened(**changes: object) -> list[tuple[object, ...]]:
-        said = {**about, "versions": {"tensorrt": "10.14"}, "options": options | changes}
-        engine.sidecar(file).write_text(json.dumps(said))
+    def opened(given: Path | None = None, **changes: object) -> list[tuple[object, ...]]:
+        engine.sidecar(file).write_text(json.dumps(described("tensorrt", options=options | changes)))
         stand_in.calls.clear()
-        open_engine(file)
+        open_engine(file, given)
         return list(stand_in.calls)
 
+    native = {"plugins": "native", "plugin_library": "lib.so"}
     assert opened() == [("engine_host_code_allowed", None)]
-    assert opened(plugin_library="lib.so", version_compatible=True, weight_streaming=True) == [
-        ("library", "lib.so"),
+    assert opened(library, **native, version_compatible=True, weight_streaming=True) == [
+        ("library", str(library)),
         ("engine_host_code_allowed", True),
         ("weight_streaming_budget_v2", 123),
     ]
@@ -159,8 +178,8 @@ def test_an_engine_gets_what_its_options_ask_for(tmp_path: Path, monkeypatch: py
         opened(strip_weights=True)
     (tmp_path / "model.onnx").touch()
     assert opened(strip_weights=True)[1:] == [("weights", f"{tmp_path}/model.onnx"), ("refit",)]
-    with pytest.raises(TargetError, match="does not load the plugins other"):
-        opened(plugin_library="other")
+    with pytest.raises(TargetError, match=r"does not load the plugins .*other"):
+        opened(other, **native)
     file.write_bytes(b"bad")
     with pytest.raises(TargetError, match=r"m\.engine, which 10\.14 built, does not open \(tensorrt "):
         opened()

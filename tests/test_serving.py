@@ -53,13 +53,19 @@ def fake_engine(model: Path, *profiles: Any, **options: Any) -> Path:
     """A file that stands for a tensorrt engine of a model, with what `engine_from_onnx` writes beside it."""
     path = model.with_name("tensorrt.engine")
     path.write_bytes(b"engine")
+    given = list(profiles) or [{"x": [[1, 1, 32], [4, 16, 32], [8, 32, 32]]}]
     about = {
         "target": "tensorrt",
         "package": "tensorrt",
         "versions": {"tensorrt": "10.14.1"},
         "compute_capabilities": ["9.0"],
-        "options": {"hardware_compatible": False} | options,
-        "profiles": profiles or [{"x": [[1, 1, 32], [4, 16, 32], [8, 32, 32]]}],
+        "options": dict.fromkeys(engine.BuildOptions.__dataclass_fields__) | options,
+        "model": "model.onnx",
+        "inputs": [
+            {"name": name, "type": "FLOAT", "shape": [-1] * len(shapes[0])} for name, shapes in given[0].items()
+        ],
+        "outputs": [{"name": "y", "type": "FLOAT", "shape": [-1, -1, 32]}],
+        "profiles": given,
         "ops": {"layer": "plugin"},
     }
     engine.sidecar(path).write_text(json.dumps(about))

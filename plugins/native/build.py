@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
+import re
 import shutil
-import subprocess
+import signal
+import stat
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,13 +20,17 @@ from typing import Any
 import torch
 
 import adaattn
+from adaattn import children
+from adaattn.atomic_file import replacing, scratch_folder, write
 from adaattn.errors import TargetError
+from adaattn.interrupts import SIGNALS
 from adaattn.ops.dispatch import OLDEST_ARCHITECTURE
 from adaattn.ops.kernel_spec import KernelSpec
 from adaattn.plugins import driver
 from adaattn.plugins.native.program import Kind, Program, Symbol, axes, program, text_of
 from adaattn.plugins.ptx import LEAST_PTX, Entry, entry
 from adaattn.plugins.variants import VARIANTS, Variant
+from adaattn.supervisor import end_with_parent
 
 SOURCES = Path(__file__).parent
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -71,12 +79,9 @@ def library(
     Raises:
         TargetError: headers or a compiler are missing, or the compiler complains.
     """
-    headers = {"NvInfer.h": tensorrt_include, "cuda_runtime_api.h": cuda_include or cuda_headers()}
-    for header, place in headers.items():
-        if not (place / header).is_file():
-            raise TargetError(f"{place} holds no {header}: {_MISSING[header]}")
-    if shutil.which("g++") is None and shutil.which("c++") is None:
-        raise TargetError("no C++ compiler: apt install g++ (and cmake, or do without)")
+    cuda_include = cuda_include or cuda_headers()
+    _check_headers(tensorrt_include, cuda_include)
+    compiler = _compiler()
     if output.exists() and not output.is_file():
         raise TargetError(f"{output} cannot be written: it is a folder or a device; give a file")
     programs = [program(kind, arch) for arch in sorted(architectures) for kind in kinds]
@@ -85,11 +90,12 @@ def library(
         for each in programs
         for number, step in enumerate(each.steps)
     }
-    kernels = dict(zip(places, _compile(list(places.values()), on_kernel), strict=True))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".adaattn-", dir=output.parent) as folder:
-        made = _make(Path(folder), programs, kernels, headers["NvInfer.h"], headers["cuda_runtime_api.h"])
-        os.replace(made, output)
+    with scratch_folder(output.parent) as folder:
+        kernels = dict(zip(places, _compile(list(places.values()), folder, on_kernel), strict=True))
+        made = _make(folder, compiler, programs, kernels, tensorrt_include, cuda_include)
+        with replacing(output) as file, made.open("rb") as content:
+            shutil.copyfileobj(content, file)
     return output
 
 
@@ -98,6 +104,12 @@ _MISSING = {
     "libnvinfer-headers-dev has it; pip's wheels do not)",
     "cuda_runtime_api.h": "install triton, which brings it, or a CUDA toolkit, and give --cuda-include",
 }
+
+
+def _check_headers(tensorrt_include: Path, cuda_include: Path) -> None:
+    for header, place in (("NvInfer.h", tensorrt_include), ("cuda_runtime_api.h", cuda_include)):
+        if not (place / header).is_file():
+            raise TargetError(f"{place} holds no {header}: {_MISSING[header]}")
 
 
 def cuda_headers() -> Path:
@@ -133,43 +145,164 @@ def tensorrt_headers(given: Path | None) -> Path:
     return given or next((folder for folder in usual if (folder / "NvInfer.h").is_file()), usual[0])
 
 
-def cache(kinds: Sequence[Kind], architectures: Sequence[int]) -> Path:
-    """Where a library is kept that was asked for without a place: one for each version and content."""
-    content = repr((adaattn.__version__, sorted(map(repr, kinds)), sorted(architectures)))
-    name = hashlib.sha256(content.encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "adaattn" / f"libadaattn_plugins-{name}.so"
+def cached(
+    kinds: Sequence[Kind],
+    architectures: Sequence[int],
+    tensorrt_include: Path,
+    cuda_include: Path | None = None,
+    on_kernel: Callable[[int, int], None] = lambda done, of: None,
+    force: bool = False,
+) -> Path:
+    """Return a library from the cache, which is built where the cache does not have it.
+
+    The cache is a private folder, `adaattn` in XDG_CACHE_HOME or ~/.cache. A file named after what goes into a library
+    holds the hash of the library, and the library is named after its hash, so that one which was changed is noticed and
+    built again.
+
+    Args:
+        force: build it though the cache has it.
+
+    Raises:
+        TargetError: as of `library`, or somebody else may write to the cache.
+    """
+    folder = _private_cache()
+    index = folder / f"{_key_of(kinds, architectures, tensorrt_include, cuda_include or cuda_headers())}.sha256"
+    if not force and index.is_file():
+        digest = index.read_text()
+        kept = folder / f"libadaattn_plugins-{digest[:16]}.so"
+        if kept.is_file() and _sha256(kept) == digest:
+            return kept
+    with scratch_folder(folder) as scratch:
+        made = library(kinds, architectures, scratch / "library.so", tensorrt_include, cuda_include, on_kernel)
+        digest = _sha256(made)
+        kept = folder / f"libadaattn_plugins-{digest[:16]}.so"
+        write(kept, made.read_bytes())
+        write(index, digest.encode())
+    return kept
 
 
-def _compile(wanted: Sequence[tuple[Kind, int, int]], on_kernel: Callable[[int, int], None]) -> list[Compiled]:
+def _private_cache() -> Path:
+    """The folder of the cache, which nobody else may write to: a library that lies there is loaded and runs."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():  # as its specification says
+        root = Path.home() / ".cache"
+    folder = root / "adaattn"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for place, shared in ((folder.resolve(), 0), (folder.resolve().parent, stat.S_ISVTX)):
+        about = place.stat()
+        foreign = hasattr(os, "geteuid") and about.st_uid not in (os.geteuid(), *((0,) if shared else ()))
+        writable = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not about.st_mode & shared
+        if foreign or writable:
+            raise TargetError(
+                f"{place} belongs to somebody else or others may write to it, and a library from it would run: make it "
+                "yours (chmod 700), set XDG_CACHE_HOME to another folder, or give --output"
+            )
+    return folder
+
+
+def _key_of(kinds: Sequence[Kind], architectures: Sequence[int], tensorrt_include: Path, cuda_include: Path) -> str:
+    """The hash of all that a library is made of: our sources, the headers, the compilers and what steers them.
+
+    Raises:
+        TargetError: there are no headers or no compiler.
+    """
+    import triton
+    from triton.backends.nvidia import compiler as compilers
+
+    _check_headers(tensorrt_include, cuda_include)
+    compiler = _compiler()
+    with scratch_folder() as folder:
+        for name in ("plugins.inc", "images.inc"):  # made in a build; the headers that they need are those of the rest
+            (folder / name).touch()
+        includes = ("-isystem", tensorrt_include, "-isystem", cuda_include, "-I", folder)
+        rules = _run(compiler, "-std=c++17", "-M", "-MT", "key", *includes, SOURCES / "adaattn_plugins.cpp")
+        headers = [Path(word.replace("\\ ", " ")) for word in re.findall(r"(?:\\.|\S)+", rules.partition(":")[2])]
+        headers = [path for path in headers if path.is_file() and folder not in path.parents]
+    package = Path(adaattn.__file__).parent
+    ours = [*package.rglob("*.py"), *SOURCES.parent.rglob("*.py"), *SOURCES.glob("*.cpp"), SOURCES / "CMakeLists.txt"]
+    ptxas = {Path(compilers.get_ptxas(arch).path) for arch in architectures}
+    steering = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("CXXFLAGS", "CPPFLAGS", "LDFLAGS") or name.startswith("TRITON_")
+    }
+    content = (
+        *(sorted(map(repr, kinds)), sorted(architectures), sorted(steering.items())),
+        *(triton.__version__, compiler, _run(compiler, "--version"), shutil.which("cmake")),
+        *(sorted((str(path), _sha256(path)) for path in {*headers, *ours, *ptxas}),),
+    )
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def _compiler() -> str:
+    """The C++ compiler that builds the library, with and without CMake."""
+    found = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
+    if found is None:
+        raise TargetError("no C++ compiler: apt install g++ (and cmake, or do without)")
+    return found
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _compile(
+    wanted: Sequence[tuple[Kind, int, int]], folder: Path, on_kernel: Callable[[int, int], None]
+) -> list[Compiled]:
     """All of them, in order, on all processors."""
     on_kernel(0, len(wanted))
-    with ProcessPoolExecutor() as pool:
-        futures = [pool.submit(_compiled, *place) for place in wanted]
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("fork")  # other methods start Python anew, and import from the current folder
+    with ProcessPoolExecutor(mp_context=context, initializer=_end_with_parent) as pool:
         try:
+            futures = [pool.submit(_compiled, *place, folder) for place in wanted]
             for done, future in enumerate(as_completed(futures)):
                 future.result()
                 on_kernel(done + 1, len(wanted))
             return [future.result() for future in futures]
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:  # they would end what they are at first
+                worker.kill()
             raise
 
 
-def _compiled(kind: Kind, arch: int, step: int) -> Compiled:
+def _end_with_parent() -> None:
+    """Let a worker end when the process that started it ends, and leave signals to that process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    end_with_parent(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()  # where Linux does not do it
+
+
+def _compiled(kind: Kind, arch: int, step: int, parent: Path) -> Compiled:
     from triton.backends.nvidia import compiler
 
     spec = program(kind, arch).steps[step].spec
     kernel = entry(spec, arch, max(OLDEST_PTX, LEAST_PTX.get(arch, OLDEST_PTX)))
     target = next(line.split()[1] for line in kernel.ptx.splitlines() if line.startswith(".target"))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(kernel.ptx)
-        _run(compiler.get_ptxas(arch).path, f"-arch={target}", source, "-o", binary)
+        _run(compiler.get_ptxas(arch).path, f"-arch={target}", source, "-o", binary, scratch=Path(folder))
         return Compiled(kernel, binary.read_bytes())
 
 
-def _make(folder: Path, programs: Sequence[Program], kernels: Mapping[Key, Compiled], trt: Path, cuda: Path) -> Path:
+def _make(
+    folder: Path,
+    compiler: str,
+    programs: Sequence[Program],
+    kernels: Mapping[Key, Compiled],
+    trt: Path,
+    cuda: Path,
+) -> Path:
     (folder / "plugins.inc").write_text(_generated(programs, kernels))
     (folder / "images.inc").write_text(_declared(kernels))
     (folder / "kernels.S").write_text(_embedded(folder, kernels))
@@ -179,25 +312,29 @@ def _make(folder: Path, programs: Sequence[Program], kernels: Mapping[Key, Compi
             "GENERATED": folder,
             "TENSORRT_INCLUDE": trt,
             "CUDA_INCLUDE": cuda,
+            "CMAKE_CXX_COMPILER": compiler,
             "CMAKE_BUILD_TYPE": "Release",
         }
         options = [f"-D{name}={value}" for name, value in definitions.items()]
-        _run("cmake", "-S", SOURCES, "-B", folder / "build", *options)
-        _run("cmake", "--build", folder / "build")
+        _run("cmake", "-S", SOURCES, "-B", folder / "build", *options, scratch=folder)
+        _run("cmake", "--build", folder / "build", scratch=folder)
         return folder / "build" / made.name
     _run(
-        shutil.which("g++") or "c++",
+        compiler,
         *("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wpedantic"),
         *("-isystem", trt, "-isystem", cuda, "-I", folder),
         *(SOURCES / "adaattn_plugins.cpp", folder / "kernels.S", "-ldl", "-o", made),
+        scratch=folder,
     )
     return made
 
 
-def _run(*command: object) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise TargetError(f"{command[0]} failed:\n{(done.stderr or done.stdout).strip()[-4000:]}")
+def _run(*command: object, scratch: Path | None = None) -> str:
+    """What a program prints; its temporary files go to a folder that is deleted even when it is killed."""
+    code, said = children.run([str(part) for part in command], {} if scratch is None else {"TMPDIR": str(scratch)})
+    if code:
+        raise TargetError(f"{command[0]} failed:\n{said.strip()[-4000:]}")
+    return said
 
 
 def _key(spec: KernelSpec, arch: int) -> Key:

@@ -22,6 +22,8 @@ from torch import nn
 import adaattn
 from adaattn.errors import ConfigError
 from adaattn.export.check import main
+from adaattn.export.golden import save_arrays
+from adaattn.export.run import main as run_main
 from adaattn.export.testing import assert_parity as assert_directly
 
 pytest_plugins = ["pytester"]
@@ -155,6 +157,59 @@ def test_files_that_were_cut_off_are_one_line(name: str, left: float, good: Path
     assert name in line
 
 
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a case is gone": lambda arrays: [arrays.pop(name) for name in list(arrays) if name.startswith("longest/")],
+    "limits are larger": lambda arrays: arrays.update({n: 10 * x for n, x in arrays.items() if "/limit/" in n}),
+    "limits are none": lambda arrays: arrays.update({n: x * np.nan for n, x in arrays.items() if "/limit/" in n}),
+    "cases are swapped": lambda arrays: arrays.update(dict(zip(arrays, reversed(arrays.values()), strict=True))),
+    "all is zero": lambda arrays: arrays.update({n: np.zeros_like(x) for n, x in arrays.items() if "dtype" not in n}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [*(("golden.npz", change) for change in CHANGES), ("trace.npz", "all is zero")]
+)
+def test_changed_results_prove_nothing(name: str, change: str, good: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "copy"))
+    with np.load(folder / name) as archive:
+        arrays = dict(archive)
+    CHANGES[change](arrays)
+    save_arrays(folder / name, arrays)
+    command = ("bisect", folder, "-o", tmp_path / "part.onnx") if name == "trace.npz" else (folder,)
+    result = run(*command, "--backend", "ort-cpu")
+    said = f"{folder / name} is not the file that was exported; export the model again" in result.stderr
+    assert (result.exit_code, said) == (2, True), result.output
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert run(*command, "--backend", "ort-cpu").exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["golden.npz", "manifest.json", "model.onnx", "../out/model.onnx"])
+def test_an_output_replaces_no_file_of_the_export(name: str, good: Path) -> None:
+    before = (good / name).read_bytes()
+    for command in ((good, "--html"), (good, "--junit"), ("bisect", good, "-o")):
+        result = run(*command, good / name)
+        assert (result.exit_code, "is a file of the export" in result.stderr) == (2, True)
+    ran = CliRunner().invoke(run_main, [str(good), "--input", "x=1,9,16", "-o", str(good / name)])
+    assert (ran.exit_code, "is a file of the export" in ran.stderr) == (2, True)
+    assert (good / name).read_bytes() == before
+
+
+def test_an_edited_report_changes_no_verdict_and_is_told_of(good: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "copy"))
+    report = json.loads((folder / "report.json").read_text())
+    report["targets"], report["verdict"] = [], "failed"
+    (folder / "report.json").write_text(json.dumps(report))
+    result = run(folder, "--backend", "ort-cpu")
+    assert result.exit_code == 0, result.stderr
+    assert "warning: report.json is not the file that was exported" in result.stdout
+    report["layers"][0]["rank"] = "all"
+    (folder / "report.json").write_text(json.dumps(report))
+    result = run(folder, "--backend", "ort-cpu")
+    assert (result.exit_code, "layers[0].rank is a str" in result.stderr) == (2, True)
+
+
 def test_another_models_results_are_no_crash(good: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "copy"))
     model = onnx.load(folder / "model.onnx")
@@ -184,12 +239,10 @@ def test_a_provider_that_falls_back_to_the_cpu_has_not_run(good: Path, monkeypat
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(driver, "capability", lambda: 90)
-    with pytest.warns(UserWarning, match="CUDAExecutionProvider"):  # from ONNX Runtime, which goes on
-        result = run(good, "--backend", "ort-cuda")
+    result = run(good, "--backend", "ort-cuda")
     assert result.exit_code == 1
     assert "CUDAExecutionProvider does not load here" in result.stdout
-    with pytest.warns(UserWarning, match="CUDAExecutionProvider"):
-        result = run("bisect", good, "--backend", "ort-cuda")
+    result = run("bisect", good, "--backend", "ort-cuda")
     assert (result.exit_code, "CUDAExecutionProvider does not load here" in result.stderr) == (2, True)
 
 
@@ -197,7 +250,7 @@ def test_what_cannot_be_checked_is_one_line(good: Path, tmp_path: Path) -> None:
     for arguments, said in (
         ((tmp_path,), "holds no manifest.json; give a folder that adaattn-export made"),
         ((good, "--backend", "ort-tpu"), "backend 'ort-tpu' is unknown; choose of ort-cpu"),
-        (("bisect", tmp_path), "trace.npz holds no trace of eager PyTorch"),
+        (("bisect", tmp_path), "holds no manifest.json; give a folder that adaattn-export made"),
         ((good, "--junit", tmp_path / "none" / "j.xml"), f"{tmp_path / 'none' / 'j.xml'}: No such file"),
         (("bisect", good, "--backend", "ort-cuda"), "CUDAExecutionProvider"),
     ):
@@ -217,6 +270,8 @@ def test_neither_the_model_nor_torch_is_needed(good: Path) -> None:
 import sys
 sys.modules["torch"] = None  # an import of it fails
 from adaattn.export.check import main
+from adaattn.export.golden import save_arrays
+from adaattn.export.run import main as run_main
 try:
     main([{str(good)!r}, "--backend", "ort-cpu"])
 except SystemExit as end:
