@@ -143,7 +143,7 @@ def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Check
             is the path.
     """
     try:
-        payload = file.load(meta=True)
+        payload = file.outline
     except CheckpointError as error:
         raise CheckpointError(f"{OTHER}: it {error}") from error
     if not is_payload(payload):
@@ -217,12 +217,16 @@ def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> No
     """
     if not all(isinstance(key, str) for key in state):
         raise CheckpointError("holds a dict whose keys are no names, not weights by name")
-    for key, x in state.items():
-        kind = kind_of(x) if isinstance(x, Tensor) else None
-        if kind is not None:
-            raise CheckpointError(f"holds weight {key} as a {kind[0]}; {kind[1]}")
-    tied = tied_names(module)
     state = dict(state)
+    for key, own in module.state_dict().items():
+        x = state.get(key)
+        if not isinstance(x, Tensor) or not isinstance(own, Tensor) or x.dtype == own.dtype:
+            continue
+        if x.is_floating_point() != own.is_floating_point() or x.is_complex() != own.is_complex():
+            raise CheckpointError(f"does not fit {name}: {key} is {x.dtype} in the file and {own.dtype} in the model")
+        if not x.is_floating_point() and not x.is_complex():
+            state[key] = x.to(own.dtype)  # masks and counters
+    tied = _tied_names(module)
     for names in tied:
         known = [key for key in names if key in state]
         for other in known[1:]:
@@ -246,26 +250,13 @@ def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> No
             setattr(module.get_submodule(owner), leaf, one)
 
 
-def tied_names(module: nn.Module) -> list[list[str]]:
+def _tied_names(module: nn.Module) -> list[list[str]]:
     """The names of each parameter or buffer that has several."""
     names: dict[int, list[str]] = {}
     for key, x in module.state_dict(keep_vars=True).items():
         if isinstance(x, Tensor):
             names.setdefault(id(x), []).append(key)
     return [same for same in names.values() if len(same) > 1]
-
-
-def kind_of(x: Tensor) -> tuple[str, str] | None:
-    """What a tensor is that cannot be exported as a weight, and what to do; None for an ordinary one."""
-    if nn.parameter.is_lazy(x):
-        return "parameter without a shape, of a lazy module", "run the module once on an example, which gives it one"
-    if x.layout is not torch.strided:
-        return "sparse tensor", "save it after .to_dense()"
-    if x.is_quantized:
-        return "quantized tensor", "save it after .dequantize(), or the model before it was quantized"
-    if x.is_nested:
-        return "nested tensor", "save it padded, by torch.nested.to_padded_tensor"
-    return None
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaattn.errors import CheckpointError
 from adaattn.export import sentence
-from adaattn.export.source import Source
+from adaattn.export.source import EXPERTS, Source, loops_over_experts
 from adaattn.input_spec import Dimension, InputSpec
 from adaattn.integrations import transformers as integration
 
@@ -129,8 +129,8 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
     version = f"transformers {transformers.__version__}"
     try:
         content = json.loads((folder / "config.json").read_text())
-        kind, names = content.get("model_type"), content.get("architectures") or []
-    except (ValueError, AttributeError) as error:
+        kind, names = str(content.get("model_type")), content.get("architectures") or []
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}/config.json is not a config of transformers: {error}") from error
     if kind not in transformers.CONFIG_MAPPING:
         code = "; it brings code of its own, which is never run here" if "auto_map" in content else ""
@@ -147,16 +147,19 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
                 str(folder),
                 attn_implementation=IMPLEMENTATION,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
             )
     except Exception as error:  # transformers, safetensors and torch each have errors of their own
+        if isinstance(error, KeyError) and error.args == (
+            IMPLEMENTATION,
+        ):  # the class looks it up in a table of its own
+            raise CheckpointError(_own_attention(architecture, version)) from error
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder} cannot be loaded by {version}: {line}") from error
     if not model._can_set_attn_implementation():  # transformers would use its own attention, and not say so
-        raise CheckpointError(
-            f"{type(model).__name__} of {version} computes attention by itself and calls no other; {ELSE}"
-        )
+        raise CheckpointError(_own_attention(type(model), version))
     missing = sorted(found["missing_keys"])
     if pooled:
         missing = [key for key in missing if "pooler." not in key]
@@ -166,7 +169,15 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
             "model that config.json names in its architectures"
         )
     assert isinstance(model, nn.Module)
+    for module in loops_over_experts(model):
+        module.set_experts_implementation(EXPERTS)
+    for x in (*model.parameters(), *model.buffers()):
+        x.data = x.data.clone()  # mapped from the file, they would crash the process when someone truncates it
     return model
+
+
+def _own_attention(architecture: type, version: str) -> str:
+    return f"{architecture.__name__} of {version} computes attention by itself and calls no other; {ELSE}"
 
 
 @contextmanager
