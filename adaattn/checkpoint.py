@@ -148,9 +148,10 @@ def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Check
         raise CheckpointError(f"{OTHER}: it {error}") from error
     if not is_payload(payload):
         raise CheckpointError(f"{OTHER}; it holds a {type(payload).__name__}")
-    if payload.get("version") != VERSION:
+    version = payload.get("version")
+    if not isinstance(version, int) or version != VERSION:
         raise CheckpointError(
-            f"has format version {_short(payload.get('version'))} and this release reads version {VERSION}; "
+            f"has format version {_short(version)} and this release reads version {VERSION}; "
             "save the model again, or install the release that wrote it"
         )
     damaged = [name for name, kind in FIELDS.items() if not isinstance(payload.get(name), kind)]

@@ -115,6 +115,12 @@ def usable(model: object) -> nn.Module | ExportedProgram:
         kind = _kind(x)
         if kind is not None:
             raise ConfigError(f"weight {name} of {type(model).__name__} is a {kind[0]}; {kind[1]}")
+    for module in model.modules():
+        for name, x in vars(module).items():
+            # What a call left behind, such as the weight that torch.nn.utils.weight_norm computes, cannot be copied
+            # with the history that its gradient would need.
+            if isinstance(x, torch.Tensor) and not x.is_leaf:
+                vars(module)[name] = x.detach()
     if loops_over_experts(model):
         model = copy.deepcopy(model)
         for module in loops_over_experts(model):
