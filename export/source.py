@@ -185,9 +185,10 @@ def _check_program(records: zipfile.ZipFile) -> None:
     """
     inside = {name.partition("/")[2]: name for name in records.namelist()}
     programs = [name[7:-5] for name in inside if name.startswith("models/") and name.endswith(".json")]
-    if programs and programs != ["model"]:
-        shown = ", ".join(programs)
-        raise CheckpointError(f"holds the programs {shown}; save one alone, by torch.export.save")
+    if programs != ["model"] and "serialized_exported_program.json" not in records.namelist():
+        if not programs:
+            raise CheckpointError("holds no program of torch.export.save, or a damaged one")
+        raise CheckpointError(f"holds the programs {', '.join(programs)}; save one alone, by torch.export.save")
     if any(name.startswith("data/aotinductor/") for name in inside):
         raise CheckpointError("holds a library that AOTInductor compiled; save the program alone, by torch.export.save")
     for kind in ("weights", "constants"):

@@ -159,6 +159,14 @@ def leaves() -> NoReturn:
     raise SystemExit(3)
 
 
+def lacks_something() -> NoReturn:
+    raise ModuleNotFoundError("install the shop first")
+
+
+def errs() -> Any:
+    return (5).shape  # type: ignore[attr-defined]
+
+
 def lacks_a_package() -> NoReturn:
     import no_such_package  # type: ignore[import-not-found]
 
