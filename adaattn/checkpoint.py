@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from adaattn.archive import SavedFile
-from adaattn.errors import CheckpointError
+from adaattn.errors import AdaAttnError, CheckpointError
 from adaattn.input_spec import INT_MAX, Dimension, InputSpec
 
 FORMAT, VERSION = "adaattn", 1
 SPARE_COUNT, SPARE_NUMBERS = 1000, 2**22  # so that of small models `load_state_dict` says what does not fit
+TOO_LARGE = "its configuration asks for more weights than the file holds"
 OTHER = "is not a model saved by adaattn.save"
 MOST_ITEMS, LONGEST_TEXT = 10_000, 1000  # in a configuration; characters of a text, bits of a number
 FIELDS = {"class": str, "config": dict, "state": dict, "training": bool, "inputs": dict, "dims": dict}
@@ -168,12 +169,15 @@ def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Check
         raise CheckpointError(f"is damaged: its {damaged[0]!r} is missing or of another type; save it again")
     known = _find_class(payload["class"], classes)
     try:
-        with _at_most(payload["state"]):
+        state = payload["state"]
+        with at_most(len(state), sum(x.numel() for x in state.values() if isinstance(x, Tensor))):
             module = known(**payload["config"])
         inputs = tuple(InputSpec.parse(name, text) for name, text in payload["inputs"].items())
         dims = tuple(Dimension.parse(name, text) for name, text in payload["dims"].items())
     except Exception as error:  # of the class, which may be the user's, on what the file says
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        if not isinstance(error, AdaAttnError) and ("allocate" in reason or "overflow" in reason):
+            reason = TOO_LARGE  # before the first parameter was
         reason = reason if len(reason) <= 300 else reason[:297] + "..."
         raise CheckpointError(f"does not fit together: {reason}") from error
     # The module's own random weights go before the file's come.
@@ -184,13 +188,12 @@ def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Check
 
 
 @contextmanager
-def _at_most(state: Mapping[str, Any]) -> Iterator[None]:
-    """Let this thread make modules with about as many parameters, and numbers in them, as a state dict has, no more.
+def at_most(count: int, numbers: int) -> Iterator[None]:
+    """Let this thread make modules with about so many parameters, and numbers in them, no more.
 
     A few bytes of configuration can ask for a module larger than all memory.
     """
-    count = len(state) + SPARE_COUNT
-    numbers = sum(x.numel() for x in state.values() if isinstance(x, Tensor)) + SPARE_NUMBERS
+    count, numbers = count + SPARE_COUNT, numbers + SPARE_NUMBERS
     here = threading.get_ident()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -199,7 +202,7 @@ def _at_most(state: Mapping[str, Any]) -> Iterator[None]:
             return
         count, numbers = count - 1, numbers - parameter.numel()
         if min(count, numbers) < 0:
-            raise CheckpointError("its configuration asks for more weights than the file holds")
+            raise CheckpointError(TOO_LARGE)
 
     handle = register_module_parameter_registration_hook(register)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaattn import archive
+from adaattn.checkpoint import at_most
 from adaattn.errors import CheckpointError
 from adaattn.export import sentence
 from adaattn.export.source import EXPERTS, Source, loops_over_experts
@@ -142,7 +145,7 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
         if pooled:  # hidden states, whatever head the weights were saved with; of T5 those of its encoder
             prefix = transformers.CONFIG_MAPPING[kind].__name__.removesuffix("Config")
             architecture = getattr(transformers, f"{prefix}EncoderModel", transformers.AutoModel)
-        with _without_progress():
+        with _without_progress(), at_most(2 * _weights_in(folder), sys.maxsize):
             model, found = architecture.from_pretrained(
                 str(folder),
                 attn_implementation=IMPLEMENTATION,
@@ -156,7 +159,10 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
             IMPLEMENTATION,
         ):  # the class looks it up in a table of its own
             raise CheckpointError(_own_attention(architecture, version)) from error
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
+        if "ignore_mismatched_sizes" in line:  # what does not fit, transformers logs
+            line = "its weights have other sizes than config.json says"
         raise CheckpointError(f"{folder} cannot be loaded by {version}: {line}") from error
     if not model._can_set_attn_implementation():  # transformers would use its own attention, and not say so
         raise CheckpointError(_own_attention(type(model), version))
@@ -174,6 +180,19 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
     for x in (*model.parameters(), *model.buffers()):
         x.data = x.data.clone()  # mapped from the file, they would crash the process when someone truncates it
     return model
+
+
+def _weights_in(folder: Path) -> int:
+    """How many tensors its safetensors have; pickled ones, which need permission, may be any number."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    count = 0
+    for path in files:
+        archive.regular(path)
+        with safe_open(path, framework="pt") as file:
+            count += len(file.keys())
+    return count if files else sys.maxsize // 2 - 1
 
 
 def _own_attention(architecture: type, version: str) -> str:
