@@ -160,6 +160,8 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
         ):  # the class looks it up in a table of its own
             raise CheckpointError(_own_attention(architecture, version)) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, KeyError):  # says no more than the key
+            lines[0] = f"KeyError: {lines[0]}"
         line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
         if "ignore_mismatched_sizes" in line:  # what does not fit, transformers logs
             line = "its weights have other sizes than config.json says"
