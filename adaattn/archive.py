@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import pickletools
@@ -11,6 +10,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,13 +20,20 @@ from torch import Tensor
 from adaattn.errors import CheckpointError
 
 DAMAGED = "is damaged or of another kind"
+CODE = "holds objects that only code can make"
 # How torch.save began before it wrote zip files: the first of five pickles, before the numbers.
 LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-LARGEST_PICKLE = 2**25  # bytes; without numbers, which are records of their own, that is far over 100,000 weights
+LARGEST_PICKLE = 2**24  # bytes, of names and shapes alone: the numbers of each weight are a record of its own
 LARGEST_EXPANDED = 2**26  # bytes that tensors may take beyond the storages that they repeat
-# torch allows them among weights, none of which need them; a call makes much of few bytes, or takes very long.
-BARRED = {"_codecs encode", "builtins bytearray"}
-BY_STACK = {"STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}  # how newer pickles name what they call
+# What torch allows in a pickle of weights, by the bytes that name it there.
+REFUSED = {
+    b"_codecs\nencode\n": DAMAGED,  # weights need neither; a call makes much of few bytes, or takes very long
+    b"\nbytearray\n": DAMAGED,
+    b"_rebuild_meta_tensor_no_storage\n": "holds tensors without numbers, of the meta device; save it when it has some",
+    b"_rebuild_sparse_tensor\n": "holds sparse tensors; save them after .to_dense()",
+    b"_rebuild_nested_tensor\n": "holds nested tensors; save them padded, by torch.nested.to_padded_tensor",
+    b"_rebuild_qtensor\n": "holds quantized tensors; save them after .dequantize()",
+}
 CHUNK = 2**20
 
 
@@ -70,18 +77,18 @@ class SavedFile:
         self.path = Path(path)
         self._status = regular(path)
         self._records: dict[str, int] | None = None
+        self._refused: str | None = None
         with open(path, "rb") as file:
             if file.read(4) == b"PK\3\4":
                 with _opened(file) as archive:
                     self._records = _check_kind(archive)
                     check_zip(archive, file)
                     name = next(name for name in self._records if name.endswith("data.pkl"))
-                    if self._records[name] > LARGEST_PICKLE:
-                        raise CheckpointError(f"{DAMAGED}: its pickle has {self._records[name]} bytes")
-                    self.calls = _calls(io.BytesIO(archive.read(name)))
-            else:
-                file.seek(0)
-                self.calls = _calls(file)
+                    pickled = archive.read(name)
+                    if len(pickled) > LARGEST_PICKLE:
+                        self._refused = f"{DAMAGED}: its pickle has {len(pickled)} bytes"
+                    for call, predicate in REFUSED.items():
+                        self._refused = predicate if call in pickled else self._refused
 
     @property
     def is_torch(self) -> bool:
@@ -89,21 +96,31 @@ class SavedFile:
         with open(self.path, "rb") as file:
             return self._records is not None or file.read(len(LEGACY_START)) == LEGACY_START
 
-    def load(self, meta: bool = False) -> Any:
-        """Return what it holds, its numbers read into memory, or with meta only their shapes and types.
+    @cached_property
+    def outline(self) -> Any:
+        """What it holds, of tensors only the shapes and types: they are on the meta device."""
+        return self._load("meta")
+
+    def load(self) -> Any:
+        """Return what it holds, read into memory.
 
         Raises:
             CarriesCodeError: it holds more than tensors, numbers and texts in lists and dicts.
             CheckpointError: it is damaged or of another kind; a predicate whose subject is the path.
         """
+        return self._load("cpu")
+
+    def _load(self, device: str) -> Any:
         try:
-            if self.calls & BARRED:
-                raise CheckpointError(DAMAGED)
-            content = torch.load(self.path, map_location="meta" if meta else "cpu", weights_only=True, mmap=False)
-            self._check_sizes(content, meta)
+            if self._refused is not None:
+                if torch.serialization.get_unsafe_globals_in_checkpoint(self.path):
+                    raise CarriesCodeError(CODE)
+                raise CheckpointError(self._refused)
+            content = torch.load(self.path, map_location=device, weights_only=True, mmap=False)
+            self._check_sizes(content, device == "meta")
         except pickle.UnpicklingError as error:
-            if "GLOBAL" in str(error) or self.calls & BY_STACK:
-                raise CarriesCodeError("holds objects that only code can make") from error
+            if "GLOBAL" in str(error) or self._calls():
+                raise CarriesCodeError(CODE) from error
             raise CheckpointError(DAMAGED) from error
         except CheckpointError:
             raise
@@ -126,8 +143,8 @@ class SavedFile:
         storages: dict[int, int] = {}
         expanded = 0
         for place, x in enumerate(_tensors(content)):
-            if x.layout is not torch.strided or x.is_nested or (x.device.type == "meta" and not meta):
-                continue  # have no storage; no module takes them
+            if x.layout is not torch.strided or x.is_nested or (x.is_meta and not meta):
+                continue  # of older files; they have no storage
             storage = x.untyped_storage()
             storages[place if meta else storage.data_ptr()] = storage.nbytes()
             expanded += max(0, x.numel() * x.element_size() - storage.nbytes())
@@ -141,6 +158,19 @@ class SavedFile:
             raise CheckpointError(
                 f"holds tensors that repeat few numbers over {expanded} bytes; save them after .contiguous()"
             )
+
+    def _calls(self) -> bool:
+        """Whether it is a whole pickle that calls something by the opcodes of newer protocols."""
+        if self._records is not None:
+            return False
+        found = False
+        try:
+            with open(self.path, "rb") as file:
+                for code, _, _ in pickletools.genops(file):
+                    found = found or code.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "INST", "GLOBAL")
+        except Exception:  # pickletools has no error of its own either
+            return False
+        return found
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
@@ -223,24 +253,3 @@ def _check_records(archive: zipfile.ZipFile, file: IO[bytes]) -> None:
         if left or free > size or found != info.CRC:
             why = "it was saved without checksums, see torch.serialization.set_crc32_options" if not info.CRC else ""
             raise CheckpointError(f"is damaged: the checksum of its record {name} is wrong{why and '; or ' + why}")
-
-
-def _calls(file: IO[bytes]) -> set[str]:
-    """What the pickle at the beginning of a file names, such as "collections OrderedDict".
-
-    Raises:
-        CheckpointError: there is no whole pickle.
-    """
-    legacy = file.read(len(LEGACY_START)) == LEGACY_START
-    file.seek(0)
-    calls: set[str] = set()
-    try:
-        for _ in range(5 if legacy else 1):
-            for code, argument, _ in pickletools.genops(file):
-                if code.name in ("GLOBAL", "INST"):
-                    calls.add(str(argument))
-                elif code.name in BY_STACK:
-                    calls.add(code.name)
-    except Exception as error:  # pickletools has no error of its own either
-        raise CheckpointError(DAMAGED) from error
-    return calls

@@ -20,11 +20,12 @@ from adaattn.archive import SavedFile
 from adaattn.atomic_file import replacing
 from adaattn.attention.base import AttentionBase
 from adaattn.checks import as_path, check_instance, check_mapping, described
-from adaattn.errors import CheckpointError, ConfigError
+from adaattn.errors import AdaAttnError, CheckpointError, ConfigError
 from adaattn.input_spec import INT_MAX, Dimension, InputSpec
 
 FORMAT, VERSION = "adaattn", 1
 SPARE_COUNT, SPARE_NUMBERS = 1000, 2**22  # so that of small models `load_state_dict` says what does not fit
+TOO_LARGE = "its configuration asks for more weights than the file holds"
 OTHER = "is not a model saved by adaattn.save"
 MOST_ITEMS, LONGEST_TEXT = 10_000, 1000  # in a configuration; characters of a text, bits of a number
 FIELDS = {"class": str, "config": dict, "state": dict, "training": bool, "inputs": dict, "dims": dict}
@@ -151,14 +152,15 @@ def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Check
             is the path.
     """
     try:
-        payload = file.load(meta=True)
+        payload = file.outline
     except CheckpointError as error:
         raise CheckpointError(f"{OTHER}: it {error}") from error
     if not is_payload(payload):
         raise CheckpointError(f"{OTHER}; it holds a {type(payload).__name__}")
-    if type(payload.get("version")) is not int or payload["version"] != VERSION:  # a tensor compares to a tensor
+    version = payload.get("version")
+    if type(version) is not int or version != VERSION:  # a tensor compares to a tensor
         raise CheckpointError(
-            f"has format version {_short(payload.get('version'))} and this release reads version {VERSION}; "
+            f"has format version {_short(version)} and this release reads version {VERSION}; "
             "save the model again, or install the release that wrote it"
         )
     damaged = [name for name, kind in FIELDS.items() if not isinstance(payload.get(name), kind)]
@@ -175,13 +177,16 @@ def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Check
         raise CheckpointError(f"is damaged: its {damaged[0]!r} is missing or of another type; save it again")
     known = _find_class(payload["class"], classes)
     try:
-        with _at_most(payload["state"]):
+        state = payload["state"]
+        with at_most(len(state), sum(x.numel() for x in state.values() if isinstance(x, Tensor))):
             module = known(**payload["config"])
             _set_attention(module, payload.get("attention", {}), classes)
         inputs = tuple(InputSpec.parse(name, text) for name, text in payload["inputs"].items())
         dims = tuple(Dimension.parse(name, text) for name, text in payload["dims"].items())
     except Exception as error:  # of the class, which may be the user's, on what the file says
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        if not isinstance(error, AdaAttnError) and ("allocate" in reason or "overflow" in reason):
+            reason = TOO_LARGE  # before the first parameter was
         reason = reason if len(reason) <= 300 else reason[:297] + "..."
         raise CheckpointError(f"does not fit together: {reason}") from error
     # The module's own random weights go before the file's come.
@@ -192,13 +197,12 @@ def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Check
 
 
 @contextmanager
-def _at_most(state: Mapping[str, Any]) -> Iterator[None]:
-    """Let this thread make modules with about as many parameters, and numbers in them, as a state dict has, no more.
+def at_most(count: int, numbers: int) -> Iterator[None]:
+    """Let this thread make modules with about so many parameters, and numbers in them, no more.
 
     A few bytes of configuration can ask for a module larger than all memory.
     """
-    count = len(state) + SPARE_COUNT
-    numbers = sum(x.numel() for x in state.values() if isinstance(x, Tensor)) + SPARE_NUMBERS
+    count, numbers = count + SPARE_COUNT, numbers + SPARE_NUMBERS
     here = threading.get_ident()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -207,7 +211,7 @@ def _at_most(state: Mapping[str, Any]) -> Iterator[None]:
             return
         count, numbers = count - 1, numbers - parameter.numel()
         if min(count, numbers) < 0:
-            raise CheckpointError("its configuration asks for more weights than the file holds")
+            raise CheckpointError(TOO_LARGE)
 
     handle = register_module_parameter_registration_hook(register)
     try:
@@ -226,12 +230,16 @@ def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> No
     """
     if not all(isinstance(key, str) for key in state):
         raise CheckpointError("holds a dict whose keys are no names, not weights by name")
-    for key, x in state.items():
-        kind = kind_of(x) if isinstance(x, Tensor) else None
-        if kind is not None:
-            raise CheckpointError(f"holds weight {key} as a {kind[0]}; {kind[1]}")
-    tied = tied_names(module)
     state = dict(state)
+    for key, own in module.state_dict().items():
+        x = state.get(key)
+        if not isinstance(x, Tensor) or not isinstance(own, Tensor) or x.dtype == own.dtype:
+            continue
+        if x.is_floating_point() != own.is_floating_point() or x.is_complex() != own.is_complex():
+            raise CheckpointError(f"does not fit {name}: {key} is {x.dtype} in the file and {own.dtype} in the model")
+        if not x.is_floating_point() and not x.is_complex():
+            state[key] = x.to(own.dtype)  # masks and counters
+    tied = _tied_names(module)
     for names in tied:
         known = [key for key in names if key in state]
         for other in known[1:]:
@@ -255,26 +263,13 @@ def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> No
             setattr(module.get_submodule(owner), leaf, one)
 
 
-def tied_names(module: nn.Module) -> list[list[str]]:
+def _tied_names(module: nn.Module) -> list[list[str]]:
     """The names of each parameter or buffer that has several."""
     names: dict[int, list[str]] = {}
     for key, x in module.state_dict(keep_vars=True).items():
         if isinstance(x, Tensor):
             names.setdefault(id(x), []).append(key)
     return [same for same in names.values() if len(same) > 1]
-
-
-def kind_of(x: Tensor) -> tuple[str, str] | None:
-    """What a tensor is that cannot be exported as a weight, and what to do; None for an ordinary one."""
-    if nn.parameter.is_lazy(x):
-        return "parameter without a shape, of a lazy module", "run the module once on an example, which gives it one"
-    if x.layout is not torch.strided:
-        return "sparse tensor", "save it after .to_dense()"
-    if x.is_quantized:
-        return "quantized tensor", "save it after .dequantize(), or the model before it was quantized"
-    if x.is_nested:
-        return "nested tensor", "save it padded, by torch.nested.to_padded_tensor"
-    return None
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,11 +1,16 @@
 """Every error this package raises on purpose. A message names what was got, what was expected and what to do."""
 
+LONGEST = 2000  # characters of a message; what is quoted in it may be of any length
+
 
 class AdaAttnError(Exception):
     """Base of all errors of this package. Its text is one line, whatever names and messages it quotes."""
 
     def __str__(self) -> str:
-        return "".join(x if x.isprintable() else _visible(x) for x in super().__str__())
+        text = super().__str__()
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+        return "".join(x if x.isprintable() else _visible(x) for x in text)
 
 
 class ConfigError(AdaAttnError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaattn import archive
+from adaattn.checkpoint import at_most
 from adaattn.errors import CheckpointError
 from adaattn.export import sentence
-from adaattn.export.source import Source
+from adaattn.export.source import EXPERTS, Source, loops_over_experts
 from adaattn.input_spec import Dimension, InputSpec
 from adaattn.integrations import transformers as integration
 
@@ -129,8 +132,8 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
     version = f"transformers {transformers.__version__}"
     try:
         content = json.loads((folder / "config.json").read_bytes())
-        kind, names = content.get("model_type"), content.get("architectures") or []
-    except (ValueError, AttributeError) as error:
+        kind, names = str(content.get("model_type")), content.get("architectures") or []
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}/config.json is not a config of transformers: {error}") from error
     if kind not in transformers.CONFIG_MAPPING:
         code = "; it brings code of its own, which is never run here" if "auto_map" in content else ""
@@ -142,21 +145,29 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
         if pooled:  # hidden states, whatever head the weights were saved with; of T5 those of its encoder
             prefix = transformers.CONFIG_MAPPING[kind].__name__.removesuffix("Config")
             architecture = getattr(transformers, f"{prefix}EncoderModel", transformers.AutoModel)
-        with _without_progress():
+        with _without_progress(), at_most(2 * _weights_in(folder), sys.maxsize):
             model, found = architecture.from_pretrained(
                 str(folder),
                 attn_implementation=IMPLEMENTATION,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
             )
     except Exception as error:  # transformers, safetensors and torch each have errors of their own
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, KeyError) and error.args == (
+            IMPLEMENTATION,
+        ):  # the class looks it up in a table of its own
+            raise CheckpointError(_own_attention(architecture, version)) from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, KeyError):  # says no more than the key
+            lines[0] = f"KeyError: {lines[0]}"
+        line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
+        if "ignore_mismatched_sizes" in line:  # what does not fit, transformers logs
+            line = "its weights have other sizes than config.json says"
         raise CheckpointError(f"{folder} cannot be loaded by {version}: {line}") from error
     if not model._can_set_attn_implementation():  # transformers would use its own attention, and not say so
-        raise CheckpointError(
-            f"{type(model).__name__} of {version} computes attention by itself and calls no other; {ELSE}"
-        )
+        raise CheckpointError(_own_attention(type(model), version))
     missing = sorted(found["missing_keys"])
     if pooled:
         missing = [key for key in missing if "pooler." not in key]
@@ -166,7 +177,28 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
             "model that config.json names in its architectures"
         )
     assert isinstance(model, nn.Module)
+    for module in loops_over_experts(model):
+        module.set_experts_implementation(EXPERTS)
+    for x in (*model.parameters(), *model.buffers()):
+        x.data = x.data.clone()  # mapped from the file, they would crash the process when someone truncates it
     return model
+
+
+def _weights_in(folder: Path) -> int:
+    """How many tensors its safetensors have; pickled ones, which need permission, may be any number."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    count = 0
+    for path in files:
+        archive.regular(path)
+        with safe_open(path, framework="pt") as file:
+            count += len(file.keys())
+    return count if files else sys.maxsize // 2 - 1
+
+
+def _own_attention(architecture: type, version: str) -> str:
+    return f"{architecture.__name__} of {version} computes attention by itself and calls no other; {ELSE}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -32,13 +33,14 @@ PICKLE_DANGER = (
     "is a pickled module; loading it runs whatever code it carries. Pass --allow-pickle if you trust its origin, "
     "or save it with adaattn.save, or as weights for package.module:factory"
 )
-# torch.export.load unpickles inputs, constants and old weights without limits, and has no option to limit it; it also
-# evaluates the text of sizes and guards, and calls whatever function below `torch.` a node of the graph names.
+# torch.export.load unpickles example inputs, constants and some weights without limits and has no option to limit it;
+# it also evaluates the text of sizes, and what it loads runs the text of guards.
 PROGRAM_DANGER = (
     "is a .pt2 program, which torch can only load by running code that the file carries; nothing of it has been read. "
     "Pass --allow-pickle if you trust its origin, or export the model that it was made of"
 )
 WEIGHTS = "give a state dict, .safetensors or .pt"
+EXPERTS = "batched_mm"  # how transformers' mixtures of experts are computed: the usual ways loop over tokens
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
@@ -87,7 +89,9 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
 
 
 def usable(model: object) -> nn.Module | ExportedProgram:
-    """Return a model, without the wrappers that only say where and how it runs.
+    """Return a model as torch.export can capture it, without the wrappers that only say where and how it runs.
+
+    Mixtures of experts of transformers come back as a copy that computes them without loops.
 
     Raises:
         ConfigError: it is none that torch.export can capture, or has weights that are not numbers in a tensor.
@@ -108,12 +112,46 @@ def usable(model: object) -> nn.Module | ExportedProgram:
     packed = [(name, x) for name, x in model.state_dict().items() if isinstance(x, tuple)]  # of quantized modules
     held += [(name, x) for name, several in packed for x in several if isinstance(x, torch.Tensor)]
     for name, x in held:
-        kind = checkpoint.kind_of(x)
-        if kind is None and (x.is_meta or isinstance(x, FakeTensor)):
-            kind = "tensor without numbers, of the meta device", "load its weights first, such as by --weights"
+        kind = _kind(x)
         if kind is not None:
             raise ConfigError(f"weight {name} of {type(model).__name__} is a {kind[0]}; {kind[1]}")
+    for module in model.modules():
+        for name, x in vars(module).items():
+            # What a call left behind, such as the weight that torch.nn.utils.weight_norm computes, cannot be copied
+            # with the history that its gradient would need.
+            if isinstance(x, torch.Tensor) and not x.is_leaf:
+                vars(module)[name] = x.detach()
+    if loops_over_experts(model):
+        model = copy.deepcopy(model)
+        for module in loops_over_experts(model):
+            module.set_experts_implementation(EXPERTS)
     return model
+
+
+def _kind(x: torch.Tensor) -> tuple[str, str] | None:
+    """What a tensor is that cannot be exported as a weight, and what to do; None for an ordinary one."""
+    if nn.parameter.is_lazy(x):
+        return "parameter without a shape, of a lazy module", "run the module once on an example, which gives it one"
+    if x.layout is not torch.strided:
+        return "sparse tensor", "convert it by .to_dense()"
+    if x.is_quantized:
+        return "quantized tensor", "export the model as it was before it was quantized"
+    if x.is_nested:
+        return "nested tensor", "pad it by torch.nested.to_padded_tensor"
+    if x.is_meta or isinstance(x, FakeTensor):
+        return "tensor without numbers, of the meta device", "load its weights first, such as by --weights"
+    return None
+
+
+def loops_over_experts(model: nn.Module) -> list[Any]:
+    """The mixtures of experts of transformers in a model whose graph would depend on which tokens each expert gets."""
+    modules: list[Any] = list(model.modules())
+    settable = [module for module in modules if hasattr(module, "_can_set_experts_implementation")]
+    return [
+        module
+        for module in settable
+        if module._can_set_experts_implementation() and module.config._experts_implementation != EXPERTS
+    ]
 
 
 def _unwrapped(model: object) -> object:
@@ -147,9 +185,10 @@ def _check_program(records: zipfile.ZipFile) -> None:
     """
     inside = {name.partition("/")[2]: name for name in records.namelist()}
     programs = [name[7:-5] for name in inside if name.startswith("models/") and name.endswith(".json")]
-    if programs and programs != ["model"]:
-        shown = ", ".join(programs)
-        raise CheckpointError(f"holds the programs {shown}; save one alone, by torch.export.save")
+    if programs != ["model"] and "serialized_exported_program.json" not in records.namelist():
+        if not programs:
+            raise CheckpointError("holds no program of torch.export.save, or a damaged one")
+        raise CheckpointError(f"holds the programs {', '.join(programs)}; save one alone, by torch.export.save")
     if any(name.startswith("data/aotinductor/") for name in inside):
         raise CheckpointError("holds a library that AOTInductor compiled; save the program alone, by torch.export.save")
     for kind in ("weights", "constants"):
@@ -165,7 +204,7 @@ def _check_program(records: zipfile.ZipFile) -> None:
 def _from_saved(path: Path, allow_pickle: bool) -> Source:
     try:
         file = archive.SavedFile(path)
-        loaded = file.load(meta=True)
+        loaded = file.outline
         if checkpoint.is_payload(loaded):
             try:
                 saved = checkpoint.from_file(file)

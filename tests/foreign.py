@@ -31,6 +31,15 @@ def compiled() -> Any:
     return torch.compile(nn.Linear(16, 8))
 
 
+def distributed() -> Any:
+    return torch.compile(nn.DataParallel(on_meta()))
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Linear(16, 8)
+
+
 def transformer_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
 
@@ -157,6 +166,14 @@ def fails() -> NoReturn:
 
 def leaves() -> NoReturn:
     raise SystemExit(3)
+
+
+def lacks_something() -> NoReturn:
+    raise ModuleNotFoundError("install the shop first")
+
+
+def errs() -> Any:
+    return (5).shape  # type: ignore[attr-defined]
 
 
 def lacks_a_package() -> NoReturn:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import pickle
 import random
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import foreign
 import torch
@@ -17,10 +22,83 @@ import adaattn
 
 
 class Trap:
-    """Unpickled, it writes a file."""
+    """Unpickled, it makes a folder."""
 
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, ("sprung", "w")
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("sprung",)
+
+
+Records = dict[str, bytes]  # of a zip file, by name
+SPRING = "__import__('os').mkdir('sprung')"
+
+
+def read_records(path: Path) -> Records:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_records(records: Records, path: Path, method: int = zipfile.ZIP_STORED) -> None:
+    """Write a zip file with right checksums, whatever is in it."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+
+
+def saved_bytes(value: object) -> bytes:
+    torch.save(value, stream := io.BytesIO())
+    return stream.getvalue()
+
+
+def _edited(ending: str, edit: Callable[[Any, Records], object]) -> Callable[[Records], object]:
+    """Change the JSON of a record, and others with it."""
+
+    def change(records: Records) -> None:
+        name = next(name for name in records if name.endswith(ending))
+        content = json.loads(records[name])
+        edit(content, records)
+        records[name] = json.dumps(content).encode()
+
+    return change
+
+
+def _pickled_weight(config: Any, records: Records) -> None:
+    config["config"]["weight"]["use_pickle"] = True
+    records["good/data/weights/weight_0"] = saved_bytes(Trap())
+
+
+def _opaque_constant(config: Any, records: Records) -> None:
+    entry = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
+    config["config"]["trap"] = entry
+    records["good/data/constants/opaque_obj_0"] = pickle.dumps(Trap())
+
+
+def _size(program: Any, records: Records) -> None:
+    """The text of every symbolic size, which sympy evaluates."""
+    for values in program["graph_module"]["graph"]["tensor_values"].values():
+        for size in values["sizes"]:
+            if "as_expr" in size:
+                size["as_expr"]["expr_str"] = SPRING
+
+
+def _older_format(records: Records) -> None:
+    model = records["good/models/model.json"]
+    records.clear()
+    records |= {"version": b"8.8", "serialized_exported_program.json": model}
+    records |= {f"serialized_{part}.pt": saved_bytes({}) for part in ("state_dict", "constants")}
+    records["serialized_example_inputs.pt"] = saved_bytes(Trap())
+
+
+# A .pt2 made from good.pt2 runs code: where, and the change.
+PROGRAM_TRAPS: dict[str, Callable[[Records], object]] = {
+    "inputs": lambda records: records.update({"good/data/sample_inputs/model.pt": saved_bytes(Trap())}),
+    "old weights": lambda records: records.update({"good/data/weights/model.pt": saved_bytes(Trap())}),
+    "old constants": lambda records: records.update({"good/data/constants/model.pt": saved_bytes(Trap())}),
+    "weight": _edited("model_weights_config.json", _pickled_weight),
+    "constant": _edited("model_constants_config.json", _opaque_constant),
+    "size": _edited("models/model.json", _size),
+    "guard": _edited("models/model.json", lambda program, _: program.update(guards_code=[f"{SPRING} is None"])),
+    "older format": _older_format,
+}
 
 
 def build_shelf(shelf: Path) -> Path:

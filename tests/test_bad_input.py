@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command import refused, run
-from shelf import build_shelf
+from shelf import PROGRAM_TRAPS, build_shelf, read_records, write_records
 
 QUICK = ("-q", "--target", "onnx", "--no-verify")
 REMEDY = "give a model.pt saved by adaattn.save, a .pt2 program, package.module:factory, or hf:FOLDER"
@@ -76,6 +78,94 @@ def test_files_that_are_no_models(name: str, words: list[str], shelf: Path) -> N
     assert name in result.stderr or name == "other_input.pt"
 
 
+@pytest.mark.parametrize("trap", PROGRAM_TRAPS)
+def test_a_program_runs_code_only_with_permission(
+    trap: str, shelf: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("trap")
+    records = read_records(shelf / "good.pt2")
+    PROGRAM_TRAPS[trap](records)
+    write_records(records, folder / "trap.pt2")
+    write_records(records, folder / "trap.pt")
+    refused(run(folder / "trap.pt2", *QUICK), *PROGRAM)
+    for permission in ((), ("--allow-pickle",)):
+        refused(run(folder / "trap.pt", *QUICK, *permission), "give its name the ending .pt2")
+    assert not Path("sprung").exists()
+    with contextlib.suppress(Exception):  # it is a trap: torch springs it, and may go on
+        torch.export.load(folder / "trap.pt2").module()(torch.ones(3, 16))
+    Path("sprung").rmdir()
+
+
+def _emptied(records: Any) -> None:
+    records["good/data/weights/weight_0"] = b""
+
+
+def _left_out(records: Any) -> None:
+    del records["good/data/weights/weight_1"]
+
+
+def _shortened(records: Any) -> None:
+    records["good/data/weights/weight_0"] = records["good/data/weights/weight_0"][:40]
+
+
+def _two_programs(records: Any) -> None:
+    records["good/models/other.json"] = records["good/models/model.json"]
+
+
+def _compiled(records: Any) -> None:
+    records["good/data/aotinductor/model/model.so"] = b"\x7fELF"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_emptied, ["is damaged or was saved without numbers: those of weight are missing"]),
+        (_left_out, ["is damaged or was saved without numbers: those of bias are missing"]),
+        (_shortened, ["is not a program saved by torch.export.save: it is damaged"]),
+        (_two_programs, ["holds the programs model, other; save one alone"]),
+        (_compiled, ["holds a library that AOTInductor compiled"]),
+        (lambda records: records.clear(), ["holds no program of torch.export.save"]),
+    ],
+)
+def test_a_program_that_is_not_whole(
+    change: Any, words: list[str], shelf: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("program") / "program.pt2"
+    records = read_records(shelf / "good.pt2")
+    change(records)
+    write_records(records, path)
+    refused(run(path, *QUICK, "--allow-pickle"), *words)
+
+
+def test_a_program_with_a_wrong_bit(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("program") / "program.pt2"
+    data = bytearray((shelf / "good.pt2").read_bytes())
+    weight = read_records(shelf / "good.pt2")["good/data/weights/weight_0"]
+    data[data.index(weight) + 7] ^= 1
+    path.write_bytes(data)
+    refused(run(path, *QUICK, "--allow-pickle"), "is damaged: the checksum of its record 'weight_0' is wrong")
+
+
+@pytest.mark.parametrize("ending", ["pt", "pt2", "safetensors"])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, ["is a device or a pipe, not a file"]),
+        (lambda path: path.symlink_to("/dev/zero"), ["is a device or a pipe, not a file"]),
+        (lambda path: path.symlink_to(path.name), ["cannot be read: Too many levels of symbolic links"]),
+        (lambda path: path.symlink_to("nowhere"), ["does not exist"]),
+        (os.mkdir, ["is a folder"]),
+    ],
+)
+def test_paths_that_are_no_files(
+    make: Any, words: list[str], ending: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("odd") / f"a\n\x1b[31m.{ending}"
+    make(path)
+    source = ["foreign:linear", "--weights", path] if ending == "safetensors" else [path, "--allow-pickle"]
+    refused(run(*source, *QUICK), f"a \\x1b[31m.{ending}", *words)
+
+
 @pytest.mark.parametrize("name", ["noise.pt", "pickle_noise.pt", "text.pt", "photos.pt"])
 def test_permission_to_unpickle_makes_no_model_of_noise(name: str, shelf: Path) -> None:
     refused(run(shelf / name, *QUICK, "--allow-pickle"), "damaged or of another kind", REMEDY)
@@ -116,7 +206,9 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
         ("models/foreign.py:tiny", ["no file that exists", "package.module:factory"]),
         ("foreign:fails", ["foreign:fails raised RuntimeError: the shop is closed"]),
         ("foreign:leaves", ["foreign:leaves raised SystemExit: 3"]),
-        ("foreign:lacks_a_package", ["no module named 'no_such_package'"]),
+        ("foreign:lacks_a_package", ["it imports what is missing: no module named 'no_such_package'"]),
+        ("foreign:lacks_something", ["foreign:lacks_something raised ModuleNotFoundError: install the shop first"]),
+        ("foreign:errs", ["foreign:errs raised AttributeError: 'int' object has no attribute 'shape'"]),
         ("foreign:number", ["returned a int", "must return an nn.Module"]),
         ("foreign:wants_an_argument", ["TypeError", "missing 1 required positional argument: 'width'"]),
         ("foreign:an_instance", ["is a Linear; name a function that returns it"]),

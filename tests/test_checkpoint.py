@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from shelf import Records, read_records, write_records
 from torch import Tensor, nn
 
 import adaattn
 from adaattn.checkpoint import read
 from adaattn.errors import CheckpointError, ConfigError
+from adaattn.export import source
 
 
 class Doubler(nn.Module):
@@ -209,6 +214,249 @@ def test_a_damaged_file_is_refused_in_a_line(damage: str, tmp_path: Path) -> Non
         adaattn.load(path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+def rezipped(change: Callable[[Records], object], method: int = zipfile.ZIP_STORED) -> Callable[[Path], object]:
+    """Write the records again, with a change and right checksums."""
+
+    def rewrite(path: Path) -> None:
+        records = read_records(path)
+        change(records)
+        write_records(records, path, method)
+
+    return rewrite
+
+
+def bytewise(change: Callable[[bytearray], object]) -> Callable[[Path], object]:
+    def rewrite(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        change(data)
+        path.write_bytes(data)
+
+    return rewrite
+
+
+def flip(data: bytearray, part: bytes, offset: int) -> None:
+    """Change a bit behind the first place where a part is."""
+    data[data.index(part) + offset] ^= 1
+
+
+def flip_weight(path: Path) -> None:
+    weight = read_records(path)["model/data/0"]
+    bytewise(lambda data: flip(data, weight, 5))(path)
+
+
+def added(name: str) -> Callable[[Path], object]:
+    """Append a record, which may have the name of another."""
+
+    def append(path: Path) -> None:
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
+            warnings.simplefilter("ignore")
+            archive.writestr(name, bytes(64))
+
+    return append
+
+
+def pickled(data: bytes) -> Callable[[Path], object]:
+    return rezipped(lambda records: records.update({"model/data.pkl": data}))
+
+
+def renumbered(old: bytes, new: bytes) -> Callable[[Path], object]:
+    """Change what the pickle says of the first weight, 8 by 8."""
+    return rezipped(lambda records: records.update({"model/data.pkl": records["model/data.pkl"].replace(old, new, 1)}))
+
+
+def laughs(depth: int = 60) -> list[Any]:
+    """A list of two lists, each the same list of two lists: small, and endless to go through."""
+    held: list[Any] = ["x"]
+    for _ in range(depth):
+        held = [held, held]
+    return held
+
+
+CALL_OF_2_GIB = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
+DEEP = b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b"."
+WIDE = {"embed_dim": 2**17, "num_heads": 2}
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit of a weight": (lambda path: flip_weight(path), "checksum of its record '0' is wrong"),
+    "a bit of the pickle": (
+        bytewise(lambda data: flip(data, b"_rebuild_tensor", 3)),
+        "checksum of its record 'data.pkl'",
+    ),
+    "a bit of a local header": (bytewise(lambda data: flip(data, b"PK\3\4", 8)), "does not agree with its record"),
+    "a bit of a local name": (bytewise(lambda data: flip(data, b"data.pkl", 0)), "does not agree with its record"),
+    "a bit of a checksum": (bytewise(lambda data: flip(data, b"PK\1\2", 16)), "checksum of its record"),
+    "a bit of a size": (bytewise(lambda data: flip(data, b"PK\1\2", 20)), "does not agree with its record"),
+    "a bit of a place": (bytewise(lambda data: flip(data, b"PK\1\2", 42)), "is damaged"),
+    "bytes before": (bytewise(lambda data: data.insert(0, 0)), "is damaged"),
+    "a zip before": (bytewise(lambda data: data.__setitem__(slice(0, 0), bytes(data))), "bytes precede its beginning"),
+    "bytes behind": (bytewise(lambda data: data.extend(b"more")), "bytes follow its end"),
+    "a comment": (bytewise(lambda data: data.__setitem__(slice(-2, None), b"\4\0more")), "bytes follow its end"),
+    "compressed": (rezipped(lambda _: None, zipfile.ZIP_DEFLATED), "has a compressed record"),
+    "a bomb": (
+        rezipped(lambda records: records.update({"model/data/0": bytes(2**26)}), zipfile.ZIP_DEFLATED),
+        "has a compressed record",
+    ),
+    "a record twice": (added("model/data/0"), "records of one name"),
+    "a record in capitals": (added("MODEL/DATA/0"), "records of one name"),
+    "a record less": (rezipped(lambda records: records.pop("model/data/0")), "damaged or of another kind"),
+    "an empty record": (rezipped(lambda records: records.update({"model/data/0": b""})), "damaged or of another kind"),
+    "a short record": (rezipped(lambda records: records.update({"model/data/0": bytes(8)})), "damaged or of another"),
+    "a long record": (rezipped(lambda records: records.update({"model/data/0": bytes(999)})), "damaged or of another"),
+    "a storage beyond its record": (renumbered(b"K\x40tq", b"M\x00\x40tq"), "damaged or of another kind"),
+    "a tensor beyond its storage": (renumbered(b"K\x08K\x08\x86q", b"M\x00\x08K\x08\x86q"), "damaged or of another"),
+    "a call of 2 GiB": (pickled(CALL_OF_2_GIB), "damaged or of another kind"),
+    "a deep pickle": (pickled(DEEP), "holds a list"),
+    "half a pickle": (pickled(DEEP[:100]), "damaged or of another kind"),
+    "no checksums": (lambda path: without_checksums(path), "set_crc32_options"),
+}
+
+
+def without_checksums(path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(payload(), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+@pytest.mark.parametrize("change", BROKEN)
+def test_broken_records_are_refused(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(payload(), path)
+    BROKEN[change][0](path)
+    refused_alike(path, BROKEN[change][1])
+
+
+def refused_alike(path: Path, message: str) -> None:
+    """Assert that the library and the command refuse a file in one line, quickly and without much memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for loader in (adaattn.load, lambda path: source.load(str(path))):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            loader(path)
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(str(path))
+        assert len(str(caught.value)) < 700
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": WIDE}, "asks for more weights than the file holds"),
+        ({"config": {"embed_dim": 2**40, "num_heads": 2**20}}, "asks for more weights than the file holds"),
+        ({"config": {"embed_dim": float("nan"), "num_heads": 2}}, "does not fit together"),
+        ({"config": {"embed_dim": "8", "num_heads": 2}}, "does not fit together"),
+        ({"config": {"embed_dim": laughs(), "num_heads": 2}}, "its 'config' is missing or of another type"),
+        ({"config": {3: 8}}, "its 'config' is missing or of another type"),
+        (
+            {"config": {"embed_dim": 8, "num_heads": 2, "kdim": "9" * 5000}},
+            "its 'config' is missing or of another type",
+        ),
+        (
+            {"class": "adaattn.encoder:Encoder", "config": {**WIDE, "layers": ("dense",) * 9000}},
+            "asks for more weights than the file holds",
+        ),
+        ({"version": laughs()}, "has format version of type list"),
+        ({"version": torch.ones(2)}, "has format version of type Tensor"),
+        ({"training": laughs()}, "its 'training' is missing"),
+        ({"class": "adaattn.encoder:" + "E" * 10**6}, "its 'class' is missing or of another type"),
+        ({"class": "adaattn.checkpoint:load"}, "no class of this package"),
+        ({"inputs": {"query": laughs()}}, "its 'inputs' is missing or of another type"),
+        ({"inputs": {"query": "B," * 10**6}}, "its 'inputs' is missing or of another type"),
+        ({"inputs": {"a\nb": "B"}}, "does not fit together: input a b=B"),
+        ({"inputs": {3: "B"}}, "its 'inputs' is missing or of another type"),
+        ({"dims": {"S": "1:2:" + "9" * 900}}, "does not fit together: dimension S=1:2:9"),
+        ({"state": {3: torch.ones(2)}}, "keys are no names"),
+        ({"state": {"q_proj.weight": "NaN"}}, "does not fit DenseAttention"),
+        ({"state": {"q_proj.weight": laughs()}}, "does not fit DenseAttention"),
+        (
+            {"state": {"q_proj.weight": torch.ones(8, 8, dtype=torch.int64)}},
+            "torch.int64 in the file and torch.float32",
+        ),
+        ({"state": {"q_proj.weight": torch.ones(8, 8).to_sparse()}}, "holds sparse tensors; save them after .to_dense"),
+        ({"state": {"q_proj.weight": torch.empty(8, 8, device="meta")}}, "holds tensors without numbers"),
+        ({"config": WIDE, "state": {"q_proj.weight": torch.zeros(1).expand(2**17, 2**17)}}, "repeat few numbers over"),
+        (
+            {"config": WIDE, "state": {"q_proj.weight": torch.empty(2**17, 2**17, device="meta")}},
+            "holds tensors without numbers",
+        ),
+    ],
+)
+def test_a_small_file_cannot_ask_for_much(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    torch.save(payload(**change), tmp_path / "model.pt")
+    refused_alike(tmp_path / "model.pt", message)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's kind of them is about to go
+def test_quantized_weights_are_named(tmp_path: Path) -> None:
+    torch.save(payload(state={"q": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}), tmp_path / "m.pt")
+    refused_alike(tmp_path / "m.pt", "holds quantized tensors")
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(payload(), path)
+    load = torch.load
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        found = load(*arguments, **options)
+        os.utime(path, (1, 1))
+        return found
+
+    monkeypatch.setattr(torch, "load", slow)
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        adaattn.load(path)
+
+
+def test_weights_are_in_memory_when_they_are_loaded(tmp_path: Path) -> None:
+    """Mapped, they would crash the process when someone truncates the file."""
+    path = tmp_path / "model.pt"
+    module = adaattn.DenseAttention(64, 2)
+    adaattn.save(module, path)
+    loaded = source.load(str(path)).model
+    assert path.name not in Path("/proc/self/maps").read_text()
+    os.truncate(path, 0)
+    assert isinstance(loaded, nn.Module)
+    torch.testing.assert_close(loaded.state_dict(), module.state_dict(), rtol=0, atol=0)
+
+
+class Tied(nn.Module):
+    """One tensor by two names, and a buffer by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.other.weight = self.one.weight
+        self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+        self.one.register_buffer("mask", self.mask)
+
+
+def test_what_is_tied_stays_tied(tmp_path: Path) -> None:
+    adaattn.save(Tied(), tmp_path / "model.pt")
+    loaded = adaattn.load(tmp_path / "model.pt", classes=[Tied])
+    assert isinstance(loaded, Tied)
+    assert loaded.one.weight is loaded.other.weight
+    assert loaded.mask is loaded.one.mask
+    assert len(list(loaded.parameters())) == 3
+
+
+@pytest.mark.parametrize("change", [torch.zeros(4, 4), torch.ones(4, 5), torch.ones(4, 4, dtype=torch.float64)])
+def test_tied_weights_that_differ_in_the_file(change: Tensor, tmp_path: Path) -> None:
+    state = Tied().state_dict() | {"other.weight": change}
+    held = payload(**{"class": f"{__name__}:Tied", "config": {}, "state": dict(state)})
+    torch.save(held, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"one.weight and other.weight are one tensor there, and two that differ"):
+        adaattn.load(tmp_path / "model.pt", classes=[Tied])
+
+
+def test_tied_weights_may_hold_nan(tmp_path: Path) -> None:
+    module, copied = Tied(), torch.full((4, 4), torch.nan)
+    state = module.state_dict() | {"one.weight": copied, "other.weight": copied.clone()}
+    torch.save(payload(**{"class": f"{__name__}:Tied", "config": {}, "state": dict(state)}), tmp_path / "model.pt")
+    loaded = adaattn.load(tmp_path / "model.pt", classes=[Tied])
+    assert isinstance(loaded, Tied)
+    assert loaded.other.weight is loaded.one.weight
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

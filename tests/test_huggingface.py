@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from adaattn.export import Options, export, huggingface
 from adaattn.export.folder import model_name
 from adaattn.export.huggingface import load, longest_of
 from adaattn.export.sentence import Pooling, pooling_of
+from adaattn.export.source import usable
 from adaattn.integrations.transformers import register, set_tolerance
 
 TEXT = {"input_ids": f"B,S:int64<{WORDS}", "attention_mask": "B,S:int64<2"}
@@ -210,6 +211,41 @@ def code_of_its_own() -> Path:
     return folder
 
 
+def attention_of_its_own_table() -> Path:
+    hf.FalconForCausalLM(
+        hf.FalconConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    ).save_pretrained("folder")
+    return Path("folder")
+
+
+def segments_of_images() -> Path:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 64}
+    vision = hf.SamVisionConfig(**sizes, patch_size=16, output_channels=16)
+    hf.SamModel(hf.SamConfig(vision_config=vision.to_dict())).save_pretrained("folder")
+    return Path("folder")
+
+
+def configured(**changes: Any) -> Callable[[], Path]:
+    """A folder whose config.json says something else of the weights."""
+
+    def make() -> Path:
+        folder = saved("bert", num_hidden_layers=1)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return folder
+
+    return make
+
+
+def config_that_is(text: str) -> Callable[[], Path]:
+    def make() -> Path:
+        folder = saved("bert", num_hidden_layers=1)
+        (folder / "config.json").write_text(text)
+        return folder
+
+    return make
+
+
 def attention_of_its_own() -> Path:
     hf.MPNetModel(hf.MPNetConfig(**architectures.SIZES)).save_pretrained("folder")
     return Path("folder")
@@ -240,6 +276,15 @@ def a_layer_behind() -> Path:
         (weights_damaged, ["cannot be loaded by transformers"]),
         (code_of_its_own, ["'shop'", "unknown to transformers", "never run"]),
         (attention_of_its_own, ["MPNetModel", "computes attention by itself"]),
+        (attention_of_its_own_table, ["FalconForCausalLM", "computes attention by itself", "package.module:factory"]),
+        (segments_of_images, ["SamModel", "computes attention by itself", "package.module:factory"]),
+        (configured(num_hidden_layers=10**6), ["asks for more weights than the file holds"]),
+        (configured(hidden_size=2**30), ["its weights have other sizes than config.json says"]),
+        (configured(vocab_size=2**40), ["its weights have other sizes than config.json says"]),
+        (configured(vocab_size="x"), ["Validation error for field 'vocab_size'", "int"]),
+        (configured(model_type=["bert"]), ["unknown to transformers"]),
+        (config_that_is("[" * 100_000), ["config.json is not a config of transformers"]),
+        (config_that_is("[]"), ["config.json is not a config of transformers"]),
         (text_and_images, ["CLIPModel", "input_ids, pixel_values"]),
         (pooling_by_maximum, ["mean and max", "known here are mean and cls"]),
         (a_layer_behind, ["Transformer, Pooling, Dense", "modules.json"]),
@@ -249,6 +294,39 @@ def test_refused(source: Any, words: list[str]) -> None:
     refused(run(f"hf:{source()}", "-q"), *words)
     assert not Path("sprung").exists()
     assert not Path("folder-export").exists()
+
+
+def mixture(name: str) -> Path:
+    sizes = {**architectures.GROUPED, "num_hidden_layers": 1, "num_experts_per_tok": 2}
+    torch.manual_seed(1)
+    if name == "mixtral":
+        hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, num_local_experts=4)).save_pretrained("folder")
+    else:
+        config = hf.Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=16, head_dim=8)
+        hf.Qwen3MoeForCausalLM(config).save_pretrained("folder")
+    return Path("folder")
+
+
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.thorough)])
+def test_a_mixture_of_experts(name: str) -> None:
+    exported(mixture(name), "--tolerance", "1e-4", "--dim", "S=2:8:16")
+
+
+def test_a_mixture_that_a_caller_built_is_left_as_it_is() -> None:
+    model = hf.MixtralForCausalLM.from_pretrained(mixture("mixtral"))
+    before = model.config._experts_implementation
+    used = usable(model)
+    assert isinstance(used, hf.MixtralForCausalLM)
+    assert (used.config._experts_implementation, model.config._experts_implementation) == ("batched_mm", before)
+    assert usable(used) is used
+
+
+def test_weights_are_in_memory() -> None:
+    """Mapped, they would crash the process when someone truncates their file."""
+    folder = saved("bert", num_hidden_layers=1)
+    kept = huggingface.load(folder)
+    assert "model.safetensors" not in Path("/proc/self/maps").read_text()
+    del kept
 
 
 def test_pickled_weights_need_permission() -> None:

@@ -14,12 +14,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from command import run
+from command import refused, run
 from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.export import Dim
 
 import adaattn
+from adaattn.errors import ConfigError
+from adaattn.export import Options, export, source
 
 ARTIFACTS = {"golden.npz", "model.onnx", "report.html", "report.json"}
 
@@ -79,9 +81,9 @@ def program_of_functions() -> list[object]:
 
 def program_without_an_end() -> list[object]:
     program(foreign.tiny(), None, x=torch.randn(2, 7, 16))
-    refused = run("program.pt2", "--allow-pickle", "-q")
-    assert refused.exit_code == 2
-    symbol = refused.stderr.split("--dim ")[1].split("=")[0]
+    result = run("program.pt2", "--allow-pickle", "-q")
+    assert result.exit_code == 2
+    symbol = result.stderr.split("--dim ")[1].split("=")[0]
     return ["program.pt2", "--allow-pickle", "--dim", f"{symbol}=2:9:17"]
 
 
@@ -108,6 +110,12 @@ def tied_weights() -> list[object]:
     return ["foreign:Tagger", "--weights", "weights.safetensors", *ids]
 
 
+def weights_of_a_wrapper() -> list[object]:
+    """Its names begin with those of the wrappers; the module itself waits for them on the meta device."""
+    torch.save(torch.compile(nn.DataParallel(nn.Linear(16, 8))).state_dict(), "weights.pt")
+    return ["foreign:distributed", "--weights", "weights.pt", "--input", "input=B,16"]
+
+
 def compiled() -> list[object]:
     return ["foreign:compiled", "--input", "input=B,16"]
 
@@ -124,6 +132,7 @@ def compiled() -> list[object]:
         factory_and_pt,
         factory_of_ones_own,
         tied_weights,
+        weights_of_a_wrapper,
         compiled,
     ],
 )
@@ -139,6 +148,71 @@ def test_the_weights_are_those_of_the_file() -> None:
     x = torch.randn(3, 16)
     (got,) = session.run(None, {"input": x.numpy()})
     np.testing.assert_allclose(got, nn.functional.linear(x, weights["weight"], weights["bias"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("save", [save_model, lambda model, path: torch.save(model.state_dict(), path)])
+def test_tied_weights_stay_tied(save: Callable[[nn.Module, str], None]) -> None:
+    name = "weights.safetensors" if save is save_model else "weights.pt"
+    save(foreign.Tagger(), name)
+    model = source.load("foreign:Tagger", name).model
+    assert isinstance(model, foreign.Tagger)
+    assert model.scores.weight is model.words.weight
+    assert name not in Path("/proc/self/maps").read_text()  # mapped, a truncated file would crash the process
+
+
+def test_tied_weights_that_differ_are_named() -> None:
+    state = foreign.Tagger().state_dict()
+    save_file(state | {"scores.weight": torch.zeros(100, 8)}, "weights.safetensors")
+    refused(
+        run("foreign:Tagger", "--weights", "weights.safetensors", "-q"),
+        "words.weight and scores.weight are one tensor there, and two that differ in the file",
+    )
+
+
+def lazy() -> nn.Module:
+    return nn.LazyLinear(8)
+
+
+def sparse() -> nn.Module:
+    (model := nn.Linear(16, 8)).weight = nn.Parameter(torch.eye(8, 16).to_sparse())
+    return model
+
+
+def buffer_on_meta() -> nn.Module:
+    (model := nn.Linear(16, 8)).register_buffer("mask", torch.empty(3, device="meta"), persistent=False)
+    return model
+
+
+def scripted_part() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), torch.jit.script(nn.Linear(16, 8)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lazy, "weight weight of LazyLinear is a parameter without a shape.*run the module once"),
+        (sparse, r"weight weight of Linear is a sparse tensor; convert it by \.to_dense"),
+        (foreign.on_meta, "weight weight of Linear is a tensor without numbers.*load its weights first"),
+        (buffer_on_meta, "weight mask of Linear is a tensor without numbers"),
+        (scripted_part, "its part 1 is a TorchScript module.*give the module that it was made from"),
+        (lambda: torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), "the model is a TorchScript module"),
+        (lambda: nn.Linear(2, 2).state_dict(), "the model is a OrderedDict; give an nn.Module"),
+        (lambda: "model.pt", "the model is a str; give an nn.Module"),
+    ],
+)
+def test_models_that_cannot_be_captured(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export(make(), {"input": "B,16"})
+    assert not Path("export").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is", "ignore:The tensor attribute self.weight was")
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
+def test_weights_that_are_computed(norm: Callable[[nn.Module], nn.Module]) -> None:
+    model = norm(nn.Linear(16, 8))
+    model(torch.ones(2, 16))
+    assert export(model, {"input": "B,16"}, options=Options(("onnx",))).passed
 
 
 @pytest.mark.parametrize("opset", [18, 24])
