@@ -105,7 +105,7 @@ class InputSpec:
                 f"input {self.name}={self}: meaning {self.meaning!r} is unknown; choose one of {', '.join(MEANINGS)}"
             )
         if self.meaning == "bias" and self.dtype is not None and "float" not in self.dtype:
-            raise ConfigError(f"input {self.name}={self}: a bias, added to the scores, needs a floating-point type")
+            raise ConfigError(f"input {self.name}={self}: a bias is added to scores; it needs a floating-point type")
         if self.meaning in ("attend", "masked") and self.below not in (None, 2):
             raise ConfigError(f"input {self.name}={self}: a mask of integers has 0 and 1; leave out '<{self.below}'")
 

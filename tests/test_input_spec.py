@@ -60,7 +60,7 @@ def test_an_input_is_read_and_written_alike(text: str, spec: InputSpec) -> None:
         ("x", "B,S::", WRITE_INPUT),
         ("x", "B,S:bool:masked:attend", WRITE_INPUT),
         ("x", "B,S:masked", "type 'masked' is unknown"),
-        ("x", "B,S:bool:bias", "a bias is added to the scores; it needs a floating-point type"),
+        ("x", "B,S:bool:bias", "a bias is added to scores; it needs a floating-point type"),
         ("x", "B,S:int64:bias", "it needs a floating-point type"),
         ("x", "B,S:int64<3:attend", "a mask of integers has 0 and 1; leave out '<3'"),
         ("x", "B,S:int64<", WRITE_INPUT),
