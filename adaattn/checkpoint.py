@@ -5,19 +5,26 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from adaattn.archive import SavedFile
 from adaattn.atomic_file import replacing
-from adaattn.errors import AdaAttnError, CheckpointError, ConfigError
-from adaattn.input_spec import Dimension, InputSpec
+from adaattn.errors import CheckpointError, ConfigError
+from adaattn.input_spec import INT_MAX, Dimension, InputSpec
 
 FORMAT, VERSION = "adaattn", 1
+SPARE_COUNT, SPARE_NUMBERS = 1000, 2**22  # so that of small models `load_state_dict` says what does not fit
+OTHER = "is not a model saved by adaattn.save"
+MOST_ITEMS, LONGEST_TEXT = 10_000, 1000  # in a configuration; characters of a text, bits of a number
 FIELDS = {"class": str, "config": dict, "state": dict, "training": bool, "inputs": dict, "dims": dict}
 
 
@@ -106,14 +113,15 @@ def load(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) 
 def read(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) -> Checkpoint:
     """`load`, with what was saved about the inputs."""
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        file = SavedFile(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except Exception as error:  # torch.load has no error of its own: whatever a damaged file raises, it means this
-        raise CheckpointError(
-            f"{path} is not a model saved by adaattn.save: it is damaged or of another kind"
-        ) from error
-    return from_payload(payload, path, classes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {OTHER}: it {error}") from error
+    try:
+        return from_file(file, classes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
 
 
 def is_payload(loaded: object) -> bool:
@@ -121,44 +129,104 @@ def is_payload(loaded: object) -> bool:
     return isinstance(loaded, dict) and loaded.get("format") == FORMAT
 
 
-def from_payload(payload: Any, path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) -> Checkpoint:
-    """The checkpoint in what `torch.load` returned.
+def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Checkpoint:
+    """The checkpoint in a file.
+
+    Its weights are read last, when the module is known to take weights of such shapes, so that they are held once.
 
     Raises:
-        CheckpointError: it is none, of another version, of an unknown class, or incomplete.
+        CheckpointError: it is none, of another version, of an unknown class, or incomplete; a predicate whose subject
+            is the path.
     """
+    try:
+        payload = file.load(meta=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{OTHER}: it {error}") from error
     if not is_payload(payload):
-        raise CheckpointError(f"{path} is not a model saved by adaattn.save; it holds a {type(payload).__name__}")
+        raise CheckpointError(f"{OTHER}; it holds a {type(payload).__name__}")
     if payload.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has format version {payload.get('version')!r} and this release reads version {VERSION}; "
+            f"has format version {_short(payload.get('version'))} and this release reads version {VERSION}; "
             "save the model again, or install the release that wrote it"
         )
     damaged = [name for name, kind in FIELDS.items() if not isinstance(payload.get(name), kind)]
+    if not damaged:
+        texts = [*payload["inputs"].items(), *payload["dims"].items()]
+        sound = {
+            "class": len(payload["class"]) <= LONGEST_TEXT,
+            "config": all(isinstance(name, str) for name in payload["config"])
+            and _items(list(payload["config"].values())) <= MOST_ITEMS,
+            "inputs": all(isinstance(text, str) and len(text) <= LONGEST_TEXT for pair in texts for text in pair),
+        }
+        damaged = [name for name, good in sound.items() if not good]
     if damaged:
-        raise CheckpointError(f"{path} is damaged: its {damaged[0]!r} is missing or of another type; save it again")
+        raise CheckpointError(f"is damaged: its {damaged[0]!r} is missing or of another type; save it again")
+    known = _find_class(payload["class"], classes)
     try:
-        module = _find_class(payload["class"], classes)(**payload["config"])
-        assign_weights(module, payload["state"], type(module).__name__)
-        module.train(payload["training"])
+        with _at_most(payload["state"]):
+            module = known(**payload["config"])
         inputs = tuple(InputSpec.parse(name, text) for name, text in payload["inputs"].items())
         dims = tuple(Dimension.parse(name, text) for name, text in payload["dims"].items())
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} {error}") from None
-    except (AdaAttnError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} does not fit together: {reason}") from error
+    except Exception as error:  # of the class, which may be the user's, on what the file says
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = reason if len(reason) <= 300 else reason[:297] + "..."
+        raise CheckpointError(f"does not fit together: {reason}") from error
+    # The module's own random weights go before the file's come.
+    assign_weights(module, payload["state"], known.__name__)
+    assign_weights(module, file.load()["state"], known.__name__)
+    module.train(payload["training"])
     return Checkpoint(module, inputs, dims)
+
+
+@contextmanager
+def _at_most(state: Mapping[str, Any]) -> Iterator[None]:
+    """Let this thread make modules with about as many parameters, and numbers in them, as a state dict has, no more.
+
+    A few bytes of configuration can ask for a module larger than all memory.
+    """
+    count = len(state) + SPARE_COUNT
+    numbers = sum(x.numel() for x in state.values() if isinstance(x, Tensor)) + SPARE_NUMBERS
+    here = threading.get_ident()
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count, numbers
+        if parameter is None or threading.get_ident() != here:
+            return
+        count, numbers = count - 1, numbers - parameter.numel()
+        if min(count, numbers) < 0:
+            raise CheckpointError("its configuration asks for more weights than the file holds")
+
+    handle = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> None:
     """`load_state_dict` that keeps the file's tensors and their types instead of copying them into fresh ones.
+
+    What is one tensor under several names in the module is one afterwards, whether the file has all its names or one.
 
     Raises:
         CheckpointError: they do not fit; a predicate for which the file's name is the subject.
     """
     if not all(isinstance(key, str) for key in state):
         raise CheckpointError("holds a dict whose keys are no names, not weights by name")
+    for key, x in state.items():
+        kind = kind_of(x) if isinstance(x, Tensor) else None
+        if kind is not None:
+            raise CheckpointError(f"holds weight {key} as a {kind[0]}; {kind[1]}")
+    tied = tied_names(module)
+    state = dict(state)
+    for names in tied:
+        known = [key for key in names if key in state]
+        for other in known[1:]:
+            if not _same(state[known[0]], state[other]):
+                raise CheckpointError(
+                    f"does not fit {name}: {known[0]} and {other} are one tensor there, and two that differ in the file"
+                )
+        state |= {key: state[known[0]] for key in names if known}
     try:
         module.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -166,6 +234,45 @@ def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> No
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
         shown = " ".join(line if len(line) <= 200 else line[:197] + "..." for line in lines)
         raise CheckpointError(f"does not fit {name}: {shown}") from error
+    for first, *others in tied:
+        owner, _, leaf = first.rpartition(".")
+        one = getattr(module.get_submodule(owner), leaf)
+        for other in others:
+            owner, _, leaf = other.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, one)
+
+
+def tied_names(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter or buffer that has several."""
+    names: dict[int, list[str]] = {}
+    for key, x in module.state_dict(keep_vars=True).items():
+        if isinstance(x, Tensor):
+            names.setdefault(id(x), []).append(key)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def kind_of(x: Tensor) -> tuple[str, str] | None:
+    """What a tensor is that cannot be exported as a weight, and what to do; None for an ordinary one."""
+    if nn.parameter.is_lazy(x):
+        return "parameter without a shape, of a lazy module", "run the module once on an example, which gives it one"
+    if x.layout is not torch.strided:
+        return "sparse tensor", "save it after .to_dense()"
+    if x.is_quantized:
+        return "quantized tensor", "save it after .dequantize(), or the model before it was quantized"
+    if x.is_nested:
+        return "nested tensor", "save it padded, by torch.nested.to_padded_tensor"
+    return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tensors of a file hold the same numbers, NaN included; of meta tensors, whether they could."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.is_meta or other.is_meta or (one.data_ptr() == other.data_ptr() and one.stride() == other.stride()):
+        return True
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _spec(name: str, given: str | Tensor) -> InputSpec:
@@ -192,9 +299,28 @@ def _config(module: nn.Module) -> dict[str, Any]:
 
 
 def _plain(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+    return _items([value]) <= MOST_ITEMS
+
+
+def _items(values: list[Any]) -> int:
+    """How many numbers, texts, booleans and None these and lists in them are; MOST_ITEMS + 1 for more, or for others.
+
+    A list that holds another twice, which holds another twice, is small in a file and endless to go through.
+    """
+    left, count = list(values), 0
+    while left and count <= MOST_ITEMS:
+        value = left.pop()
+        count += 1
+        if isinstance(value, (list, tuple)):
+            left += value[: MOST_ITEMS + 1]
+        elif not (value is None or isinstance(value, (bool, float))):
+            size = len(value) if isinstance(value, str) else value.bit_length() if isinstance(value, int) else INT_MAX
+            count += 0 if size <= LONGEST_TEXT else MOST_ITEMS
+    return count + len(left)
+
+
+def _short(value: object) -> str:
+    return repr(value) if _items([value]) <= 3 else f"of type {type(value).__name__}"
 
 
 def _find_class(name: str, classes: Sequence[type[nn.Module]]) -> type[nn.Module]:

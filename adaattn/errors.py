@@ -2,7 +2,10 @@
 
 
 class AdaAttnError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. Its text is one line, whatever names and messages it quotes."""
+
+    def __str__(self) -> str:
+        return "".join(x if x.isprintable() else _visible(x) for x in super().__str__())
 
 
 class ConfigError(AdaAttnError, ValueError):
@@ -27,3 +30,8 @@ class ExportError(AdaAttnError):
 
 class TargetError(ExportError):
     """One target failed; the artifacts of the others stand."""
+
+
+def _visible(character: str) -> str:
+    """A line break as a space; other characters that a terminal or a decoder would act on as an escape sequence."""
+    return " " if character.isspace() else character.encode("unicode_escape").decode()

@@ -31,7 +31,7 @@ class Dimension:
     @classmethod
     def parse(cls, name: str, sizes: str) -> Dimension:
         parts = sizes.split(":")
-        if not name.isidentifier() or len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        if not name.isidentifier() or len(parts) != 3 or not all(_is_number(part.strip()) for part in parts):
             raise ConfigError(f"dimension {name}={sizes}; write NAME=min:opt:max, such as S=1:128:4096")
         return cls(name, *(int(part) for part in parts))
 
@@ -67,12 +67,12 @@ class InputSpec:
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:
-        match = re.fullmatch(r"([^:<]*)(?:: *(\w+) *)?(?:< *(\d+))?", text.strip())
+        match = re.fullmatch(r"([^:<]*)(?:: *(\w+) *)?(?:< *(\d{1,100}))?", text.strip())
         if not name.isidentifier() or match is None:
             raise ConfigError(f"input {name}={text}; write NAME=SHAPE[:TYPE], such as query=B,S,512:float32")
         shape: list[int | str] = []
         for size in map(str.strip, match[1].split(",") if match[1].strip() else ()):
-            if not size.isdecimal() and not size.isidentifier():
+            if not _is_number(size) and not size.isidentifier():
                 raise ConfigError(f"input {name}={text}: {size!r} is neither a size nor a name such as S")
             if size.isdecimal() and not 1 <= int(size) <= INT_MAX:
                 raise ConfigError(f"input {name}={text}: a size is {size}; sizes are 1 to {INT_MAX}")
@@ -89,6 +89,11 @@ class InputSpec:
         if self.dtype is not None:
             text += f":{self.dtype}"
         return text if self.below is None else f"{text}<{self.below}"
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number that a size could have; Python refuses to read those of thousands of digits."""
+    return text.isdecimal() and len(text) <= 100
 
 
 def default_dimension(name: str) -> Dimension:

@@ -11,6 +11,7 @@ import numpy as np
 from adaattn.errors import TargetError
 from adaattn.export import engine
 from adaattn.export.engine_file import check_plugin_library, read_description
+from adaattn.export.folder import utf8
 from adaattn.export.golden import Array, Golden
 from adaattn.export.parity import Backend, Ran
 from adaattn.plugins import NAMESPACE, driver
@@ -147,10 +148,13 @@ def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
     if provider != "CPUExecutionProvider" and driver.capability() is None:
         raise CannotRun(f"{provider} needs a GPU, and a CUDA driver finds none on this machine")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.log_severity_level = 4  # what it logs of an error, in colours, stands in the error too
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8(folder))
+    if isinstance(model, Path) and not model.is_file():  # a pipe or a device could be read without an end
+        raise TargetError(f"{model} is not a file")
+    source = utf8(model) if isinstance(model, Path) else model
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+        session = onnxruntime.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # its exceptions have no public base class
         reason = str(error).strip().splitlines()[-1]
         if "NOT_IMPLEMENTED" in reason or "Could not find an implementation" in reason:

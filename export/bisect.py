@@ -14,6 +14,8 @@ from onnx import external_data_helper, helper
 from adaattn.errors import TargetError
 from adaattn.export import backends, golden, parity, trace
 from adaattn.export.golden import Array, Output
+from adaattn.export.verify import as_exported
+from adaattn.plugins import onnx_file
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,14 @@ def bisect(folder: Path, provider: str = "CPUExecutionProvider") -> Departure | 
     a path of values that all depart leads from it to an output.
 
     Raises:
-        ConfigError: the folder has no trace of eager PyTorch.
+        ConfigError: the folder does not have the trace of eager PyTorch that was exported, or no ONNX file.
         TargetError: ONNX Runtime refuses the file or fails, or the file lacks an output.
     """
     path = folder / "model.onnx"
-    values = trace.load(folder / "trace.npz")
-    outputs = [item for case in golden.load(folder / "golden.npz") for item in case.outputs.items()]
+    values = trace.load(as_exported(folder, "trace.npz"))
+    outputs = [item for case in golden.load(as_exported(folder, "golden.npz")) for item in case.outputs.items()]
     limit = _limit([output for _, output in outputs], values)
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception as error:  # of protobuf, which is onnx's affair
-        raise TargetError(f"{path} is no ONNX file, or cut off: {error}") from error
+    graph = onnx_file.load(path).graph
     missing = {name for name, _ in outputs} - {output.name for output in graph.output}
     if missing:
         raise TargetError(f"{path} has no output {sorted(missing)[0]!r}, which the export had")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from xml.etree import ElementTree
 
 import click
 
-from adaattn.interrupts import raise_on_signals
+from adaattn.command_line import Group, printable, verbose_option
 
 NAME = "adaattn-parity"
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -27,28 +28,25 @@ DIR is a folder that adaattn-export made. Options of a check: adaattn-parity che
 
 \b
 Exit status
-  0  at least one backend ran, and none failed
-  1  a backend failed, or none could run
-  2  the arguments or the folder are not usable
+  0  at least one backend ran, and none failed; bisect: nothing departs
+  1  a backend failed, or none could run; bisect: something departs
+  2  the arguments or the folder are not usable, or the command was interrupted
 """
 
 
-class Checks(click.Group):
+class Checks(Group):
     """A folder in place of a command is checked."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        if arguments and arguments[0] not in (*self.commands, "-h", "--help", "--version"):
+        if not arguments or arguments[0] not in (*self.commands, "-h", "--help", "--version"):
             arguments = ["check", *arguments]
         return super().parse_args(context, arguments)
 
 
-SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
-
-
-@click.group(cls=Checks, help=HELP, context_settings=SETTINGS)
+@click.group(NAME, cls=Checks, help=HELP)
 @click.version_option(package_name="adaattn")
 def main() -> None:
-    raise_on_signals()
+    pass
 
 
 def _names(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -72,6 +70,7 @@ def _names(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else.")
 @click.option("--junit", type=FILE, help="Write a JUnit file, a test case for each output of each golden case.")
 @click.option("--html", type=FILE, help="Write the report as a page.")
+@verbose_option
 def check(
     folder: Path,
     names: tuple[str, ...],
@@ -79,38 +78,31 @@ def check(
     as_json: bool,
     junit: Path | None,
     html: Path | None,
-) -> None:
+) -> int:
     """Run the artifacts in DIR on its golden inputs and give the verdict."""
     from rich.console import Console
 
     from adaattn.atomic_file import write
-    from adaattn.errors import AdaAttnError
     from adaattn.export.verify import check as run
 
     if junit is not None and html is not None and junit.absolute() == html.absolute():
         raise click.UsageError(f"--junit and --html are one file, {junit}")
-    console = Console(stderr=True)
-    try:
-        with console.status("") as status:
-            report = run(folder, names or None, lambda name: status.update(name), plugin_library)
-        report["command"] = " ".join([NAME, *sys.argv[1:]])
-        if junit is not None:
-            write(junit, _junit(report))
-        if html is not None:
-            from adaattn.export.html import render
+    with Console(stderr=True).status("") as status:
+        report = run(folder, names or None, lambda name: status.update(name), plugin_library)
+    report["command"] = shlex.join([NAME, *sys.argv[1:]])
+    if junit is not None:
+        write(junit, _junit(report))
+    if html is not None:
+        from adaattn.export.html import render
 
-            write(html, render(report).encode())
-    except AdaAttnError as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"{error.filename or folder}: {error.strerror or error}")
+        write(html, render(report).encode())
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
         from adaattn.export.show import show
 
         show(report, str(html or folder))
-    sys.exit(0 if report["verdict"] == "passed" else 1)
+    return 0 if report["verdict"] == "passed" else 1
 
 
 @main.command()
@@ -125,57 +117,59 @@ def check(
 @click.option(
     "--output", "-o", type=FILE, default="departure.onnx", show_default=True, help="The nodes that depart, as a model."
 )
-def bisect(folder: Path, backend: str, output: Path) -> None:
+@verbose_option
+def bisect(folder: Path, backend: str, output: Path) -> int:
     """Find the first node of DIR/model.onnx whose output departs from eager PyTorch's.
 
     The values of eager PyTorch on a small case lie in DIR/trace.npz. The nodes between the last values that agree and
     the first that does not are printed and written as a model of their own.
     """
     from adaattn.atomic_file import write
-    from adaattn.errors import AdaAttnError
     from adaattn.export.backends import PROVIDERS
     from adaattn.export.bisect import bisect as run
     from adaattn.export.verify import check as check_all
 
-    try:
-        departure = run(folder, PROVIDERS[backend])
-        if departure is None:
-            _say_where_else(check_all(folder, [backend]))
-            return
-        write(output, departure.model.SerializeToString())
-    except AdaAttnError as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"{error.filename or folder}: {error.strerror or error}")
-    click.echo(f"{departure.value} departs: error {departure.error:.1e}, at most {departure.limit:.1e} was expected")
+    departure = run(folder, PROVIDERS[backend])
+    if departure is None:
+        return _say_where_else(check_all(folder, [backend]))
+    write(output, departure.model.SerializeToString())
+    _say(f"{departure.value} departs: error {departure.error:.1e}, at most {departure.limit:.1e} was expected")
     for line in departure.nodes:
-        click.echo(f"  {line}")
-    click.echo(f"written to {output}")
-    sys.exit(1)
+        _say(f"  {line}")
+    _say(f"written to {output}")
+    return 1
 
 
-def _say_where_else(report: Mapping[str, Any]) -> None:
-    """Nothing departs on the small case; exits where something does on the golden inputs."""
-    click.echo("no output departs on the small case")
-    reason = report["targets"][0]["reason"]
-    if report["verdict"] == "failed":
-        click.echo(f"but on the golden inputs: {reason}; maybe it takes their sizes or numbers")
-        sys.exit(1)
+def _say(line: str) -> None:
+    """Print a line that holds names from a file."""
+    click.echo(printable(line))
+
+
+def _say_where_else(report: Mapping[str, Any]) -> int:
+    """Say that nothing departs on the small case, and whether something does on the golden inputs."""
+    _say("no output departs on the small case")
+    if report["verdict"] != "failed":
+        return 0
+    _say(f"but on the golden inputs: {report['targets'][0]['reason']}; maybe it takes their sizes or numbers")
+    return 1
 
 
 def _junit(report: Mapping[str, Any]) -> bytes:
-    """The report in the form that CI servers read."""
+    """The report in the form that CI servers read. XML knows no control characters: they are written as escapes."""
     root = ElementTree.Element("testsuites", name=NAME)
     for target in report["targets"]:
-        suite = ElementTree.SubElement(root, "testsuite", name=target["name"])
+        suite = ElementTree.SubElement(root, "testsuite", name=printable(target["name"]))
         rows = target["outputs"] or [{"case": "all", **target, "name": "run"}]
         for row in rows:
             case = ElementTree.SubElement(
-                suite, "testcase", classname=f"{target['name']}.{row['case']}", name=row["name"]
+                suite,
+                "testcase",
+                classname=printable(f"{target['name']}.{row['case']}"),
+                name=printable(row["name"]),
             )
             tag = {"failed": "failure", "not run": "skipped"}.get(row["verdict"])
             if tag:
-                ElementTree.SubElement(case, tag, message=row["reason"] or target["reason"] or "")
+                ElementTree.SubElement(case, tag, message=printable(row["reason"] or target["reason"] or ""))
         for key, verdict in (("tests", None), ("failures", "failed"), ("skipped", "not run")):
             suite.set(key, str(sum(verdict is None or row["verdict"] == verdict for row in rows)))
     if report["verdict"] == "failed" and all(target["verdict"] != "failed" for target in report["targets"]):
@@ -184,11 +178,6 @@ def _junit(report: Mapping[str, Any]) -> bytes:
         ElementTree.SubElement(case, "failure", message="no backend could run the artifacts")
     content: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return content
-
-
-def _fail(message: str) -> NoReturn:
-    click.echo(f"{NAME}: {' '.join(message.split())}", err=True)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

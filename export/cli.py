@@ -9,22 +9,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaattn.interrupts import raise_on_signals
+from adaattn.command_line import Command, complain, verbose_option
+from adaattn.errors import ExportError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+NAME = "adaattn-export"
 PATH = click.Path(dir_okay=False, path_type=Path)
 HELP = """Export MODEL to ONNX and TensorRT, and verify every artifact against eager PyTorch.
 
 \b
 MODEL is one of
   model.pt                 saved by adaattn.save
-  program.pt2              saved by torch.export.save; trust its origin: torch runs code that such a file carries
+  program.pt2              saved by torch.export.save, only with --allow-pickle: torch runs code that it carries
   package.module:factory   a function without arguments that returns an nn.Module; with --weights
   hf:FOLDER                what save_pretrained of Hugging Face transformers wrote, or a sentence-transformers folder
   pickled.pt               a pickled nn.Module, only with --allow-pickle
@@ -47,7 +49,7 @@ Examples
 Exit status
   0  every target was made and none that this machine can run failed
   1  a target failed, or its numbers did not agree
-  2  the arguments or the model are not usable
+  2  the arguments or the model are not usable, or the command was interrupted
 """
 
 
@@ -88,8 +90,8 @@ SECTIONS = {
 }
 
 
-class ExportCommand(click.Command):
-    """Answers wrong arguments with one line, as it does a wrong model; its help has sections."""
+class ExportCommand(Command):
+    """Its help has sections."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         title = {name: title for title, names in SECTIONS.items() for name in names}
@@ -102,16 +104,8 @@ class ExportCommand(click.Command):
             with formatter.section(name):
                 formatter.write_dl(records)
 
-    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        try:
-            return super().parse_args(context, arguments)
-        except click.UsageError as error:
-            _fail(f"{error.format_message().rstrip('.')}; see --help", verbose=False)
 
-
-@click.command(
-    cls=ExportCommand, help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
-)
+@click.command(NAME, cls=ExportCommand, help=HELP)
 @click.argument("model")
 @click.option("--output", "-o", metavar="DIR", help="Folder for the artifacts.  [default: MODEL's name and -export]")
 @click.option("--force", is_flag=True, help="Replace DIR if an earlier export made it.")
@@ -188,14 +182,17 @@ class ExportCommand(click.Command):
     help="Put larger tensors in model.onnx.data.  [default: all of them, where they exceed 1 GiB together]",
 )
 @click.option("--weights", metavar="FILE", help="State dict for a factory: .safetensors or .pt.")
-@click.option("--allow-pickle", is_flag=True, help="Let a pickled module or weights run the code that they carry.")
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Let a .pt2, a pickled module or pickled weights run the code that they carry.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not run anything.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
-@click.option("--verbose", "-v", is_flag=True, help="Show warnings of the tools underneath, and tracebacks.")
+@verbose_option
 @click.version_option(package_name="adaattn")
-def main(model: str, as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
-    raise_on_signals()
+def main(model: str, as_json: bool, quiet: bool, **arguments: Any) -> int:
     written: list[str] = []
 
     def outcome() -> str:
@@ -203,28 +200,25 @@ def main(model: str, as_json: bool, quiet: bool, verbose: bool, **arguments: Any
 
     try:
         # Standard output is for the result alone, whatever the user's model prints.
-        with _quiet_tools(verbose), redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr):
             report, directory = _export(model, quiet or as_json, written.append, **arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         state = None if written else arguments["calibration_state"]
         kept = f" but {state}, which a next run goes on from" if state is not None and state.exists() else ""
-        _fail(f"interrupted; {outcome()}{kept}", verbose)
-    except click.ClickException:
-        raise
+        raise ExportError(f"interrupted; {outcome()}{kept}") from error
     except OSError as error:
-        _fail(f"{error.filename or 'the output'}: {error.strerror or error}; {outcome()}", verbose)
-    except Exception as error:
-        from adaattn.errors import AdaAttnError
-
-        known = isinstance(error, AdaAttnError)
-        _fail(str(error) if known else f"unexpected {type(error).__name__}: {error} (-v shows where)", verbose)
+        raise ExportError(f"{error.filename or 'the output'}: {error.strerror or error}; {outcome()}") from error
+    failed = bool(report["verdict"] == "failed")
     if as_json:
         click.echo(json.dumps(report, indent=1))
     elif not quiet:
         from adaattn.export.show import show
 
         show(report, f"{directory}/report.html")
-    sys.exit(1 if report["verdict"] == "failed" else 0)
+    elif failed:
+        reasons = [f"{each['name']}: {each['reason']}" for each in report["targets"] if each["verdict"] == "failed"]
+        complain(NAME, "; ".join(reasons))
+    return int(failed)
 
 
 def _export(
@@ -252,7 +246,8 @@ def _export(
 ) -> tuple[Mapping[str, Any], Path]:
     from rich.console import Console
 
-    console = Console(file=sys.stderr, quiet=quiet)  # this one, even while torch's own words are held back
+    # This stream, even while torch's own words are held back.
+    console = Console(file=sys.stderr, quiet=quiet, markup=False, emoji=False)
     with _progress(console) as (on_stage, on_progress):
         on_stage("import torch")
         from adaattn.export.engine import BuildOptions
@@ -293,7 +288,7 @@ def _export(
             dims=saved | dims,
             options=options,
             source=model,
-            command=shlex.join(["adaattn-export", *sys.argv[1:]]),
+            command=shlex.join([NAME, *sys.argv[1:]]),
             reads=[Path(given.removeprefix("hf:")) for given in (model, weights, calibrate) if given],
             on_written=lambda: on_written(directory),
             on_stage=on_stage,
@@ -310,7 +305,7 @@ def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     current: list[tuple[str, float]] = []
-    columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("  {task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
     def finish() -> None:
@@ -332,33 +327,6 @@ def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
 
         yield on_stage, on_progress
         finish()
-
-
-@contextmanager
-def _quiet_tools(verbose: bool) -> Iterator[None]:
-    """Keep the logs and warnings of torch from the console: they are about its own code, or repeat what it raises."""
-    import logging
-    import warnings
-
-    if verbose:
-        yield
-        return
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _fail(message: str, verbose: bool) -> NoReturn:
-    if verbose:
-        import traceback
-
-        traceback.print_exc()
-    click.echo(f"adaattn-export: {' '.join(message.split())}", err=True)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The two packages share one API, so one piece of code serves both. This is the si
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -34,6 +35,7 @@ RTX_COMPUTE_CAPABILITIES = ("8.6", "8.9", "12.0")
 
 Profile = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 """For each input of the model its least, usual and largest shape."""
+MOST_MEBIBYTES = 2**43 - 1  # bytes that TensorRT counts in 64 bits
 PLUGINS = ("python", "native", "none")
 Progress = Callable[[str, float], None]
 """Called with the builder's phase and the share of the build that is done, 0 to 1."""
@@ -81,20 +83,26 @@ class BuildOptions:
             raise ConfigError("hardware_compatible needs plugins='none': a plugin's kernels are of one architecture")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise ConfigError(f"optimization_level is {self.optimization_level}; choose 0 to 5")
-        if self.workspace is not None and self.workspace < 1:
-            raise ConfigError(f"workspace is {self.workspace}; give MiB, 1 or more")
+        if self.workspace is not None and not 1 <= self.workspace <= MOST_MEBIBYTES:
+            raise ConfigError(f"workspace is {self.workspace}; give MiB, 1 to {MOST_MEBIBYTES}")
 
     def check(self, targets: Collection[str]) -> None:
         """Refuse options that none of the targets takes.
 
         Raises:
-            ConfigError: an option with nothing to act on.
+            ConfigError: an option with nothing to act on, or a compute capability that the package does not know.
         """
         for name in self.given():
             takers = TAKEN_BY.get(name, tuple(PACKAGES))
             if not set(takers) & set(targets):
                 raise ConfigError(
                     f"{name} has nothing to act on: it is for {' and '.join(takers)}, not for {', '.join(targets)}"
+                )
+        known = compute_capabilities() if self.compute_capabilities else None
+        for each in self.compute_capabilities or ():
+            if known is not None and each not in known:
+                raise ConfigError(
+                    f"compute capability {each!r} is unknown to tensorrt_rtx; choose of {', '.join(known)}"
                 )
 
     def given(self) -> list[str]:
@@ -117,6 +125,16 @@ TAKEN_BY = {
 def installed(target: str) -> bool:
     """Whether the package of a TensorRT target is here."""
     return importlib.util.find_spec(PACKAGES[target]) is not None
+
+
+def compute_capabilities() -> list[str] | None:
+    """Return what the TensorRT-RTX that is installed builds engines for; None where there is none to ask."""
+    try:
+        trt = importlib.import_module(PACKAGES["tensorrt-rtx"])
+        names = list(trt.ComputeCapability.__members__)
+    except (ImportError, AttributeError):
+        return None
+    return [f"{name[2:-1]}.{name[-1]}" for name in names if name.startswith("SM")]
 
 
 def versions_found(target: str) -> str:

@@ -46,13 +46,27 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, or it is cut off or none of ours.
     """
+    if not path.is_file():  # a pipe or a device could be read without an end
+        raise ConfigError(f"{path} does not exist")
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist") from error
+        found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not what adaattn-export wrote: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is not what adaattn-export wrote: it holds a {type(found).__name__}")
     return found
+
+
+def utf8(path: Path) -> str:
+    """Return a path as the packages in C++ take it: in UTF-8, whatever the locale says.
+
+    Raises:
+        ConfigError: its bytes are not UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a name in UTF-8, as onnx needs it; rename it, or give another") from error
 
 
 def model_name(source: str) -> str:
@@ -77,6 +91,7 @@ def check(out: Path, force: bool, reads: Sequence[Path] = ()) -> Snapshot | None
     Raises:
         ConfigError: the folder cannot be written, or must not be replaced.
     """
+    utf8(out.absolute())
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file; give a folder for the artifacts")

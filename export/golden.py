@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,11 @@ import numpy as np
 from adaattn.errors import ConfigError
 
 Array: TypeAlias = np.ndarray[Any, Any]
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, MemoryError, OverflowError, RuntimeError),
+    *(NotImplementedError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+"""What numpy and zipfile raise for a damaged .npy or .npz."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +117,8 @@ def load(path: Path) -> list[Golden]:
             case, kind, name = key.split("/", 2)
             found.setdefault(case, {}).setdefault(kind, {})[name] = x
         return [_golden(case, kinds) for case, kinds in found.items()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} holds no golden results, but {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} holds no golden results: {error}") from error
 
 
 def load_arrays(path: Path, what: str) -> dict[str, Array]:
@@ -121,9 +128,11 @@ def load_arrays(path: Path, what: str) -> dict[str, Array]:
         ConfigError: there is no such file, or it holds no arrays; it says that it should hold `what`.
     """
     try:
+        if not path.is_file():
+            raise FileNotFoundError("it is not a file")  # a pipe or a device could be read without an end
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"{path} holds no {what} ({error}); it is cut off, or the export was made with --no-verify"
         ) from error
@@ -133,14 +142,27 @@ def load_arrays(path: Path, what: str) -> dict[str, Array]:
 
 
 def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:
-    outputs = {}
-    for name, exact in kinds["output"].items():
-        eager_error, limit, fill_limit = kinds["limit"][name].tolist()
-        lost = kinds.get("lost", {}).get(name)
-        outputs[name] = Output(exact, str(kinds["dtype"][name]), eager_error, limit, fill_limit, lost)
+    outputs = {name: _output(name, exact, kinds) for name, exact in kinds["output"].items()}
     of_layers: dict[str, dict[str, Any]] = {}
     for kind, arrays in kinds.items():
         for name, x in arrays.items() if kind.startswith("layer.") else ():
             of_layers.setdefault(name, {})[kind.removeprefix("layer.")] = str(x) if kind == "layer.dtype" else x
     layers = {name: Layer(**fields) for name, fields in of_layers.items()}
+    for name, layer in layers.items():
+        shapes = {layer.precision.shape, layer.rank.shape, layer.edge.shape}
+        heads = layer.precision.shape[1:]
+        fits = layer.exact is None or (layer.exact.ndim == 4 and layer.exact.shape[:2] in shapes)
+        if len(shapes) != 1 or len(heads) != 1 or not fits or getattr(layer.eager_error, "shape", heads) != heads:
+            raise ValueError(f"the arrays of {name} do not fit together")
     return Golden(case, kinds["input"], outputs, layers)
+
+
+def _output(name: str, exact: Array, kinds: Mapping[str, Mapping[str, Array]]) -> Output:
+    dtype, limits, lost = str(kinds["dtype"][name]), kinds["limit"][name], kinds.get("lost", {}).get(name)
+    if limits.shape != (3,) or limits.dtype.kind != "f" or not (limits >= 0).all():
+        raise ValueError(f"the limits of {name} are {limits.tolist()}")
+    kept = "float64" if "float" in dtype else dtype
+    if str(exact.dtype) != kept or (lost is not None and (lost.shape, lost.dtype) != (exact.shape, np.bool_)):
+        raise ValueError(f"{name} is {exact.dtype}{exact.shape}, of {dtype}")
+    eager_error, limit, fill_limit = limits.tolist()
+    return Output(exact, dtype, eager_error, limit, fill_limit, lost)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from adaattn.command_line import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -25,6 +27,7 @@ INK = {name: f"#0000{number:02x}" for number, name in enumerate(("ink", "muted",
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: the reader's font, and searchable
     "svg.hashsalt": "adaattn",  # the same report gives the same file
+    "text.parse_math": False,  # a $ in a name is a $
     **dict.fromkeys(("text.color", "axes.labelcolor"), INK["ink"]),
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), INK["muted"]),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
@@ -47,6 +50,7 @@ def render(report: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    report = _without_controls(report)
     environment.filters.update(number=_number, decimal=_decimal, mebibytes=_mebibytes, over=_over)
     targets = report["targets"] or []
     rows = [{**layer, "cells": _cells(layer)} for layer in report["layers"] or []]
@@ -71,6 +75,15 @@ def render(report: dict[str, Any]) -> str:
         counts=Counter(cell["precision"] for cell in cells),
         codes=PRECISIONS,
     )
+
+
+def _without_controls(value: Any) -> Any:
+    """The value with control characters, which HTML forbids, as escapes; lines stay lines."""
+    if isinstance(value, str):
+        return "\n".join(map(printable, value.splitlines()))
+    if isinstance(value, dict):
+        return {_without_controls(key): _without_controls(item) for key, item in value.items()}
+    return [_without_controls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _float(value: Any) -> float:

@@ -128,7 +128,7 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
 
     version = f"transformers {transformers.__version__}"
     try:
-        content = json.loads((folder / "config.json").read_text())
+        content = json.loads((folder / "config.json").read_bytes())
         kind, names = content.get("model_type"), content.get("architectures") or []
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json is not a config of transformers: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import adaattn.ops  # registers the ops that the program calls
 from adaattn.errors import ExportError
 from adaattn.export.bodies import ADAPTIVE_ATTENTION, DOMAIN, DOMAIN_VERSION, PLAN, TOKEN_MOMENTS, body
 from adaattn.export.embed import embed
+from adaattn.export.folder import utf8
 from adaattn.plugins import NAMESPACE, VERSION
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 24
@@ -127,7 +127,7 @@ def save(model: ir.Model, path: Path, external_above: int | None = None) -> list
     threshold = SMALL_TENSOR if external_above is None else max(external_above, SHAPE)
     ir.save(model, path, external_data=data.name, size_threshold_bytes=threshold)
     try:
-        onnx.checker.check_model(os.fspath(path), full_check=True)
+        onnx.checker.check_model(utf8(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses {path.name}: {_reason(error)}") from error
     if external_above is None and weights <= EXTERNAL_ABOVE and data.exists():

@@ -230,12 +230,12 @@ def _compare_numbers(output: Output, got: Array, exact: Array, lost: Array) -> d
     off = standing & ~stands(got, exact, output.fill_limit)
     if off.any():
         return row | _reason(off, "are not the infinities or fill values that eager has")
-    if output.limit > USELESS:
+    if not output.limit <= USELESS:  # NaN is no limit either
         reason = f"eager PyTorch errs too much itself: the limit would be {output.limit:.1e}"
         return row | {"verdict": "not run", "reason": reason}
     difference = np.abs(got[usable] - exact[usable])
     row["counts"] = _histogram(difference, _rms(exact[usable]))
-    if metrics["error"] > output.limit:
+    if not metrics["error"] <= output.limit:
         error, at = metrics["error"], metrics["worst"]
         return row | {"reason": f"error {error:.1e} is over the limit {output.limit:.1e}, worst at {at}"}
     loose = f"the limit is {output.limit:.1e}: so uncertain is eager PyTorch itself"

@@ -24,6 +24,7 @@ from adaattn.export import cases, engine, folder, golden, onnx, parity, serving,
 from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs
 from adaattn.export.html import render
 from adaattn.export.reference import Expected, Reference
+from adaattn.export.source import usable
 from adaattn.input_spec import Dimension, InputSpec
 from adaattn.integrations import transformers as integration
 
@@ -166,7 +167,7 @@ def export(
         ExportError: the model cannot be captured or lowered.
     """
     options = options or Options()
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = usable(model)
     specs, examples = _split_inputs(inputs or {})
     sizes = {name: Dimension.parse(name, text) for name, text in (dims or {}).items()}
     out = Path(output_dir)
@@ -230,7 +231,7 @@ def export(
             verdict = next((each for each in ("failed", "passed") if each in verdicts), "not run")
             report = verify.plain(report | {"verdict": verdict})
             (staged / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-            (staged / "report.html").write_text(render(report))
+            (staged / "report.html").write_text(render(report), encoding="utf-8")
             summary.write_manifest(staged, report)
     return Result(out, report, staging.leftover)
 

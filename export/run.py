@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import sys
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from adaattn.interrupts import raise_on_signals
+from adaattn.command_line import Command, complain, printable, verbose_option
+from adaattn.errors import ConfigError
 
+NAME = "adaattn-run"
 HELP = """Run PATH: a folder of adaattn-export, an ONNX file, or an engine.
 
 \b
@@ -22,10 +25,15 @@ Examples
 
 An input is a file, NAME=@FILE.npy, or sizes, NAME=1,128,256, which are filled with normal numbers (integers: 0 and 1;
 booleans: true). It prints a line for each output; --output keeps them.
+
+\b
+Exit status
+  0  the model ran
+  2  the arguments or the files are not usable, the model did not run, or the command was interrupted
 """
 
 
-@click.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.command(NAME, cls=Command, help=HELP)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--input", "inputs", multiple=True, metavar="NAME=@FILE|SIZES", help="An input; repeatable.")
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Keep the outputs in an .npz.")
@@ -39,8 +47,11 @@ booleans: true). It prints a line for each output; --output keeps them.
 )
 @click.option("--time", "timed", is_flag=True, help="Time calls: median and 99th percentile.")
 @click.option("--calls", type=click.IntRange(min=1), default=100, show_default=True, help="How many to time.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the numbers that fill sizes.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the numbers that fill sizes."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
+@verbose_option
 @click.version_option(package_name="adaattn")
 def main(
     path: Path,
@@ -54,75 +65,107 @@ def main(
     calls: int,
     seed: int,
     as_json: bool,
-) -> None:
+) -> int:
     import numpy as np
 
     from adaattn.atomic_file import write
-    from adaattn.errors import AdaAttnError
     from adaattn.export.golden import save_arrays
     from adaattn.export.runtime import open_runtime
 
-    raise_on_signals()
     random = np.random.default_rng(seed)
-    try:
-        with open_runtime(path, target, device=device, cuda_graph=cuda_graph, plugin_library=plugin_library) as model:
-            arrays: dict[str, Any] = {}
-            for text in inputs:
-                name, equals, given = text.partition("=")
-                if not equals or name not in model.inputs:
-                    known = ", ".join(str(info) for info in model.inputs.values())
-                    raise click.UsageError(f"{text!r} is no input; write NAME=@FILE.npy or NAME=SIZES of {known}")
-                arrays[name] = _array(name, given, model.inputs[name].dtype, random)
-            found = model(**arrays)
-            timing = model.measure(calls, **arrays) if timed else None
-        if output is not None:
-            archive = io.BytesIO()
-            save_arrays(archive, found)
-            write(output, archive.getbuffer())
-    except AdaAttnError as error:
-        click.echo(f"adaattn-run: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+    with open_runtime(path, target, device=device, cuda_graph=cuda_graph, plugin_library=plugin_library) as model:
+        arrays: dict[str, Any] = {}
+        for text in inputs:
+            name, equals, given = text.partition("=")
+            if not equals or name not in model.inputs:
+                known = ", ".join(str(info) for info in model.inputs.values())
+                raise ConfigError(f"{text!r} is no input; write NAME=@FILE.npy or NAME=SIZES of {known}")
+            if name in arrays:
+                raise ConfigError(f"the input {name} is given twice")
+            arrays[name] = _array(name, given, model.inputs[name].dtype, random)
+        found = model(**arrays)
+        timing = model.measure(calls, **arrays) if timed else None
+    _warn_of_changes(path, "model.onnx" if target in (None, "onnx") else f"{target}.engine")
+    if output is not None:
+        archive = io.BytesIO()
+        save_arrays(archive, found)
+        write(output, archive.getbuffer())
     rows: list[dict[str, Any]] = [
         {"name": name, "type": str(x.dtype), "shape": list(x.shape), "mean": _mean(x), "finite": _finite(x)}
         for name, x in found.items()
     ]
     if as_json:
         measured = None if timing is None else vars(timing)
-        click.echo(json.dumps({"outputs": rows, "milliseconds": measured}, indent=1))
-        return
+        click.echo(json.dumps({"outputs": rows, "milliseconds": measured}, indent=1, allow_nan=False))
+        return 0
     for row in rows:
         note = "" if row["finite"] else "  holds NaN or Inf"
         sizes = ", ".join(map(str, row["shape"]))
-        click.echo(f"{row['name']}: {row['type']}({sizes}), mean {row['mean']:.6g}{note}")
+        mean = math.nan if row["mean"] is None else row["mean"]
+        click.echo(printable(f"{row['name']}: {row['type']}({sizes}), mean {mean:.6g}{note}"))
     if timing is not None:
         click.echo(f"{timing.median:.3f} ms median, {timing.p99:.3f} ms 99th percentile of {timing.calls} calls")
+    return 0
+
+
+def _warn_of_changes(path: Path, artifact: str) -> None:
+    """Say where the artifact in a folder is not the one that was exported and verified."""
+    from adaattn.export.folder import MARKER
+    from adaattn.export.verify import changed_files
+
+    if not (path / MARKER).is_file():
+        return
+    lines = [line for line in changed_files(path) if line.startswith(artifact)]
+    if lines:
+        complain(NAME, f"warning: {'; '.join(lines)}")
 
 
 def _array(name: str, given: str, dtype: str, random: Any) -> Any:
     import numpy as np
 
     if given.startswith("@"):
-        try:
-            return np.load(given[1:], allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise click.UsageError(f"{name}: {given[1:]} is no array that numpy reads: {error}") from error
-    try:
-        shape = tuple(int(size) for size in given.split(","))
-    except ValueError as error:
-        raise click.UsageError(f"{name}={given}: give @FILE.npy, or sizes such as 1,128,256") from error
+        return _load(name, Path(given[1:]))
+    parts = [part.strip() for part in given.split(",")]
+    # More digits than these no size has, and numbers of thousands of digits take long.
+    if not all(part.isdecimal() and len(part) <= 18 for part in parts):
+        raise ConfigError(f"{name}={given}: give @FILE.npy, or sizes such as 1,128,256")
+    shape = tuple(int(part) for part in parts)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 8 * math.prod(shape) > memory:  # numbers are drawn in 8 bytes each; a system may promise more than it has
+        raise ConfigError(f"{name}={given} is more than the memory of this machine holds; give smaller sizes")
     if dtype == "bool":
         return np.ones(shape, bool)
     if "int" in dtype:
         return random.integers(0, 2, shape).astype(dtype)
     if dtype == "bfloat16":
-        raise click.UsageError(f"{name} is bfloat16, which numpy has no type for: use open_runtime with torch tensors")
+        raise ConfigError(f"{name} is bfloat16, which numpy has no type for: use open_runtime with torch tensors")
     return random.standard_normal(shape).astype(dtype)
 
 
-def _mean(x: Any) -> float:
+def _load(name: str, path: Path) -> Any:
+    """The array of an .npy file."""
     import numpy as np
 
-    return float(np.mean(x, dtype=np.float64))
+    from adaattn.export.golden import UNREADABLE
+
+    if not path.is_file():  # a pipe or a device could be read without an end
+        raise ConfigError(f"{name}: {path} is not a file; give an array that numpy.save wrote")
+    try:
+        found = np.load(path, allow_pickle=False)
+    except UNREADABLE as error:
+        raise ConfigError(f"{name}: {path} is no array that numpy reads: {error}") from error
+    if not isinstance(found, np.ndarray):
+        found.close()
+        raise ConfigError(f"{name}: {path} is an archive of arrays; give an array that numpy.save wrote")
+    return found
+
+
+def _mean(x: Any) -> float | None:
+    """The mean; None where there is none, as JSON has no NaN."""
+    import numpy as np
+
+    mean = float(np.mean(x, dtype=np.float64)) if x.size else math.nan
+    return mean if math.isfinite(mean) else None
 
 
 def _finite(x: Any) -> bool:

@@ -156,6 +156,8 @@ def open_runtime(
         if target not in (None, "onnx", *PACKAGES):
             raise ConfigError(f"target {target!r} is unknown; choose of onnx, {', '.join(PACKAGES)}")
         path /= "model.onnx" if target in (None, "onnx") else f"{target}.engine"
+    elif target is not None:
+        raise ConfigError(f"target {target!r} chooses an artifact of a folder, and {path} is not a folder")
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give a folder of adaattn-export, an ONNX file or an engine")
     if path.suffix == ".onnx":
@@ -179,7 +181,11 @@ class OnnxRuntime(Runtime):
 
     def _run(self, inputs: Mapping[str, Value]) -> dict[str, Any]:
         if all(isinstance(x, np.ndarray) for x in inputs.values()):
-            return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(inputs)), strict=True))
+            try:
+                found = self._session.run(list(self.outputs), dict(inputs))
+            except Exception as error:  # its exceptions have no public base class
+                raise TargetError(f"ONNX Runtime does not run it: {str(error).strip().splitlines()[-1]}") from error
+            return dict(zip(self.outputs, found, strict=True))
         import torch
 
         binding = self._session.io_binding()
@@ -190,8 +196,8 @@ class OnnxRuntime(Runtime):
         for name in self.outputs:
             binding.bind_output(name, self._device)
         self._session.run_with_iobinding(binding)
-        found = zip(self.outputs, binding.get_outputs(), strict=True)
-        return {name: torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for name, value in found}
+        values = zip(self.outputs, binding.get_outputs(), strict=True)
+        return {name: torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for name, value in values}
 
     def _wait(self) -> None:
         pass  # a call of ONNX Runtime returns when it is done
@@ -297,6 +303,8 @@ _WORDS = {"float": "float32", "double": "float64", "half": "float16", "bf16": "b
 
 
 def _onnx_info(x: Any) -> TensorInfo:
+    if not x.type.startswith("tensor("):
+        raise ConfigError(f"{x.name} of the model is a {x.type}; only tensors can be run")
     word = x.type.removeprefix("tensor(").removesuffix(")")
     return TensorInfo(x.name, _WORDS.get(word, word), tuple(-1 if size is None else size for size in x.shape))
 

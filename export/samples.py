@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import runpy
 import sys
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 
 from adaattn.errors import ConfigError
+from adaattn.export.golden import UNREADABLE
 
 BATCH = 16  # samples of an .npz at a time
 EXPECTED = (
@@ -95,9 +94,11 @@ def _each(source: str, batches: Iterable[Any]) -> Iterator[Any]:
 
 def _from_arrays(path: Path) -> Iterator[dict[str, torch.Tensor]]:
     try:
+        if not path.is_file():
+            raise FileNotFoundError("it is not a file")  # a pipe or a device could be read without an end
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path} cannot be read ({error}); {EXPECTED}") from error
     counts = {name: len(x) if x.ndim else 0 for name, x in arrays.items()}
     if len(set(counts.values())) != 1 or not next(iter(counts.values())):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf.text_encoding import CEscape
 from onnx import helper
 
 from adaattn.export.engine import BuildOptions, Profile
@@ -99,7 +101,8 @@ def triton_command(build: BuildOptions) -> str:
     """
     words = ["tritonserver", "--model-repository=triton"]
     if build.plugin_library is not None:  # the server only opens the library
-        words = ["ADAATTN_REGISTER=1", *words, f"--backend-config=tensorrt,plugins={build.plugin_library}"]
+        library = shlex.quote(str(build.plugin_library))
+        words = ["ADAATTN_REGISTER=1", *words, f"--backend-config=tensorrt,plugins={library}"]
     if build.version_compatible:
         words.append("--backend-config=tensorrt,version-compatible=true")
     return " ".join(words)
@@ -116,7 +119,8 @@ def _link(source: Path, to: Path) -> Path:
 
 def _config(name: str, graph: Any, dims: Mapping[str, Dimension], backend: str, profiles: Sequence[Profile]) -> str:
     batches = _batches(graph, dims, profiles)
-    lines = [f'name: "{name}"', f'backend: "{backend}"', f"max_batch_size: {max((b.max for b in batches), default=0)}"]
+    most = max((batch.max for batch in batches), default=0)
+    lines = [f'name: "{_escape(name)}"', f'backend: "{backend}"', f"max_batch_size: {most}"]
     for kind, tensors in (("input", graph.input), ("output", graph.output)):
         lines += [_tensor(kind, tensor, batched=bool(batches)) for tensor in tensors]
     if batches:
@@ -145,7 +149,13 @@ def _tensor(kind: str, tensor: Any, batched: bool) -> str:
     # The server knows no tensor without dimensions.
     shape = f"dims: [ {', '.join(map(str, sizes))} ]" if sizes else "dims: [ 1 ] reshape: { shape: [ ] }"
     word = onnx.TensorProto.DataType.Name(tensor.type.tensor_type.elem_type)
-    return f'{kind} [ {{ name: "{tensor.name}" data_type: TYPE_{_TYPES.get(word, word)} {shape} }} ]'
+    return f'{kind} [ {{ name: "{_escape(tensor.name)}" data_type: TYPE_{_TYPES.get(word, word)} {shape} }} ]'
+
+
+def _escape(text: str) -> str:
+    """A string of protobuf's text format: a quotation mark in a name would begin another field."""
+    escaped: str = CEscape(text.encode(errors="surrogateescape"), as_utf8=False)
+    return escaped
 
 
 _TYPES = {"FLOAT": "FP32", "FLOAT16": "FP16", "DOUBLE": "FP64", "BFLOAT16": "BF16"}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pickle
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch.optim.swa_utils import AveragedModel
 
 import adaattn.ops  # noqa: F401  a program that uses the ops loads only when they are registered
-from adaattn.checkpoint import assign_weights, from_payload, is_payload
+from adaattn import archive, checkpoint
 from adaattn.errors import AdaAttnError, CheckpointError, ConfigError
 from adaattn.input_spec import Dimension, InputSpec
 
@@ -28,8 +32,14 @@ PICKLE_DANGER = (
     "is a pickled module; loading it runs whatever code it carries. Pass --allow-pickle if you trust its origin, "
     "or save it with adaattn.save, or as weights for package.module:factory"
 )
-# How torch.save began before it wrote zip files; other pickles come from pickle.dump.
-LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+# torch.export.load unpickles inputs, constants and old weights without limits, and has no option to limit it; it also
+# evaluates the text of sizes and guards, and calls whatever function below `torch.` a node of the graph names.
+PROGRAM_DANGER = (
+    "is a .pt2 program, which torch can only load by running code that the file carries; nothing of it has been read. "
+    "Pass --allow-pickle if you trust its origin, or export the model that it was made of"
+)
+WEIGHTS = "give a state dict, .safetensors or .pt"
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 @dataclass(frozen=True)
@@ -54,38 +64,74 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
         ConfigError: arguments that do not go together, or a factory that does not work.
     """
     path = Path(model)
-    if model.startswith("hf:") and not path.exists():
+    there = os.path.lexists(model)
+    if model.startswith("hf:") and not there:
         from adaattn.export import huggingface
 
         if weights is not None:
             raise ConfigError(f"--weights goes with package.module:factory; {model} has weights of its own")
         return huggingface.load(Path(model.removeprefix("hf:")), allow_pickle)
-    if ":" in model and not path.exists():
+    if ":" in model and not there:
         return Source(_from_factory(model, weights))
     if weights is not None:
         raise ConfigError(f"--weights goes with package.module:factory; {model} has weights of its own")
-    if not path.exists():
-        raise CheckpointError(f"{model} does not exist; {EXPECTED}")
-    if path.is_dir():
-        raise CheckpointError(f"{model or 'MODEL'} is a folder; {EXPECTED}")
-    if path.stat().st_size == 0:
+    try:
+        size = archive.regular(path).st_size
+    except FileNotFoundError:
+        raise CheckpointError(f"{model} does not exist; {EXPECTED}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{model or 'MODEL'} {error}; {EXPECTED}") from error
+    if size == 0:
         raise CheckpointError(f"{model} is empty; {EXPECTED}")
-    return _from_program(path) if _is_program(path) else _from_saved(path, allow_pickle)
+    return _from_program(path, allow_pickle) if path.suffix == ".pt2" else _from_saved(path, allow_pickle)
 
 
-def _is_program(path: Path) -> bool:
-    if path.suffix == ".pt2":
-        return True
+def usable(model: object) -> nn.Module | ExportedProgram:
+    """Return a model, without the wrappers that only say where and how it runs.
+
+    Raises:
+        ConfigError: it is none that torch.export can capture, or has weights that are not numbers in a tensor.
+    """
+    model = _unwrapped(model)
+    if isinstance(model, ExportedProgram):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model is a {type(model).__name__}; give an nn.Module or a torch.export.ExportedProgram")
+    scripts = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripts:
+        part = f"its part {scripts[0]}" if scripts[0] else "the model"
+        raise ConfigError(
+            f"{part} is a TorchScript module, of torch.jit.trace or torch.jit.script, which torch.export cannot "
+            "capture; give the module that it was made from"
+        )
+    held = [*model.named_parameters(), *model.named_buffers()]
+    packed = [(name, x) for name, x in model.state_dict().items() if isinstance(x, tuple)]  # of quantized modules
+    held += [(name, x) for name, several in packed for x in several if isinstance(x, torch.Tensor)]
+    for name, x in held:
+        kind = checkpoint.kind_of(x)
+        if kind is None and (x.is_meta or isinstance(x, FakeTensor)):
+            kind = "tensor without numbers, of the meta device", "load its weights first, such as by --weights"
+        if kind is not None:
+            raise ConfigError(f"weight {name} of {type(model).__name__} is a {kind[0]}; {kind[1]}")
+    return model
+
+
+def _unwrapped(model: object) -> object:
+    if isinstance(model, WRAPPERS):
+        return _unwrapped(model.module)
+    return _unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model  # of torch.compile
+
+
+def _from_program(path: Path, allow_pickle: bool) -> Source:
+    if not allow_pickle:
+        raise CheckpointError(f"{path} {PROGRAM_DANGER}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("archive_format") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return False
-
-
-def _from_program(path: Path) -> Source:
-    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as records:
+            _check_program(records)
+            archive.check_zip(records, file)
         return Source(torch.export.load(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
     except Exception as error:  # whatever a damaged archive raises, it means this
         raise CheckpointError(
             f"{path} is not a program saved by torch.export.save: it is damaged, of another kind or version, or uses "
@@ -93,52 +139,63 @@ def _from_program(path: Path) -> Source:
         ) from error
 
 
+def _check_program(records: zipfile.ZipFile) -> None:
+    """Refuse programs that torch loads, but not as they were saved.
+
+    Raises:
+        CheckpointError: a predicate whose subject is the path.
+    """
+    inside = {name.partition("/")[2]: name for name in records.namelist()}
+    programs = [name[7:-5] for name in inside if name.startswith("models/") and name.endswith(".json")]
+    if programs and programs != ["model"]:
+        shown = ", ".join(programs)
+        raise CheckpointError(f"holds the programs {shown}; save one alone, by torch.export.save")
+    if any(name.startswith("data/aotinductor/") for name in inside):
+        raise CheckpointError("holds a library that AOTInductor compiled; save the program alone, by torch.export.save")
+    for kind in ("weights", "constants"):
+        config = inside.get(f"data/{kind}/model_{kind}_config.json")
+        for name, entry in json.loads(records.read(config))["config"].items() if config else ():
+            record = inside.get(f"data/{kind}/{entry['path_name']}")
+            sizes = [size.get("as_int") for size in (entry["tensor_meta"] or {}).get("sizes", ())]
+            # torch fills a weight whose record is empty with zeros.
+            if record is None or (records.getinfo(record).file_size == 0 and 0 not in sizes):
+                raise CheckpointError(f"is damaged or was saved without numbers: those of {name} are missing")
+
+
 def _from_saved(path: Path, allow_pickle: bool) -> Source:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error) or not _looks_pickled(path):
-            raise CheckpointError(f"{path} is not a model: it is damaged or of another kind; {EXPECTED}") from error
+        file = archive.SavedFile(path)
+        loaded = file.load(meta=True)
+        if checkpoint.is_payload(loaded):
+            try:
+                saved = checkpoint.from_file(file)
+            except CheckpointError as error:
+                raise CheckpointError(f"{path} {error}") from error
+            return Source(saved.module, saved.inputs, saved.dims)
+    except archive.CarriesCodeError:
         if not allow_pickle:
             raise CheckpointError(f"{path} {PICKLE_DANGER}") from None
-        loaded = _unpickle(path)
-    except Exception as error:  # torch.load has no error of its own
-        if "TorchScript" in str(error):
-            raise CheckpointError(
-                f"{path} is a TorchScript program, which torch.export cannot capture; {EXPECTED} of the model itself"
-            ) from error
-        raise CheckpointError(f"{path} is not a model: it is damaged or of another kind; {EXPECTED}") from error
-    if is_payload(loaded):
-        checkpoint = from_payload(loaded, path)
-        return Source(checkpoint.module, checkpoint.inputs, checkpoint.dims)
+        loaded = _unpickle(file)
+    except CheckpointError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise CheckpointError(f"{path} is not a model: it {error}; {EXPECTED}") from error
     if isinstance(loaded, nn.Module):
-        return Source(loaded)
+        return Source(cast(nn.Module, usable(loaded)))
     if isinstance(loaded, dict) and loaded and all(isinstance(x, torch.Tensor) for x in loaded.values()):
         raise CheckpointError(f"{path} holds weights without a model; use package.module:factory --weights {path}")
     raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a model; {EXPECTED}")
 
 
-def _looks_pickled(path: Path) -> bool:
-    """Whether there is a pickle to speak of: torch's zip with one in it, or the bytes that one starts with."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("data.pkl") for name in archive.namelist())
-    with path.open("rb") as stream:
-        start = stream.read(2)
-        return start[:1] == b"\x80" and start[1:] in (b"\2", b"\3", b"\4", b"\5")  # protocol
-
-
-def _unpickle(path: Path) -> object:
+def _unpickle(file: archive.SavedFile) -> object:
     sys.path.insert(0, os.getcwd())  # a pickle names its classes as the script that made it saw them
     try:
-        with path.open("rb") as stream:
-            of_torch = zipfile.is_zipfile(path) or stream.read(len(LEGACY_START)) == LEGACY_START
-        if of_torch:
-            return torch.load(path, map_location="cpu", weights_only=False)
-        with path.open("rb") as stream:
+        if file.is_torch:
+            return torch.load(file.path, map_location="cpu", weights_only=False)
+        with file.path.open("rb") as stream:
             return pickle.load(stream)
     except (Exception, SystemExit) as error:  # the user's own code
-        raise CheckpointError(f"{path} cannot be unpickled: {_line(error)}") from error
+        raise CheckpointError(f"{file.path} cannot be unpickled: {_line(error)}") from error
     finally:
         sys.path.remove(os.getcwd())
 
@@ -149,14 +206,20 @@ def _from_factory(name: str, weights: str | None) -> nn.Module:
         raise ConfigError(f"{name} is no file that exists, and not of the form package.module:factory")
     sys.path.insert(0, os.getcwd())
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
+        factory = getattr(module, attribute, None)
+        if factory is None:
+            raise ConfigError(f"{name}: module {module_name!r} has no attribute {attribute!r}")
         if isinstance(factory, nn.Module):
             raise ConfigError(f"{name} is a {type(factory).__name__}; name a function that returns it")
         model = factory()
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{name}: no module named {error.name!r}; run where it lies, or install it") from error
-    except AttributeError as error:
-        raise ConfigError(f"{name}: {_line(error)}") from error
+        if error.name is None:  # raised by the user's own code, or on a relative import
+            raise ConfigError(f"{name} raised ModuleNotFoundError: {_line(error)}") from error
+        missing = f"no module named {error.name!r}; run where it lies, or install it"
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            missing = f"it imports what is missing: {missing}"
+        raise ConfigError(f"{name}: {missing}") from error
     except AdaAttnError:
         raise
     except (Exception, SystemExit) as error:  # the user's own code
@@ -165,45 +228,45 @@ def _from_factory(name: str, weights: str | None) -> nn.Module:
         sys.path.remove(os.getcwd())
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} returned a {type(model).__name__}; it must return an nn.Module")
-    model = cast(nn.Module, getattr(model, "_orig_mod", model))  # what torch.compile wraps takes inputs by their names
     if weights is not None:
         _load_weights(model, Path(weights), name)
-    return model
+    return cast(nn.Module, usable(model))
 
 
-def _load_weights(model: nn.Module, path: Path, name: str) -> None:
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; --weights takes a state dict, .safetensors or .pt")
+def _load_weights(wrapped: nn.Module, path: Path, name: str) -> None:
+    model = cast(nn.Module, _unwrapped(wrapped))
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # neither format has an error of its own
-        raise CheckpointError(
-            f"{path} is not a file of weights: it is damaged or of another kind; give a state dict, .safetensors or .pt"
-        ) from error
+        state = _read_weights(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; --weights takes a state dict, .safetensors or .pt") from None
+    except archive.CarriesCodeError as error:
+        raise CheckpointError(f"{path} {error}, not weights alone; {WEIGHTS}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is not a file of weights: it {error}; {WEIGHTS}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not weights by name; give a state dict")
-    _fill_shared(model, state)
+    if model is not wrapped and all(isinstance(key, str) for key in state):
+        prefix = next(name for name, module in wrapped.named_modules() if module is model)
+        consume_prefix_in_state_dict_if_present(state, f"{prefix}.")
     try:
-        assign_weights(model, state, name)
+        checkpoint.assign_weights(model, state, name)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
 
 
-def _fill_shared(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Give parameters that are one tensor in the model all their names: safetensors keeps only one of them."""
-    names: dict[int, list[str]] = {}
-    for name, x in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(x), []).append(name)
-    for same in names.values():
-        known = [state[name] for name in same if name in state]
-        if known:
-            state |= {name: known[0] for name in same if name not in state}
+def _read_weights(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return archive.SavedFile(path).load()
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    archive.regular(path)
+    try:
+        return load_file(path, backend="pread")  # mapped, it would crash the process when someone truncates it
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(archive.DAMAGED) from error
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else line[:297] + "..."

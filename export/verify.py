@@ -13,9 +13,9 @@ from typing import Any
 
 from adaattn.atomic_file import scratch_folder
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export import backends, engine, golden, parity
+from adaattn.export import backends, engine, golden, parity, schemas
 from adaattn.export.engine_file import profile_of, read_description
-from adaattn.export.folder import MARKER, read_json, sha256
+from adaattn.export.folder import sha256
 from adaattn.export.golden import Golden
 from adaattn.export.versions import versions
 
@@ -91,17 +91,13 @@ def check(
         'passed'
 
     Raises:
-        ConfigError: no such backend, or the folder has no golden results.
+        ConfigError: no such backend, or the folder does not have the golden results that were exported.
     """
     for name in names or ():
         if name not in backends.BACKENDS:
             raise ConfigError(f"backend {name!r} is unknown; choose of {', '.join(backends.BACKENDS)}")
-    if not (folder / MARKER).is_file():
-        raise ConfigError(f"{folder} holds no {MARKER}; give a folder that adaattn-export made")
-    goldens = golden.load(folder / "golden.npz")
-    report = read_json(folder / "report.json")
-    if not {"layers", "model", "tokens", "calibration"} <= report.keys():
-        raise ConfigError(f"{folder / 'report.json'} is not what adaattn-export wrote")
+    goldens = golden.load(as_exported(folder, "golden.npz"))
+    report = schemas.read(folder / "report.json", schemas.REPORT)
     targets = []
     for name in names or backends.BACKENDS:
         files = [folder / "model.onnx" if name in backends.PROVIDERS else folder / f"{name}.engine"]
@@ -137,11 +133,23 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def as_exported(folder: Path, name: str) -> Path:
+    """Return the path of a file that says what is right. One that was changed since the export proves nothing.
+
+    Raises:
+        ConfigError: it is not the file that was exported.
+    """
+    files, path = schemas.manifest_files(folder), folder / name
+    if path.is_file() and sha256(path) != files.get(name, {}).get("sha256"):
+        raise ConfigError(f"{path} is not the file that was exported; export the model again, or restore the file")
+    return path
+
+
 def changed_files(folder: Path) -> list[str]:
     """A line for each file that is not the one which was exported."""
     lines = []
-    for name, about in read_json(folder / MARKER)["files"].items():
-        if not (folder / name).exists():
+    for name, about in schemas.manifest_files(folder).items():
+        if not (folder / name).is_file():
             lines.append(f"{name} is missing")
         elif sha256(folder / name) != about["sha256"]:
             lines.append(f"{name} is not the file that was exported")

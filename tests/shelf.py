@@ -32,6 +32,7 @@ def build_shelf(shelf: Path) -> Path:
     width = Dim("width")
     program = torch.export.export(nn.Linear(16, 8), (torch.ones(3, 16),), dynamic_shapes={"input": {0: width}})
     torch.export.save(program, shelf / "good.pt2")
+    torch.export.save(program, shelf / "program.pt")
 
     noise = random.Random(0).randbytes(2000)
     for ending in ("pt", "pt2"):

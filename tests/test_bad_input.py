@@ -15,6 +15,7 @@ from shelf import build_shelf
 
 QUICK = ("-q", "--target", "onnx", "--no-verify")
 REMEDY = "give a model.pt saved by adaattn.save, a .pt2 program, package.module:factory, or hf:FOLDER"
+PROGRAM = ("only load by running code that the file carries", "nothing of it has been read", "--allow-pickle")
 DANGER = ("runs whatever code it carries", "--allow-pickle", "adaattn.save", "as weights for package.module:factory")
 
 
@@ -46,7 +47,8 @@ def nothing_left_behind(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         *((f"{name}.pt", ["damaged or of another kind", REMEDY]) for name in ("half", "header", "text", "noise")),
         ("photos.pt", ["damaged or of another kind", REMEDY]),
         ("pickle_noise.pt", ["damaged or of another kind", REMEDY]),
-        *((f"{name}.pt2", ["torch.export.save", "damaged"]) for name in ("half", "header", "text", "noise", "photos")),
+        *((f"{name}.pt2", PROGRAM) for name in ("good", "half", "header", "text", "noise", "photos")),
+        ("program.pt", ["is a program saved by torch.export.save", "give its name the ending .pt2"]),
         ("tensor.pt", ["holds a Tensor, not a model", REMEDY]),
         ("list.pt", ["holds a list, not a model", REMEDY]),
         ("training.pt", ["holds a dict, not a model", REMEDY]),
@@ -90,8 +92,8 @@ def test_permission_to_unpickle_makes_no_model_of_noise(name: str, shelf: Path) 
         ("noise.safetensors", ["damaged or of another kind", "state dict"]),
         ("noise.pt", ["damaged or of another kind", "state dict"]),
         ("empty.pt", ["damaged or of another kind", "state dict"]),
-        ("folder", ["damaged or of another kind", "state dict"]),
-        ("module.pt", ["damaged or of another kind", "state dict"]),
+        ("folder", ["is a folder", "state dict"]),
+        ("module.pt", ["holds objects that only code can make, not weights alone", "state dict"]),
         ("list.pt", ["holds a list, not weights by name", "state dict"]),
         ("numbered.pt", ["keys are no names"]),
         ("texts.pt", ["does not fit foreign:linear", "<class 'str'>"]),
@@ -147,11 +149,11 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
         ("foreign:tiny --tolerance nan", ["tolerance is nan", "above 0"]),
         ("foreign:Add --input x=B,16 --input y=B,16 --tolerance 0.1", ["--tolerance has nothing to act on"]),
         ("SHELF/good.pt --weights SHELF/weights.pt", ["--weights goes with package.module:factory"]),
-        ("SHELF/good.pt2", ["no upper bound", "input=s", "--dim s"]),
-        ("SHELF/good.pt2 --dim width=1:2:3", ["no input has a dimension 'width'", "input=s"]),
-        ("SHELF/good.pt2 --input input=B,16", ["--input cannot change a program", "capture it anew"]),
-        ("SHELF/good.pt2 --dtype float16", ["--dtype cannot change a program"]),
-        ("SHELF/good.pt2 --tolerance 0.1", ["--tolerance cannot change a program"]),
+        ("SHELF/good.pt2 --allow-pickle", ["no upper bound", "input=s", "--dim s"]),
+        ("SHELF/good.pt2 --allow-pickle --dim width=1:2:3", ["no input has a dimension 'width'", "input=s"]),
+        ("SHELF/good.pt2 --allow-pickle --input input=B,16", ["--input cannot change a program", "capture it anew"]),
+        ("SHELF/good.pt2 --allow-pickle --dtype float16", ["--dtype cannot change a program"]),
+        ("SHELF/good.pt2 --allow-pickle --tolerance 0.1", ["--tolerance cannot change a program"]),
     ],
 )
 def test_arguments_that_do_not_go_together(arguments: str, words: list[str], shelf: Path) -> None:

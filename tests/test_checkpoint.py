@@ -202,7 +202,9 @@ def test_a_damaged_file_is_refused_in_a_line(damage: str, tmp_path: Path) -> Non
     path = tmp_path / "model.pt"
     torch.save(payload(), path)
     DAMAGED[damage](path)
-    with pytest.raises(CheckpointError, match=r"is not a model saved by adaattn\.save: it is damaged") as caught:
+    kind = "holds objects that only code can make" if "a pickle" in damage or "a zip" in damage else "is damaged"
+    kind = "is a folder" if damage == "a folder" else kind
+    with pytest.raises(CheckpointError, match=rf"is not a model saved by adaattn\.save: it {kind}") as caught:
         adaattn.load(path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()

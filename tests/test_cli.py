@@ -173,14 +173,12 @@ def test_a_package_that_is_missing_fails_its_target_alone(monkeypatch: pytest.Mo
     assert (Path("out") / "model.onnx").exists()
 
 
-def test_a_gpu_that_there_is_not_fails_its_target_alone() -> None:
+def test_a_gpu_that_there_is_not_is_refused_before_the_export(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    result = run(*LINEAR, "--target", "tensorrt-rtx", "--compute-capability", "8.9,99.9", "--no-verify", "-o", "out")
-    assert result.exit_code == 1
-    assert "compute capability 99.9 is unknown to tensorrt_rtx" in " ".join(result.stdout.split())
-    assert sorted(path.name for path in Path("out").glob("*.*")) == [
-        "manifest.json", "model.onnx", "report.html", "report.json", "tensorrt-rtx.log",
-    ]  # fmt: skip
+    for given in ("8.9,99.9", "banana", "8.9\x1b[2J", "9" * 5000):
+        refused(run(*LINEAR, *QUICK, "--target", "tensorrt-rtx", "--compute-capability", given), "8.6, 8.9, 12.0")
+    refused(run(*LINEAR, *QUICK, "--target", "tensorrt-rtx", "--workspace", 2**60), "give MiB, 1 to 8796093022207")
+    assert os.listdir(tmp_path) == []
 
 
 @contextmanager

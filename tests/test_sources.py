@@ -69,26 +69,20 @@ def program(model: nn.Module, limit: int | None = 17, **inputs: torch.Tensor) ->
 
 def program_of_ours() -> list[object]:
     program(foreign.tiny(), x=torch.randn(2, 7, 16))
-    return ["program.pt2"]
+    return ["program.pt2", "--allow-pickle"]
 
 
 def program_of_functions() -> list[object]:
     program(foreign.Functional(), **{name: torch.randn(2, 2, 7, 16) for name in "qkv"})
-    return ["program.pt2"]
+    return ["program.pt2", "--allow-pickle"]
 
 
 def program_without_an_end() -> list[object]:
     program(foreign.tiny(), None, x=torch.randn(2, 7, 16))
-    refused = run("program.pt2", "-q")
+    refused = run("program.pt2", "--allow-pickle", "-q")
     assert refused.exit_code == 2
     symbol = refused.stderr.split("--dim ")[1].split("=")[0]
-    return ["program.pt2", "--dim", f"{symbol}=2:9:17"]
-
-
-def program_by_another_name() -> list[object]:
-    program(foreign.tiny(), x=torch.randn(2, 7, 16))
-    Path("program.pt2").rename("program.pt")
-    return ["program.pt"]
+    return ["program.pt2", "--allow-pickle", "--dim", f"{symbol}=2:9:17"]
 
 
 def factory_and_safetensors() -> list[object]:
@@ -126,7 +120,6 @@ def compiled() -> list[object]:
         program_of_ours,
         program_of_functions,
         program_without_an_end,
-        program_by_another_name,
         factory_and_safetensors,
         factory_and_pt,
         factory_of_ones_own,

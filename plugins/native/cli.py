@@ -5,23 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from adaattn.errors import AdaAttnError
-from adaattn.interrupts import raise_on_signals
-from adaattn.plugins.native import build as builder
-from adaattn.plugins.native.program import common_kinds, for_onnxruntime, kinds
+from adaattn.command_line import Group, verbose_option
 
 
-@click.group()
+@click.group("adaattn-plugins", cls=Group)
 @click.version_option(package_name="adaattn")
 def main() -> None:
     """AdaAttn's TensorRT plugins as a shared library, for trtexec, C++, Triton Inference Server and ONNX Runtime.
 
     An engine built from Python needs none of this: its kernels are embedded in it.
+
+    \b
+    Exit status
+      0  the path of the library or of the copy was printed
+      2  the arguments, the files or this machine are not usable, or the command was interrupted
     """
-    raise_on_signals()
 
 
 @main.command()
@@ -31,6 +30,7 @@ def main() -> None:
 @click.option("--cuda-include", type=click.Path(file_okay=False, path_type=Path), help="Where cuda_runtime_api.h is.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The library; by default in a cache.")
 @click.option("--force", is_flag=True, help="Build it though the cache has it.")
+@verbose_option
 def build(
     models: tuple[Path, ...],
     arch: str,
@@ -48,29 +48,33 @@ def build(
     Each kind of node (type, head_dim, causality, form of the mask) is compiled for each architecture, which takes some
     minutes. Without a model: fp16, head_dim 64 and 128, without a mask and with one of padding.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from adaattn.plugins.native import build as builder
+    from adaattn.plugins.native.program import common_kinds, kinds
+
+    wanted = list(dict.fromkeys(kind for model in models for kind in kinds(model))) if models else common_kinds()
+    architectures = builder.architectures(arch)
+    include = builder.tensorrt_headers(tensorrt_include)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    try:
-        wanted = list(dict.fromkeys(kind for model in models for kind in kinds(model))) if models else common_kinds()
-        architectures = builder.architectures(arch)
-        include = builder.tensorrt_headers(tensorrt_include)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("kernels", total=None)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("kernels", total=None)
 
-            def on_kernel(done: int, of: int) -> None:
-                progress.update(task, completed=done, total=of)
+        def on_kernel(done: int, of: int) -> None:
+            progress.update(task, completed=done, total=of)
 
-            if output is None:
-                place = builder.cached(wanted, architectures, include, cuda_include, on_kernel, force)
-            else:
-                place = builder.library(wanted, architectures, output, include, cuda_include, on_kernel)
-    except AdaAttnError as error:
-        raise click.ClickException(str(error)) from error
+        if output is None:
+            place = builder.cached(wanted, architectures, include, cuda_include, on_kernel, force)
+        else:
+            place = builder.library(wanted, architectures, output, include, cuda_include, on_kernel)
     click.echo(place)
 
 
 @main.command()
 @click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@verbose_option
 def onnxruntime(model: Path) -> None:
     """Write MODEL in the form that ONNX Runtime's TensorRT provider takes, and print the path of the copy.
 
@@ -78,10 +82,9 @@ def onnxruntime(model: Path) -> None:
     and runs with that provider alone, given the library as trt_extra_plugin_lib_paths and ADAATTN_REGISTER=1 in the
     environment.
     """
-    try:
-        click.echo(for_onnxruntime(model))
-    except AdaAttnError as error:
-        raise click.ClickException(str(error)) from error
+    from adaattn.plugins.native.program import for_onnxruntime
+
+    click.echo(for_onnxruntime(model))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from adaattn.ops.kernel_spec import KernelSpec
 from adaattn.ops.plan.impl.triton import INPUTS as MOMENTS
 from adaattn.ops.plan.impl.triton import plan_spec
 from adaattn.ops.token_moments.impl.triton import LEAST_TOKENS, PROGRAMS, finish_spec, reduce_spec
-from adaattn.plugins import NAMESPACE, variants
+from adaattn.plugins import NAMESPACE, onnx_file, variants
 from adaattn.plugins.variants import VARIANTS, Node
 
 
@@ -103,11 +103,11 @@ def kinds(model: Path) -> list[Kind]:
     """The kinds of our nodes in an ONNX file.
 
     Raises:
-        ConfigError: the file has none, or a node whose types and shapes it does not tell.
+        ConfigError: it is not an ONNX file, has none, or a node whose types and shapes it does not tell.
     """
     import onnx
 
-    graph = onnx.load(str(model), load_external_data=False).graph
+    graph = onnx_file.load(model).graph
     values = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.input, *graph.output)}
     values |= {x.name: onnx.helper.make_tensor_type_proto(x.data_type, x.dims).tensor_type for x in graph.initializer}
     found: dict[Kind, None] = {}
@@ -132,11 +132,11 @@ def for_onnxruntime(model: Path) -> Path:
     The copy, `<model>.trt.onnx`, lies beside the model, where its external data is, and runs with that provider alone.
 
     Raises:
-        ConfigError: the model has no op of ours.
+        ConfigError: it is not an ONNX file, or has no op of ours.
     """
     import onnx
 
-    copy = onnx.load(str(model), load_external_data=False)
+    copy = onnx_file.load(model)
     ours = [node for node in copy.graph.node if node.domain == NAMESPACE]
     if not ours:
         raise ConfigError(f"{model} has no op of ours: no node of domain {NAMESPACE!r}")
