@@ -391,6 +391,18 @@ def test_report(exported: Path) -> None:
     assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', page))
 
 
+def test_matplotlib(exported: Path) -> None:
+    import matplotlib
+
+    from adaattn.export.html import render
+
+    report = json.loads((exported / "report.json").read_text())
+    page = render(report)
+    assert "<svg" in page
+    with matplotlib.rc_context({"lines.linewidth": 99, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        assert render(report) == page
+
+
 def test_external_data(copied: Path, tmp_path: Path) -> None:
     secret = np.arange(8, dtype=np.float32)
     (tmp_path / "secret").write_bytes(secret.tobytes())
