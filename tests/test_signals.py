@@ -420,7 +420,7 @@ def test_no_builder_outlives_an_export_that_is_killed(tmp_path: Path) -> None:
     assert ends(process), said
     for place in (tmp_path, tmp_path / "packages"):
         atomic_file.sweep(place)
-    left = {path.name for path in tmp_path.rglob("*")}
+    left = {path.name for path in tmp_path.rglob("*") if not path.name.startswith("torchinductor_")}  # torch's cache
     assert left - {"__pycache__"} == {"packages", "started", "tensorrt_rtx.py"}
 
 
