@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adaattn.errors import ConfigError
-from adaattn.interrupts import held
+from adaattn.interrupts import held, surely
 
 if sys.platform != "win32":
     import fcntl
@@ -99,17 +99,21 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     sweep(parent)
-    made: tuple[Path, int] | None = None
+    made: list[tuple[Path, int]] = []
+
+    def clean_up() -> None:
+        for folder, lock in made:
+            with suppress(OSError):
+                _remove(folder)
+            os.close(lock)
+        made.clear()
+
     try:
         with held():
-            made = _make(parent)
-        yield made[0]
+            made.append(_make(parent))
+        yield made[0][0]
     finally:
-        with held():
-            if made is not None:
-                with suppress(OSError):
-                    _remove(made[0])
-                os.close(made[1])
+        surely(clean_up)
 
 
 def sweep(parent: Path) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from adaattn.interrupts import held
+from adaattn.interrupts import held, surely
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
@@ -45,8 +45,18 @@ def child(
         stdout, stderr, pass_fds: as of subprocess.Popen.
         environment: variables that the program gets besides those of this process.
     """
-    process: subprocess.Popen[bytes] | None = None
-    reading, writing = os.pipe()
+    started: list[subprocess.Popen[bytes]] = []
+    pipe = list(os.pipe())
+    reading = pipe[0]
+
+    def end() -> None:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        while pipe:
+            os.close(pipe.pop())
+
     try:
         with held():
             process = subprocess.Popen(
@@ -58,15 +68,10 @@ def child(
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
             )
+            started.append(process)
         yield process
     finally:
-        with held():
-            os.close(reading)
-            if process is not None:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            os.close(writing)
+        surely(end)
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -49,3 +49,18 @@ def held() -> Iterator[None]:
             signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
+
+
+def surely(clean_up: Callable[[], None]) -> None:
+    """Clean up with signals held back, also where one comes right before they are.
+
+    Args:
+        clean_up: it may be called twice, and then does nothing the second time.
+    """
+    try:
+        with held():
+            clean_up()
+    except KeyboardInterrupt:
+        with held():
+            clean_up()
+        raise

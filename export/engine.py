@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from adaattn import children
-from adaattn.atomic_file import scratch_folder
+from adaattn.atomic_file import scratch_folder, write
 from adaattn.checks import as_bool, as_choice, as_int, as_path, as_sequence, check_instance, described
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export.golden import Array, save_arrays
@@ -224,7 +224,7 @@ def engine_from_onnx(
         "profiles": [{name: [list(x) for x in shapes] for name, shapes in each.items()} for each in profiles],
     }
     with scratch_folder() as scratch:
-        _run_child(job, scratch / "job.json", log or engine.with_suffix(".log"), on_progress)
+        _run_child(job, scratch, log or engine.with_suffix(".log"), on_progress)
     from adaattn.export.engine_file import read_description
 
     return read_description(engine)
@@ -253,16 +253,17 @@ def run(
         job: dict[str, Any] = {"do": "run", "target": target, "engine": str(engine.absolute())}
         job |= {"plugin_library": None if plugin_library is None else str(plugin_library.absolute())}
         job |= {name: str(file) for name, file in files.items()}
-        _run_child(job, scratch / "job.json", log)
+        _run_child(job, scratch, log)
         with np.load(files["outputs"]) as outputs:
             return dict(outputs)
 
 
 def _run_child(
-    job: Mapping[str, Any], job_file: Path, log: Path, on_progress: Progress = lambda phase, share: None
+    job: Mapping[str, Any], scratch: Path, log: Path, on_progress: Progress = lambda phase, share: None
 ) -> None:
     reading, writing = os.pipe()
-    with os.fdopen(reading) as progress, os.fdopen(writing, "wb") as end, log.open("wb") as stream:
+    job_file, said_file = scratch / "job.json", scratch / "log"
+    with os.fdopen(reading) as progress, os.fdopen(writing, "wb") as end, said_file.open("wb") as stream:
         job_file.write_text(json.dumps({**job, "progress": writing}))
         command = [*children.python(), "-m", "adaattn.export.worker", str(job_file)]
         with children.child(command, stream, stream, pass_fds=(writing,)) as process:
@@ -270,6 +271,7 @@ def _run_child(
             for line in progress:  # until the child has ended
                 on_progress(*json.loads(line))
             code = process.wait()
+    write(log, said_file.read_bytes())
     if code:
         if code < 0:
             said = f"the process that had to {job['do']} the engine crashed with {signal.Signals(-code).name}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from adaattn import atomic_file
 from adaattn.errors import ConfigError
-from adaattn.interrupts import held
+from adaattn.interrupts import held, surely
 
 MARKER = "manifest.json"  # names every other file of an export, with its hash
 FORMAT, VERSION = "adaattn-export", 1
@@ -216,7 +216,7 @@ def staging(
     missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     with ExitStack() as stack:
         undo = stack.enter_context(ExitStack())
-        undo.callback(_remove_empty, missing)
+        undo.callback(surely, lambda: _remove_empty(missing))
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             shell = stack.enter_context(atomic_file.scratch_folder(out.parent))

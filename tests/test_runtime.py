@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from sidecar import described
 
 import adaattn
 from adaattn.errors import ConfigError, TargetError
@@ -74,23 +75,6 @@ def test_what_is_wrong_with_a_call_is_said(exported: tuple[torch.nn.Module, Path
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with pytest.raises(TargetError, match=r"ONNX Runtime refuses .*bad\.onnx"):
         open_runtime(tmp_path / "bad.onnx")
-
-
-def described(target: str, **changes: object) -> dict[str, object]:
-    """What stands beside an engine."""
-    return {
-        "target": target,
-        "package": engine.PACKAGES[target],
-        "versions": {engine.PACKAGES[target]: "10.14"},
-        "compute_capabilities": ["9.0"],
-        "options": dict.fromkeys(engine.BuildOptions.__dataclass_fields__),
-        "model": "model.onnx",
-        "inputs": [{"name": "x", "type": "FLOAT", "shape": [-1, 8]}],
-        "outputs": [{"name": "y", "type": "FLOAT", "shape": [-1, 8]}],
-        "profiles": [{"x": [[1, 8], [4, 8], [9, 8]]}],
-        "ops": {},
-        **changes,
-    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -56,7 +56,7 @@ from pathlib import Path
 from adaattn import atomic_file
 from adaattn.errors import ConfigError
 from adaattn.export import folder
-from adaattn.interrupts import raise_on_signals
+from adaattn.interrupts import SIGNALS, raise_on_signals
 
 seed, rounds, steps = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 OUT = Path("out")
@@ -81,6 +81,7 @@ def child(text):
     raise_on_signals()
     written = []
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         export(text, written)
     except KeyboardInterrupt:
         os._exit(10 if written else 11)
@@ -94,19 +95,25 @@ random.seed(seed)
 start = time.perf_counter()
 export("first", [])
 usual = time.perf_counter() - start
-before, seen = "first", {}
-for number in range(rounds):
-    text, kind = f"text {number}", random.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+before, seen = "first", {-9: 0, 11: 0}
+number = 0
+while number < rounds or min(seen[-9], seen[11]) < 5:  # killed, and interrupted before the move
+    number += 1
+    assert number < rounds + 500, seen
+    text, kind = f"text {number}", random.choice([signal.SIGKILL, *SIGNALS])
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     pid = os.fork()
     if not pid:
         child(text)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     time.sleep(random.uniform(0, 1.5 * usual))
     os.kill(pid, kind)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if kind == signal.SIGKILL:
         if steps == "two":
             atomic_file.sweep(Path())  # as every next run does first
-    elif status in (0, 10, 11):
+    else:
+        assert status in (0, 10, 11), status
         assert os.listdir() == ["out"], os.listdir()
     now = text_of_whole()
     allowed = {0: {text}, 10: {text}, 11: {before}}.get(status, {before, text})
@@ -127,8 +134,6 @@ def test_a_signal_at_a_random_moment_leaves_the_old_folder_or_the_new_one(steps:
         [sys.executable, "-c", SWAPS, "7", str(rounds), steps], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr + done.stdout
-    assert "-9" in done.stdout
-    assert "11" in done.stdout
 
 
 RACE = (
@@ -415,7 +420,7 @@ def test_no_builder_outlives_an_export_that_is_killed(tmp_path: Path) -> None:
     assert ends(process), said
     for place in (tmp_path, tmp_path / "packages"):
         atomic_file.sweep(place)
-    left = {path.name for path in tmp_path.rglob("*")}
+    left = {path.name for path in tmp_path.rglob("*") if not path.name.startswith("torchinductor_")}  # torch's cache
     assert left - {"__pycache__"} == {"packages", "started", "tensorrt_rtx.py"}
 
 

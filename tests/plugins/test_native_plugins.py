@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yardstick
+from click.testing import CliRunner
 from torch import Tensor
 from wheel import unpacked
 
@@ -20,6 +23,7 @@ from adaattn.errors import ConfigError, TargetError
 from adaattn.export import Options, export
 from adaattn.plugins import driver
 from adaattn.plugins.native import build as builder
+from adaattn.plugins.native.cli import main as command
 from adaattn.plugins.native.program import common_kinds, for_onnxruntime, kinds
 from adaattn.plugins.variants import VARIANTS
 
@@ -65,8 +69,8 @@ def adaattn_plugins(*arguments: object, **environment: str) -> subprocess.Comple
 def library(model: Path, headers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("library") / "libadaattn_plugins.so"
     arch = ("--arch", CAPABILITY or 80)
-    command = ("build", model, *arch, "--tensorrt-include", headers, "--output", path)
-    done = adaattn_plugins(*command, CXXFLAGS="-Werror")
+    arguments = ("build", model, *arch, "--tensorrt-include", headers, "--output", path)
+    done = adaattn_plugins(*arguments, CXXFLAGS="-Werror")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(path)
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing else is left
@@ -202,10 +206,118 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             builder.architectures("")
 
 
-def test_a_library_is_kept_for_its_content() -> None:
-    some, fewer = common_kinds(), common_kinds()[1:]
-    assert builder.cache(some, [80, 90]) == builder.cache(some[::-1], [90, 80])
-    assert builder.cache(some, [80]) != builder.cache(fewer, [80])
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Path, bool]]:
+    """Ask the cache for a library; returns it, and whether it was built."""
+    include = tmp_path / "include"
+    include.mkdir()
+    (include / "NvInfer.h").write_text('#include "NvInferVersion.h"')
+    (include / "NvInferRuntime.h").write_text('#include "NvInferVersion.h"')
+    (include / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 10")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    built: list[Path] = []
+
+    def library(kinds: Any, architectures: Any, output: Path, *others: Any) -> Path:
+        built.append(output)
+        output.write_text(f"library {len(built)}")
+        return output
+
+    monkeypatch.setattr(builder, "library", library)
+
+    def ask(kinds: Any = None, architectures: Any = (80,), place: Path = include, **options: Any) -> tuple[Path, bool]:
+        count = len(built)
+        return builder.cached(kinds or common_kinds(), architectures, place, **options), len(built) > count
+
+    return ask
+
+
+def test_a_library_is_kept_for_all_that_goes_into_it(
+    kept: Callable[..., tuple[Path, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    include = tmp_path / "include"
+    first, built = kept()
+    assert built
+    assert kept(common_kinds()[::-1]) == (first, False)
+    assert kept(common_kinds()[1:])[1]
+    assert kept(architectures=[80, 90])[1]
+    assert kept(force=True)[1]
+    shutil.copytree(include, tmp_path / "elsewhere")
+    assert kept(place=tmp_path / "elsewhere")[1]  # paths of headers are compiled in
+    (include / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 11")
+    assert kept()[1]
+    (include / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 10")
+    assert not kept()[1]
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo 99; else exec g++ "$@"; fi\n')
+    compiler.chmod(0o755)
+    for name, value in (("CXX", str(compiler)), ("CXXFLAGS", "-O0"), ("TRITON_DEFAULT_FP_FUSION", "0")):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            assert kept()[1], name
+    with monkeypatch.context() as patched:
+        import triton
+
+        patched.setattr(triton, "__version__", "99")
+        assert kept()[1]
+    sources = tmp_path / "sources"
+    shutil.copytree(builder.SOURCES, sources / "native")
+    source = sources / "native" / "adaattn_plugins.cpp"
+    source.write_text(source.read_text() + "// changed\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(builder, "SOURCES", sources / "native")
+        assert kept()[1]
+    assert not kept()[1]
+
+
+def test_a_library_that_is_damaged_or_lacks_its_headers_is_not_handed_out(
+    kept: Callable[..., tuple[Path, bool]], tmp_path: Path
+) -> None:
+    library, _ = kept()
+    (index,) = library.parent.glob("*.sha256")
+    damages: list[Callable[[Path], object]] = [
+        lambda library: library.write_text("text"),
+        lambda library: library.unlink(),
+        lambda library: index.write_text(""),
+        lambda library: index.write_text("../" * 30),
+    ]
+    for damage in damages:
+        damage(library)
+        library, built = kept()
+        assert built
+        assert library.read_text().startswith("library")
+        assert kept() == (library, False)
+    (tmp_path / "include" / "NvInfer.h").unlink()
+    with pytest.raises(TargetError, match=r"holds no NvInfer\.h"):
+        kept()
+    result = CliRunner().invoke(command, ["build", "--arch", "80", "--tensorrt-include", str(tmp_path / "include")])
+    assert (result.exit_code != 0, result.stdout) == (True, "")
+    assert "holds no NvInfer.h" in result.stderr
+
+
+def test_a_cache_that_others_may_write_to_is_refused(
+    kept: Callable[..., tuple[Path, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = kept()[0].parent
+    assert folder == tmp_path / "cache" / "adaattn"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for place, mode in ((folder, 0o777), (folder, 0o720), (folder.parent, 0o777)):
+        before = place.stat().st_mode
+        place.chmod(mode)
+        with pytest.raises(TargetError, match="others may write to it"):
+            kept()
+        place.chmod(before)
+    if os.geteuid() == 0:
+        os.chown(folder, 12345, -1)
+        with pytest.raises(TargetError, match="belongs to somebody else"):
+            kept()
+        os.chown(folder, 0, -1)
+    assert not kept()[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", "cache"
+    )  # not absolute, so it does not count: it would hang on the current folder
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert kept()[0].is_relative_to(tmp_path / "home" / ".cache")
 
 
 @pytest.mark.skipif(CAPABILITY is None, reason="the CUDA driver shows no GPU")
