@@ -17,7 +17,8 @@ import torch
 from torch.export.graph_signature import OutputKind
 
 import adaattn.ops  # registers the ops that the program calls
-from adaattn.errors import ExportError
+from adaattn.errors import AdaAttnError, ExportError
+from adaattn.export import sdpa
 from adaattn.export.bodies import ADAPTIVE_ATTENTION, DOMAIN, DOMAIN_VERSION, PLAN, TOKEN_MOMENTS, body
 from adaattn.export.embed import embed
 from adaattn.plugins import NAMESPACE, VERSION
@@ -63,11 +64,13 @@ def lower(
             dynamo=True,
             opset_version=opset,
             output_names=list(output_names),
-            custom_translation_table=_translations(),
+            custom_translation_table={**_translations(), **sdpa.translations(opset)},
             verbose=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx cannot translate the program: {_reason(error)}") from error
+        cause = _cause(error)
+        said = str(cause) if isinstance(cause, AdaAttnError) else f"torch.onnx cannot translate the program: {_line(cause)}"
+        raise ExportError(said) from error
     assert exported is not None  # torch.onnx.export returns None only for TorchScript models
     assert exported.exported_program is not None
     _refuse_state(exported.exported_program)
@@ -129,7 +132,7 @@ def save(model: ir.Model, path: Path, external_above: int | None = None) -> list
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"onnx.checker refuses {path.name}: {_reason(error)}") from error
+        raise ExportError(f"onnx.checker refuses {path.name}: {_line(_cause(error))}") from error
     if external_above is None and weights <= EXTERNAL_ABOVE and data.exists():
         embed(path, data)
     return [file for file in (path, data) if file.exists()]
@@ -257,9 +260,13 @@ def _module_path(node: ir.Node) -> str:
     return scopes[-2] if len(scopes) > 1 else ""
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause."""
+def _cause(error: BaseException) -> BaseException:
+    """The innermost cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
