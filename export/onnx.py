@@ -90,7 +90,12 @@ def lower(
                 named.outputs[0].shape = value.shape
                 model.graph.append(named)
                 model.graph.outputs.append(named.outputs[0])
-    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    within = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
+    named = set(planned)
+    for node in within:  # in branches of torch.cond too
+        if node.op_type in ADAPTIVE_ATTENTION and node not in planned.values():
+            node.name = _unused(_module_path(node) or "attention", named)
+    used = {node.op_type for node in within}
     for name in sorted(used):
         function = ir.serde.deserialize_function(body(name, model.opset_imports[""]))
         model.functions[function.identifier()] = function
@@ -102,7 +107,10 @@ def lower(
 
 
 def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
-    """The attention nodes of ours, in order, by the path of the module that they come from."""
+    """Attention nodes of ours, in order, by the path of the module that they come from.
+
+    Those in branches of torch.cond are not among them: their plans are known only where a branch is taken.
+    """
     nodes: dict[str, ir.Node] = {}
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type in ADAPTIVE_ATTENTION:
@@ -193,8 +201,12 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         tensors, (scale, limit) = inputs[:10], inputs[10:12]
         return domain.plan(*tensors, scale=scale, limit=limit, **plugin)
 
+    def square_root(self: Any) -> Any:  # of a size, as in math.sqrt(x.shape[-1])
+        return onnxscript.opset18.Sqrt(onnxscript.opset18.Cast(self, to=ir.DataType.FLOAT))
+
     ops = torch.ops.adaattn
     return {
+        torch._sym_sqrt: square_root,
         ops.plan.default: plan,
         ops.token_moments.default: token_moments,
         ops.adaptive_attention.default: adaptive_attention,
@@ -243,7 +255,8 @@ def _name_dims(graph: ir.Graph, names: Mapping[str, str]) -> None:
     if not names:
         return
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
+    nodes = ir.traversal.RecursiveGraphIterator(graph)
+    values = [*graph.inputs, *graph.outputs, *(value for node in nodes for value in node.outputs)]
     for value in values:
         if value.shape is None:
             continue
@@ -253,6 +266,16 @@ def _name_dims(graph: ir.Graph, names: Mapping[str, str]) -> None:
             else dim
             for dim in value.shape
         )
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """A name that is not taken yet, and now is."""
+    unused, count = name, 1
+    while unused in taken:
+        count += 1
+        unused = f"{name}_{count}"
+    taken.add(unused)
+    return unused
 
 
 def _module_path(node: ir.Node) -> str:

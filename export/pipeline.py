@@ -21,7 +21,7 @@ from adaattn.calibration import Calibration, calibrate
 from adaattn.config import Budget
 from adaattn.errors import AdaAttnError, ConfigError, TargetError
 from adaattn.export import cases, engine, folder, golden, onnx, parity, serving, summary, trace, verify
-from adaattn.export.capture import Captured, capture_module, capture_program, default_inputs
+from adaattn.export.capture import Captured, capture_module, capture_program, check_model, default_inputs
 from adaattn.export.html import render
 from adaattn.export.reference import Expected, Reference
 from adaattn.input_spec import Dimension, InputSpec
@@ -158,6 +158,8 @@ def export(
     """
     options = options or Options()
     model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if isinstance(model, nn.Module):
+        check_model(model)
     specs, examples = _split_inputs(inputs or {})
     sizes = {name: Dimension.parse(name, text) for name, text in (dims or {}).items()}
     out = Path(output_dir)
@@ -172,6 +174,7 @@ def export(
                 model, calibrated = _calibrate(model, options, on_progress)
         with clock.stage("capture"):
             captured, module = _capture(model, specs, examples, sizes, options, notes)
+            notes += captured.notes
             profiles = [_profile(captured, narrower) for narrower in options.profiles or ({},)]
         with clock.stage("onnx"):
             lowered = _lower(captured, options)
