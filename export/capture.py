@@ -20,7 +20,7 @@ from torch.fx.experimental import _config as symbolic
 
 from adaattn.attention.base import AttentionBase
 from adaattn.encoder import Encoder
-from adaattn.errors import AdaAttnError, ConfigError, ExportError
+from adaattn.errors import ConfigError, ExportError
 from adaattn.export import complaints
 from adaattn.export.sizes import Sizes, conditions
 from adaattn.input_spec import INT_MAX, Dimension, InputSpec, default_dimension
@@ -156,14 +156,16 @@ def capture_module(
     )
     traced = {symbol: tracer.traced[dim.name] for symbol, dim in names.items()}
 
-    tried: dict[tuple[tuple[int, ...], ...], bool | None] = {}
+    tried: dict[tuple[int, ...], bool | None] = {}
 
     def runs(values: Mapping[str, int]) -> bool | None:
-        shapes = tuple(item.sizes(values) for item in captured)
-        if shapes not in tried:
-            named = {item.name: shape for item, shape in zip(captured, shapes, strict=True)}
-            tried[shapes] = tracer.runs(tracer.inputs({}, named))
-        return tried[shapes]
+        at = tuple(values[symbol] for symbol in names)
+        if at not in tried:
+            sizes_at = {dim.name: values[symbol] for symbol, dim in names.items()}
+            for name, (of, factor, offset) in tracer.related.items():
+                sizes_at[name] = factor * sizes_at[of] + offset
+            tried[at] = tracer.runs(tracer.inputs({**tracer.traced, **sizes_at}))
+        return tried[at]
 
     asserted = conditions(program, list(names))
     found = Sizes(names, asserted, traced, runs if asserted or tracer.deferred else None)
@@ -171,12 +173,13 @@ def capture_module(
     notes = [*tracer.notes]
     for dim in names.values():
         notes += complaints.check_fitted(dim, sizes[dim.name], dim.name in dims)
-    at_end = {dim.name: dim for dim in names.values()}
+    by_name = {dim.name: dim for dim in names.values()}
     for name, (of, factor, offset) in tracer.related.items():
-        follows = Dimension(name, *(factor * size + offset for size in (at_end[of].min, at_end[of].opt, at_end[of].max)))
+        ends = by_name[of].min, by_name[of].opt, by_name[of].max
+        follows = Dimension(name, *(factor * size + offset for size in ends))
         if name in dims and dims[name] != follows:
             raise ConfigError(
-                f"the model takes {name} from {follows.min} to {follows.max} where {of} is {at_end[of]}, not "
+                f"the model takes {name} from {follows.min} to {follows.max} where {of} is {by_name[of]}, not "
                 f"{dims[name]}; give --dim {name}={follows}"
             )
     found = replace(found, dims=names)
@@ -232,7 +235,7 @@ class _Tracer:
             self.traced, inputs = traced, self.inputs(traced)
             try:
                 return self._export(inputs, self.sizes), dict(self.sizes)
-            except AdaAttnError:
+            except ExportError:
                 raise
             except Exception as error:  # the user's own code runs here
                 if first is None:
@@ -250,7 +253,7 @@ class _Tracer:
             for _ in range(5):
                 try:
                     return self._export(tried, sizes, deferred=True, strict=strict), sizes
-                except AdaAttnError:
+                except ExportError:
                     raise
                 except UserError as error:
                     relation = complaints.related(str(error))
@@ -268,12 +271,17 @@ class _Tracer:
             raise ConfigError(complaints.of_dimensions(str(first), self.sizes, others)) from first
         raise complaints.refusal(first, _copy(self.model), self.specs, tried) from first
 
-    def inputs(self, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+    def inputs(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """Inputs of these sizes; the user's own where there are some."""
         if self.example is not None:  # copies: torch.export takes one tensor given twice for one input
             return {spec.name: self.example[spec.name].clone() for spec in self.specs}
-        shapes = shapes or {spec.name: tuple(s if isinstance(s, int) else sizes[s] for s in spec.shape) for spec in self.specs}
-        return {spec.name: _example(spec, shapes[spec.name], self.model) for spec in self.specs}
+        found = {}
+        for spec in self.specs:
+            shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
+            dtype = getattr(torch, spec.dtype) if spec.dtype else _model_dtype(self.model)
+            ones = dtype.is_floating_point or dtype == torch.bool
+            found[spec.name] = torch.ones(shape, dtype=dtype) if ones else torch.zeros(shape, dtype=dtype)
+        return found
 
     def runs(self, inputs: Mapping[str, Tensor]) -> bool | None:
         """Whether the model runs on inputs of such shapes; None where that hangs on their numbers."""
@@ -301,7 +309,7 @@ class _Tracer:
     def _runs_elsewhere(self, name: str) -> bool:
         """Whether the model runs at other sizes of a dimension than that it was traced at."""
         dim, size = self.sizes[name], self.traced[name]
-        others = {near for near in (size - 1, size + 1, 2 * size, dim.max) if dim.min <= near <= dim.max and near != size}
+        others = {near for near in (size - 1, size + 1, 2 * size, dim.max) if dim.min <= near <= dim.max} - {size}
         return any(self.runs(self.inputs({**self.traced, name: other})) for other in sorted(others))
 
     def _export(
@@ -319,7 +327,7 @@ class _Tracer:
         for name, (of, factor, offset) in self.related.items():
             symbols[name] = factor * symbols[of] + offset if offset else factor * symbols[of]
         shapes = {spec.name: {i: symbols[s] for i, s in enumerate(spec.shape) if s in symbols} for spec in self.specs}
-        model, notes = _copy(self.model), []
+        model, notes = _copy(self.model), list[str]()
 
         def tensors_alone(module: nn.Module, args: Any, output: Any) -> dict[str, Tensor]:
             tensors, left_out = _tensors_of(output, [spec.name for spec in self.specs])
@@ -327,7 +335,7 @@ class _Tracer:
             return tensors
 
         model.register_forward_hook(tensors_alone)
-        obliviously = symbolic.patch(backed_size_oblivious=deferred)
+        obliviously = symbolic.patch(backed_size_oblivious=deferred)  # type: ignore[attr-defined]
         try:
             # On some errors torch prints all of the graph that it has.
             with torch.no_grad(), redirect_stderr(io.StringIO()), _slow_path(), obliviously:
@@ -555,13 +563,6 @@ def _trace_sizes(dims: Mapping[str, Dimension]) -> Iterator[dict[str, int]]:
     usual = {name: max(dim.opt, min(2, dim.max)) for name, dim in dims.items()}
     if usual not in seen and len(set(usual.values())) == len(usual):
         yield usual
-
-
-def _example(spec: InputSpec, shape: Sequence[int], model: nn.Module) -> Tensor:
-    dtype = getattr(torch, spec.dtype) if spec.dtype else _model_dtype(model)
-    if dtype.is_floating_point:
-        return torch.ones(shape, dtype=dtype)
-    return torch.ones(shape, dtype=dtype) if dtype == torch.bool else torch.zeros(shape, dtype=dtype)
 
 
 def _model_dtype(model: nn.Module) -> torch.dtype:

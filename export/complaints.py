@@ -17,7 +17,7 @@ PREFIX = "dim_"
 
 # Words by which an error of a model is known to be about the shapes of its inputs, or about their types.
 SHAPES = re.compile(
-    r"shape|\bsizes?\b|dimension|\bdims?\b|\bmat[12]\b|broadcast|channel|unpack|indices|\b\dD\b|length|token|element", re.I
+    r"shape|\bsizes?\b|dimension|\bdims?\b|\bmat[12]\b|broadcast|channel|unpack|indices|\b\dD\b|length|element", re.I
 )
 TYPES = re.compile(r"d(ata)?type|scalar type|\btorch\.\w*(float|int)\d+|floating.point", re.I)
 
@@ -79,7 +79,8 @@ def narrowed(message: str, dims: Mapping[str, Dimension]) -> dict[str, Dimension
 def related(message: str) -> tuple[str, str, int, int] | None:
     """Return K, S, 2 and 1 where torch.export's report says that K = 2*S + 1."""
     match = re.search(
-        r"values of (\w+) = .+ must always be related to the values of (\w+) = .+ by \1 = (?:(\d+)\*)?\2(?: ([+-]) (\d+))?",
+        r"values of (\w+) = .+ must always be related to the values of (\w+) = .+ "
+        r"by \1 = (?:(\d+)\*)?\2(?: ([+-]) (\d+))?",
         _plain(message),
     )
     if match is None:
@@ -129,9 +130,7 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, DtypeError) or (TYPES.search(str(error)) and not SHAPES.search(str(error))):
         return "; correct the inputs: the last part of a specification is the type, as in x=B,S,512:float32"
     if isinstance(error, ShapeError) or SHAPES.search(str(error)):
-        return (
-            "; correct the inputs: dimensions that must agree share a name, and one that the model fixes is a number"
-        )
+        return "; correct the inputs: dimensions that must agree share a name, and one that the model fixes is a number"
     return ""
 
 

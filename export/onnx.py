@@ -69,8 +69,9 @@ def lower(
         )
     except torch.onnx.errors.OnnxExporterError as error:
         cause = _cause(error)
-        said = str(cause) if isinstance(cause, AdaAttnError) else f"torch.onnx cannot translate the program: {_line(cause)}"
-        raise ExportError(said) from error
+        if isinstance(cause, AdaAttnError):
+            raise cause from error
+        raise ExportError(f"torch.onnx cannot translate the program: {_line(cause)}") from error
     assert exported is not None  # torch.onnx.export returns None only for TorchScript models
     assert exported.exported_program is not None
     _refuse_state(exported.exported_program)
@@ -91,10 +92,10 @@ def lower(
                 model.graph.append(named)
                 model.graph.outputs.append(named.outputs[0])
     within = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
-    named = set(planned)
+    taken = set(planned)
     for node in within:  # in branches of torch.cond too
         if node.op_type in ADAPTIVE_ATTENTION and node not in planned.values():
-            node.name = _unused(_module_path(node) or "attention", named)
+            node.name = _unused(_module_path(node) or "attention", taken)
     used = {node.op_type for node in within}
     for name in sorted(used):
         function = ir.serde.deserialize_function(body(name, model.opset_imports[""]))
@@ -206,7 +207,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     ops = torch.ops.adaattn
     return {
-        torch._sym_sqrt: square_root,
+        torch._sym_sqrt: square_root,  # type: ignore[attr-defined]
         ops.plan.default: plan,
         ops.token_moments.default: token_moments,
         ops.adaptive_attention.default: adaptive_attention,
