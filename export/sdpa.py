@@ -39,7 +39,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         _refuse_dropout(dropout_p)
         scale = _scale(query, scale)
-        if opset >= 23 and _fits_one_node(query, key, value, scale):
+        if opset >= 23 and _fits_one_node(query, key, value, attn_mask, scale):
             return _one_node(query, key, value, attn_mask, is_causal, scale)
         return _formula(query, key, value, attn_mask, is_causal, scale)[0]
 
@@ -80,10 +80,11 @@ def _scale(query: Any, scale: float | None) -> Any:
     return op.Reciprocal(op.Sqrt(op.Cast(op.Shape(query, start=-1), to=_score_type(query))))
 
 
-def _fits_one_node(query: Any, key: Any, value: Any, scale: Any) -> bool:
+def _fits_one_node(query: Any, key: Any, value: Any, mask: Any, scale: Any) -> bool:
     """Whether ONNX's `Attention` computes what eager does.
 
-    In 16-bit types its scores overflow, it broadcasts nothing, and ONNX Runtime takes the square root of the scale.
+    In 16-bit types its scores overflow, and it broadcasts nothing. ONNX Runtime takes the square root of the scale, and
+    gives zeros to a query whose mask is all the least number of float32, for which eager gives the mean of the values.
     """
     heads, kv_heads = query.shape[1:2], key.shape[1:2]
     return (
@@ -91,6 +92,7 @@ def _fits_one_node(query: Any, key: Any, value: Any, scale: Any) -> bool:
         and _same(query.shape[0], key.shape[0], value.shape[0])
         and _same(*kv_heads, value.shape[1])
         and (_same(*heads, *kv_heads) or all(isinstance(size, int) for size in (*heads, *kv_heads)))
+        and (mask is None or mask.dtype == ir.DataType.BOOL)
         and isinstance(scale, float)
         and scale > 0
     )
@@ -101,7 +103,7 @@ def _one_node(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: 
     # Providers of ONNX Runtime align a causal mask differently where there are more keys than queries.
     if mask is None and (not causal or _same(queries, keys)):
         return opset23.Attention(query, key, value, is_causal=int(causal), scale=scale)[0]
-    mask, some = _safe_mask(query, key, mask, causal, ir.DataType.FLOAT)
+    mask, some = _allowed(query, key, mask, causal)
     one = _ints(1)
     sizes = op.Concat(one, one, op.Shape(query, start=2, end=3), op.Shape(key, start=2, end=3), axis=0)
     attended = opset23.Attention(query, key, value, op.Expand(mask, sizes), scale=scale)[0]
@@ -128,24 +130,29 @@ def _formula(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: A
 
 
 def _safe_mask(query: Any, key: Any, mask: Any, causal: bool, kind: int) -> tuple[Any, Any]:
-    """A mask to add to the scores, in which no row hides all keys, and which queries may attend to a key.
+    """What to add to the scores, in which no row hides all keys, and which queries may attend to a key.
 
     A query without a key attends to all of them here, so that no runtime meets a softmax of nothing; the second result,
     or None where there is no such query, is there to set its output to zero.
     """
     zero, hidden = _number(0.0, kind), _number(-math.inf, kind)
-    earlier = _causal(query, key) if causal else None
-    if mask is None:  # the first key is for all
-        return op.Where(earlier, zero, hidden), None
-    if mask.dtype == ir.DataType.BOOL:
-        allowed = mask if earlier is None else op.And(mask, earlier)
-        some = op.Cast(op.ReduceMax(op.Cast(allowed, to=kind), _ints(-1), keepdims=1), to=ir.DataType.BOOL)
-        return op.Where(op.Or(allowed, op.Not(some)), zero, hidden), some
+    if mask is None or mask.dtype == ir.DataType.BOOL:
+        allowed, some = _allowed(query, key, mask, causal)
+        return op.Where(allowed, zero, hidden), some
     bias = mask if mask.dtype == kind else op.Cast(mask, to=kind)
-    if earlier is not None:
-        bias = op.Where(earlier, bias, hidden)
+    if causal:
+        bias = op.Where(_causal(query, key), bias, hidden)
     some = op.Not(op.Equal(op.ReduceMax(bias, _ints(-1), keepdims=1), hidden))
     return op.Where(some, bias, zero), some
+
+
+def _allowed(query: Any, key: Any, mask: Any, causal: bool) -> tuple[Any, Any]:
+    """Boolean: `_safe_mask` where nothing is added to the scores."""
+    if mask is None:
+        return _causal(query, key), None  # the first key is for all
+    allowed = op.And(mask, _causal(query, key)) if causal else mask
+    some = op.Cast(op.ReduceMax(op.Cast(allowed, to=ir.DataType.FLOAT), _ints(-1), keepdims=1), to=ir.DataType.BOOL)
+    return op.Or(allowed, op.Not(some)), some
 
 
 def _causal(query: Any, key: Any) -> Any:

@@ -96,8 +96,9 @@ class Sizes:
         lines = []
         usual = self.nearest({symbol: dim.opt for symbol, dim in self.dims.items()})
         for symbol, dim in self.dims.items():
-            near = ({**usual, symbol: size} for size in range(dim.min, min(dim.max, dim.min + 32) + 1))
-            gap = next((values[symbol] for values in near if not self.takes(values)), None)
+            near = [{**usual, symbol: size} for size in range(dim.min, min(dim.max, dim.min + 32) + 1)]
+            doubtful = near[1:3] + [values for values in near if self._broken(values)]
+            gap = next((values[symbol] for values in doubtful if not self.takes(values)), None)
             if gap is not None:
                 ends = f"from {dim.min} to {dim.max}"
                 lines.append(f"dimension {dim.name}: the model does not take every size {ends}; it does not take {gap}")

@@ -137,7 +137,5 @@ ORDINARY = {
         {"x": f"B,S,{WIDTH}", "attention_mask": "B,1,1,S:bool"},
         {"B": "1:1:8", "S": f"1:{LONGEST}:{LONGEST}"},
     ),
-    "ones and zeros": Ordinary(
-        OnesAndZeros, {"x": f"B,S,{WIDTH}", "mask": "B,S"}, {"B": "1:1:8", "S": "1:128:512"}
-    ),
+    "ones and zeros": Ordinary(OnesAndZeros, {"x": f"B,S,{WIDTH}", "mask": "B,S"}, {"B": "1:1:8", "S": "1:128:512"}),
 }

@@ -132,7 +132,10 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
         ("foreign:Flat --input x=B,S,16", ["fixes dimension S to 4; write 4 in its place in --input"]),
         ("foreign:Flat --input x=B,S,8", ["fixes dimension S to 8; write 8 in its place in --input"]),
         ("foreign:Flat --input x=B,S,7", ["(3x28 and 64x8)", "x (B=3, S=4, 7:float32)", "fixes is a number"]),
-        ("foreign:Rows --input x=B,S,7 --dim S=3:5:7", ["'[-1, 64]' is invalid for input of size", "fixes is a number"]),
+        (
+            "foreign:Rows --input x=B,S,7 --dim S=3:5:7",
+            ["'[-1, 64]' is invalid for input of size", "fixes is a number"],
+        ),
         ("foreign:Pairs --input x=B,S,8 --dim S=1:4:9", ["takes S from 2 to 8, not 1:4:9", "--dim S=2:4:8"]),
         (
             "foreign:Tagger --input ids=B,S:int64<100 --dim S=1:128:512",
