@@ -508,7 +508,6 @@ def _without_constants(program: ExportedProgram) -> ExportedProgram:
     root = calls[0].signature
     assert root is not None
     _, root.out_spec = torch.utils._pytree.tree_flatten((None,) * sum(tensors))
-    root.outputs = [x for x, kept in zip(root.outputs, tensors, strict=True) if kept]
     return ExportedProgram(
         graph_module,
         graph_module.graph,
