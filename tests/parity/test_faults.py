@@ -81,8 +81,8 @@ def causal_off(model: onnx.ModelProto) -> None:
 
 
 def causal_shifted(model: onnx.ModelProto) -> None:
-    node = next(node for node in model.graph.node if node.op_type == "Trilu")
-    node.input.append(constant(model, "one", np.int64(1)))
+    node = next(node for node in model.graph.node if node.op_type == "LessOrEqual")  # keys and queries
+    before(model, node, 1, "Add", constant(model, "one", np.int64(1)))
 
 
 def rank_halved(model: onnx.ModelProto) -> None:
