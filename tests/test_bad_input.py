@@ -136,7 +136,7 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
             "foreign:Rows --input x=B,S,7 --dim S=3:5:7",
             ["'[-1, 64]' is invalid for input of size", "fixes is a number"],
         ),
-        ("foreign:Pairs --input x=B,S,8 --dim S=1:4:9", ["takes S from 2 to 8, not 1:4:9", "--dim S=2:4:8"]),
+        ("foreign:Pairs --input x=B,S,8 --dim S=1:4:9", ["takes S from 2 to 9, not 1:4:9", "--dim S=2:4:9"]),
         (
             "foreign:Tagger --input ids=B,S:int64<100 --dim S=1:128:512",
             ["takes S from 1 to 16, not 1:128:512", "--dim S=1:16:16"],
@@ -184,7 +184,7 @@ def test_arguments_that_do_not_go_together(arguments: str, words: list[str], she
 ADVICE = {
     "foreign:Flat --input x=B,S,16": ("x=B,S,16", "x=B,4,16"),
     "foreign:Halves --input x=B,S,16": ("x=B,S,16", "x=B,6,16"),
-    "foreign:Pairs --input x=B,S,8 --dim S=1:4:9": ("S=1:4:9", "S=2:4:8"),
+    "foreign:Pairs --input x=B,S,8 --dim S=1:4:9": ("S=1:4:9", "S=2:4:9"),
     "foreign:Tagger --input ids=B,S:int64<100 --dim S=1:128:512": ("S=1:128:512", "S=1:16:16"),
     "foreign:Next --input x=B,S,8 --input y=B,T,8 --dim S=4:4:9 --dim T=5:5:12": ("T=5:5:12", "T=5:5:10"),
     "foreign:Add --input x=B,S,8 --input y=B,T,8": ("y=B,T,8", "y=B,S,8"),
