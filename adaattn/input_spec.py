@@ -46,8 +46,8 @@ class Dimension:
         return cls(name, *(int(part) for part in parts))
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max <= INT_MAX:
-            raise ConfigError(f"dimension {self.name}={self}; sizes must be in order, 1 ≤ min ≤ opt ≤ max ≤ {INT_MAX}")
+        if not 0 <= self.min <= self.opt <= self.max <= INT_MAX or not self.max:
+            raise ConfigError(f"dimension {self.name}={self}; sizes must be in order, 0 ≤ min ≤ opt ≤ max ≤ {INT_MAX}")
 
     def __str__(self) -> str:
         return f"{self.min}:{self.opt}:{self.max}"

@@ -6,21 +6,25 @@ import copy
 import inspect
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental import _config as symbolic
 
 from adaattn.attention.base import AttentionBase
 from adaattn.encoder import Encoder
 from adaattn.errors import ConfigError, ExportError
 from adaattn.export import complaints
 from adaattn.export.index_limits import Size, index_limits
+from adaattn.export.sizes import Sizes, conditions
+from adaattn.export.yardstick import without_fast_paths
 from adaattn.input_spec import INT_MAX, Dimension, InputSpec, default_dimension
 
 
@@ -59,7 +63,8 @@ class Captured:
     """A program and what is known about it.
 
     `eager` is the model itself where there is one: what every backend must agree with. `in_double` makes a copy of it
-    with float64 weights.
+    with float64 weights. `sizes` says which of the sizes within `dims` the model takes; `notes` is what the user should
+    know of the capture.
     """
 
     model_name: str
@@ -70,7 +75,9 @@ class Captured:
     dims: Mapping[str, Dimension]  # by symbol of the program
     output_names: tuple[str, ...]
     example: Mapping[str, Tensor] | None  # the user's own inputs, where given
+    sizes: Sizes
     written: tuple[str, ...] = ()  # inputs that forward writes into: what becomes of them are the last outputs
+    notes: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,61 +114,277 @@ def default_inputs(model: nn.Module) -> tuple[InputSpec, ...]:
     )
 
 
+def check_model(model: nn.Module) -> None:
+    """Refuse what has no source or no weights to capture.
+
+    Raises:
+        ConfigError: a TorchScript module, or weights without numbers.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "the model is a TorchScript module (scripted or traced), which torch.export cannot capture; give the "
+            "nn.Module that it was made from"
+        )
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(x):
+            raise ConfigError(f"weight {name} has no shape yet, as it is of a lazy module; run the model once")
+        if x.is_meta:
+            raise ConfigError(f"weight {name} is on the meta device and has no numbers; load the weights first")
+
+
 def capture_module(
     model: nn.Module,
     specs: Sequence[InputSpec],
     dims: Mapping[str, Dimension],
     example: Mapping[str, Tensor] | None = None,
 ) -> Captured:
-    """Capture a module by torch.export.
+    """Capture a module by torch.export; what it does to itself in a call stays in copies.
 
     Args:
         model: in eval mode.
         specs: its inputs; dimensions named in them are dynamic.
-        dims: sizes of named dimensions; those not given get `default_dimension`.
+        dims: sizes of named dimensions; those not given get `default_dimension`, narrowed to what the model takes.
         example: the user's own inputs, used to capture and to verify.
 
     Raises:
         ConfigError: inputs or dimensions that the model does not take.
         ExportError: torch.export cannot capture the model.
     """
-    from torch._dynamo.exc import UserError  # slow to import
-
+    check_model(model)
     _check_names(model, specs)
     order = list(inspect.signature(model.forward).parameters)
     specs = sorted(specs, key=lambda spec: order.index(spec.name) if spec.name in order else len(order))
     used = {size for spec in specs for size in spec.shape if isinstance(size, str)}
     _check_dims(dims, used)
     sizes = {name: dims.get(name, default_dimension(name)) for name in sorted(used)}
-    traced = _trace_sizes(sizes)
-    # Copies: torch.export takes one tensor given twice for one input.
-    inputs = {spec.name: example[spec.name].clone() if example else _example(spec, traced, model) for spec in specs}
-    moving = {name: size for name, size in sizes.items() if size.min < size.max}
-    try:
-        symbols = {name: Dim(complaints.PREFIX + name, min=size.min, max=size.max) for name, size in moving.items()}
-        shapes = {spec.name: {i: symbols[s] for i, s in enumerate(spec.shape) if s in symbols} for spec in specs}
-        # On some errors torch prints all of the graph that it has.
-        with torch.no_grad(), redirect_stderr(io.StringIO()):
-            program = torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)
-    except UserError as error:
-        raise ConfigError(complaints.of_dimensions(str(error), sizes)) from error
-    except Exception as error:  # the user's own code runs here
-        raise ExportError(complaints.of_model(error, model, specs, inputs)) from error
+    tracer = _Tracer(model, specs, sizes, example)
+    program, taken = tracer.capture()
+    inputs = _program_inputs(program)
     names: dict[str, Dimension] = {}
-    for spec, item in zip(specs, _program_inputs(program), strict=True):
+    for spec, item in zip(specs, inputs, strict=True):
         for size, symbol in zip(spec.shape, item.shape, strict=True):
-            if isinstance(size, str) and not isinstance(symbol, int):
-                names[str(symbol)] = sizes[size]
+            if isinstance(size, str) and isinstance(symbol, sympy.Symbol):
+                names[str(symbol)] = taken[size]
     captured = tuple(
-        replace(item, below=spec.below, meaning=spec.meaning)
-        for spec, item in zip(specs, _program_inputs(program), strict=True)
+        replace(item, below=spec.below, meaning=spec.meaning) for spec, item in zip(specs, inputs, strict=True)
     )
     captured = _with_limits(captured, program, example)
+    traced = {symbol: tracer.traced[dim.name] for symbol, dim in names.items()}
 
-    def in_double() -> nn.Module:
-        return copy.deepcopy(model).double()
+    tried: dict[tuple[int, ...], bool | None] = {}
 
-    return Captured(type(model).__name__, program, model, in_double, captured, names, _output_names(program), example)
+    def runs(values: Mapping[str, int]) -> bool | None:
+        at = tuple(values[symbol] for symbol in names)
+        if at not in tried:
+            sizes_at = {dim.name: values[symbol] for symbol, dim in names.items()}
+            for name, (of, factor, offset) in tracer.related.items():
+                sizes_at[name] = factor * sizes_at[of] + offset
+            tried[at] = tracer.runs(tracer.inputs({**tracer.traced, **sizes_at}))
+        return tried[at]
+
+    asserted = conditions(program, list(names))
+    found = Sizes(names, asserted, traced, runs if asserted or tracer.deferred else None)
+    names = found.fitted()
+    notes = [*tracer.notes]
+    for dim in names.values():
+        notes += complaints.check_fitted(dim, sizes[dim.name], dim.name in dims)
+    by_name = {dim.name: dim for dim in names.values()}
+    for name, (of, factor, offset) in tracer.related.items():
+        ends = by_name[of].min, by_name[of].opt, by_name[of].max
+        follows = Dimension(name, *(factor * size + offset for size in ends))
+        if name in dims and dims[name] != follows:
+            raise ConfigError(
+                f"the model takes {name} from {follows.min} to {follows.max} where {of} is {by_name[of]}, not "
+                f"{dims[name]}; give --dim {name}={follows}"
+            )
+    found = replace(found, dims=names)
+    notes += found.gaps()
+
+    def in_double() -> Callable[..., Any]:
+        return _named_outputs(_copy(model, share=False).double())
+
+    return Captured(
+        type(model).__name__,
+        program,
+        _named_outputs(_copy(model)),
+        in_double,
+        captured,
+        names,
+        _program_outputs(program)[0],
+        example,
+        found,
+        notes=tuple(notes),
+    )
+
+
+class _Tracer:
+    """torch.export on copies of a model, until it succeeds.
+
+    `traced` are the sizes that it captured at, `related` are dimensions that follow from another one, as K: (S, 2, 1)
+    where K = 2*S + 1, `deferred` says that torch did not prove that all sizes are taken, and `notes` what was left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: Sequence[InputSpec],
+        sizes: Mapping[str, Dimension],
+        example: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.model, self.specs, self.sizes, self.example = model, specs, sizes, example
+        self.traced: dict[str, int] = {}
+        self.related: dict[str, tuple[str, int, int]] = {}
+        self.deferred = False
+        self.notes: list[str] = []
+
+    def capture(self) -> tuple[ExportedProgram, dict[str, Dimension]]:
+        """The program, and the sizes that it may be captured for.
+
+        What torch proves of sizes without help comes first, since it holds for all of them. Then torch defers to
+        assertions what it cannot prove; and then it reads the model's bytecode, which keeps `int(x.shape[0])` dynamic.
+        """
+        from torch._dynamo.exc import UserError  # slow to import
+
+        first: Exception | None = None
+        for traced in _trace_sizes(self.sizes):
+            self.traced, inputs = traced, self.inputs(traced)
+            try:
+                return self._export(inputs, self.sizes), dict(self.sizes)
+            except ExportError:
+                raise
+            except Exception as error:  # the user's own code runs here
+                if first is None:
+                    first, tried = error, inputs
+                if self.runs(inputs) is not False:
+                    first, tried = error, inputs
+                    break
+        else:
+            assert first is not None
+            raise complaints.refusal(first, _copy(self.model), self.specs, tried) from first
+        self.deferred = True
+        for strict in (False, True):
+            sizes = dict(self.sizes)
+            self.related.clear()
+            for _ in range(5):
+                try:
+                    return self._export(tried, sizes, deferred=True, strict=strict), sizes
+                except ExportError:
+                    raise
+                except UserError as error:
+                    relation = complaints.related(str(error))
+                    if relation is not None and relation[0] not in self.related:
+                        self.related[relation[0]] = relation[1:]
+                        continue
+                    narrower = complaints.narrowed(str(error), sizes)
+                    if narrower == sizes or not self._within(narrower):
+                        break
+                    sizes = narrower
+                except Exception:  # the first error says more than one of a second attempt
+                    break
+        if isinstance(first, UserError):
+            others = [name for name in self.sizes if self._runs_elsewhere(name)]
+            raise ConfigError(complaints.of_dimensions(str(first), self.sizes, others)) from first
+        raise complaints.refusal(first, _copy(self.model), self.specs, tried) from first
+
+    def inputs(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Inputs of these sizes; the user's own where there are some."""
+        if self.example is not None:  # copies: torch.export takes one tensor given twice for one input
+            return {spec.name: self.example[spec.name].clone() for spec in self.specs}
+        found = {}
+        for spec in self.specs:
+            shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
+            dtype = getattr(torch, spec.dtype) if spec.dtype else _model_dtype(self.model)
+            ones = dtype.is_floating_point or dtype == torch.bool
+            found[spec.name] = torch.ones(shape, dtype=dtype) if ones else torch.zeros(shape, dtype=dtype)
+        return found
+
+    def runs(self, inputs: Mapping[str, Tensor]) -> bool | None:
+        """Whether the model runs on inputs of such shapes; None where that hangs on their numbers."""
+        from torch._subclasses import fake_tensor
+
+        mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        unknown = (
+            fake_tensor.DataDependentOutputException,
+            fake_tensor.DynamicOutputShapeException,
+            fake_tensor.UnsupportedOperatorException,
+        )
+        try:
+            with torch.no_grad(), mode, redirect_stderr(io.StringIO()), without_fast_paths():
+                _copy(self.model)(**{name: mode.from_tensor(x) for name, x in inputs.items()})
+        except unknown:
+            return None
+        except Exception:  # the user's own code
+            return False
+        return True
+
+    def _within(self, sizes: Mapping[str, Dimension]) -> bool:
+        """Whether the sizes that are traced are among these."""
+        return all(dim.min <= self.traced[name] <= dim.max for name, dim in sizes.items())
+
+    def _runs_elsewhere(self, name: str) -> bool:
+        """Whether the model runs at other sizes of a dimension than that it was traced at."""
+        dim, size = self.sizes[name], self.traced[name]
+        others = {near for near in (size - 1, size + 1, 2 * size, dim.max) if dim.min <= near <= dim.max} - {size}
+        return any(self.runs(self.inputs({**self.traced, name: other})) for other in sorted(others))
+
+    def _export(
+        self,
+        inputs: Mapping[str, Tensor],
+        sizes: Mapping[str, Dimension],
+        deferred: bool = False,
+        strict: bool = False,
+    ) -> ExportedProgram:
+        symbols = {
+            name: Dim(complaints.PREFIX + name, min=size.min, max=size.max)
+            for name, size in sizes.items()
+            if size.min < size.max
+        }
+        for name, (of, factor, offset) in self.related.items():
+            symbols[name] = factor * symbols[of] + offset if offset else factor * symbols[of]
+        shapes = {spec.name: {i: symbols[s] for i, s in enumerate(spec.shape) if s in symbols} for spec in self.specs}
+        model, notes = _copy(self.model), list[str]()
+
+        def tensors_alone(module: nn.Module, args: Any, output: Any) -> dict[str, Tensor]:
+            tensors, left_out = _tensors_of(output, [spec.name for spec in self.specs])
+            notes[:] = left_out
+            return tensors
+
+        model.register_forward_hook(tensors_alone)
+        obliviously = symbolic.patch(backed_size_oblivious=deferred)  # type: ignore[attr-defined]
+        try:
+            # On some errors torch prints all of the graph that it has.
+            with torch.no_grad(), redirect_stderr(io.StringIO()), without_fast_paths(), obliviously:
+                program = torch.export.export(
+                    model,
+                    (),
+                    dict(inputs),
+                    dynamic_shapes=shapes,
+                    strict=strict,
+                    prefer_deferred_runtime_asserts_over_guards=deferred,
+                )
+        finally:
+            if strict:
+                torch._dynamo.reset()
+        self.notes = notes
+        return program
+
+
+def _copy(model: nn.Module, share: bool = True) -> nn.Module:
+    """A copy of a module, by default with the same weights: what a call does to attributes stays in it."""
+    memo: dict[int, Any] = {}
+    if share:
+        memo = {id(x): x for x in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+def _named_outputs(model: nn.Module) -> Callable[..., Any]:
+    """A model that returns its tensors by name, as the captured program does."""
+
+    def call(**inputs: Tensor) -> dict[str, Tensor]:
+        with without_fast_paths():
+            return _tensors_of(model(**inputs), list(inputs))[0]
+
+    return call
 
 
 def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> Captured:
@@ -173,6 +396,9 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
     Raises:
         ConfigError: sizes outside a range, an unknown symbol, or a range without an end that nobody closed.
     """
+    module = program.module()
+    output_names, notes = _program_outputs(program)
+    program = _without_constants(program)
     inputs = _program_inputs(program)
     shapes = "; ".join(f"{item.name}={','.join(map(str, item.shape))}" for item in inputs)
     ranges = {str(symbol): limits for symbol, limits in program.range_constraints.items()}
@@ -181,7 +407,8 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
     sizes = {}
     for symbol in used:
         # Without an end, torch's own infinity, which is greater than any number and yet says that it is finite.
-        low = max(1, int(ranges[symbol].lower))
+        least = int(ranges[symbol].lower)
+        low = max(1, least)
         high = None if ranges[symbol].upper >= INT_MAX else int(ranges[symbol].upper)
         size = dims.get(symbol)
         if size is None:
@@ -191,9 +418,9 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
                     f"--dim {symbol}={low}:{max(low, 128)}:{max(low, 1024)}"
                 )
             size = Dimension(symbol, low, min(max(low, 128), high), high)
-        if size.min < low or (high is not None and size.max > high):
+        if size.min < least or (high is not None and size.max > high):
             end = "∞" if high is None else high
-            raise ConfigError(f"dimension {symbol}={size}: the program takes {low} to {end}")
+            raise ConfigError(f"dimension {symbol}={size}: the program takes {least} to {end}")
         sizes[symbol] = size
     example: dict[str, Tensor] | None = None
     if program.example_inputs is not None:
@@ -213,15 +440,83 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
 
         return call
 
+    found = Sizes(sizes, conditions(program, used), _example_sizes(inputs, example))
+    fitted = found.fitted()
+    for symbol, size in fitted.items():
+        notes += complaints.check_fitted(size, sizes[symbol], symbol in dims)
+    found = replace(found, dims=fitted)
+    notes += found.gaps()
     return Captured(
         "ExportedProgram",
         program,
-        callable_of(program.module()),
-        lambda: callable_of(copy.deepcopy(program.module()).double()),  # its parameters are the program's own
+        callable_of(module),
+        lambda: callable_of(copy.deepcopy(module).double()),  # its parameters are the program's own
         inputs,
-        sizes,
-        _output_names(program),
+        fitted,
+        output_names,
         example,
+        found,
+        notes=tuple(notes),
+    )
+
+
+def _example_sizes(inputs: Sequence[CapturedInput], example: Mapping[str, Tensor] | None) -> dict[str, int]:
+    """The sizes of a program's example, by symbol."""
+    return {
+        str(symbol): size
+        for item in inputs
+        for symbol, size in zip(item.shape, example[item.name].shape if example else (), strict=False)
+        if isinstance(symbol, sympy.Symbol)
+    }
+
+
+def _program_outputs(program: ExportedProgram) -> tuple[tuple[str, ...], list[str]]:
+    """Names of the tensors that a program returns, and a line on each other output."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    leaves = [torch.empty(0) if isinstance(x, Tensor) else x for x in _output_values(program)]
+    taken = [item.name for item in _program_inputs(program)]
+    tensors, notes = _tensors_of(torch.utils._pytree.tree_unflatten(leaves, spec), taken)
+    return tuple(tensors), notes
+
+
+def _output_values(program: ExportedProgram) -> list[Any]:
+    """What a program returned to its caller when it was traced."""
+    node = next(node for node in program.graph.nodes if node.op == "output")
+    return [
+        getattr(x, "meta", {}).get("val", x) if isinstance(x, torch.fx.Node) else x
+        for x, item in zip(node.args[0], program.graph_signature.output_specs, strict=True)
+        if item.kind is OutputKind.USER_OUTPUT
+    ]
+
+
+def _without_constants(program: ExportedProgram) -> ExportedProgram:
+    """A program that returns its tensors alone: ONNX has no outputs of other kinds."""
+    tensors = [isinstance(x, Tensor) for x in _output_values(program)]
+    if all(tensors):
+        return program
+    graph_module = copy.deepcopy(program.graph_module)
+    node = next(node for node in graph_module.graph.nodes if node.op == "output")
+    signature = program.graph_signature
+    left = iter(tensors)
+    keep = [item.kind is not OutputKind.USER_OUTPUT or next(left) for item in signature.output_specs]
+    node.args = (tuple(x for x, kept in zip(node.args[0], keep, strict=True) if kept),)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    calls = copy.deepcopy(program.module_call_graph)
+    root = calls[0].signature
+    assert root is not None
+    _, root.out_spec = torch.utils._pytree.tree_flatten((None,) * sum(tensors))
+    return ExportedProgram(
+        graph_module,
+        graph_module.graph,
+        replace(signature, output_specs=[x for x, kept in zip(signature.output_specs, keep, strict=True) if kept]),
+        program.state_dict,
+        program.range_constraints,
+        calls,
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
     )
 
 
@@ -289,21 +584,25 @@ def _check_dims(dims: Mapping[str, Dimension], used: set[str], where: str = "") 
             raise ConfigError(f"no input has a dimension {name!r}; dynamic dimensions are {known}{where}")
 
 
-def _trace_sizes(dims: Mapping[str, Dimension]) -> dict[str, int]:
-    """A size of each dimension to capture at: unlike 1 and unlike one another, so that none is taken for another."""
-    sizes: dict[str, int] = {}
-    for name, dim in dims.items():
-        candidates = (size for size in range(max(dim.min, min(3, dim.max)), dim.max + 1) if size not in sizes.values())
-        sizes[name] = next(candidates, dim.max)
-    return sizes
+def _trace_sizes(dims: Mapping[str, Dimension]) -> Iterator[dict[str, int]]:
+    """Sizes to capture at: unlike 1 and unlike one another, so that none is taken for another.
 
-
-def _example(spec: InputSpec, sizes: Mapping[str, int], model: nn.Module) -> Tensor:
-    shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
-    dtype = getattr(torch, spec.dtype) if spec.dtype else _model_dtype(model)
-    if dtype.is_floating_point:
-        return torch.ones(shape, dtype=dtype)
-    return torch.ones(shape, dtype=dtype) if dtype == torch.bool else torch.zeros(shape, dtype=dtype)
+    Small ones first, and then multiples of powers of two, which patches, windows and strides ask for.
+    """
+    seen = []
+    for unit in (1, 8, 64, 224):
+        sizes: dict[str, int] = {}
+        for name, dim in dims.items():
+            step = 1 if dim.is_batch else unit
+            least = max(dim.min, min(3 if unit == 1 else 2 * step if dim.is_batch else step, dim.max))
+            candidates = range(-(-least // step) * step, dim.max + 1, step)
+            sizes[name] = next((size for size in candidates if size not in sizes.values()), dim.max)
+        if sizes not in seen:
+            seen.append(sizes)
+            yield sizes
+    usual = {name: max(dim.opt, min(2, dim.max)) for name, dim in dims.items()}
+    if usual not in seen and len(set(usual.values())) == len(usual):
+        yield usual
 
 
 def _model_dtype(model: nn.Module) -> torch.dtype:
@@ -322,22 +621,36 @@ def _program_inputs(program: ExportedProgram) -> tuple[CapturedInput, ...]:
     return tuple(inputs)
 
 
-def _output_names(program: ExportedProgram) -> tuple[str, ...]:
-    """`output`, or `output_0`, `output_1` …; a dictionary's keys where the model returns one."""
-    spec = program.call_spec.out_spec
-    kinds = [item.kind for item in program.graph_signature.output_specs]
-    node = next(node for node in program.graph.nodes if node.op == "output")
-    tensors = [
-        isinstance(getattr(value, "meta", {}).get("val"), Tensor)
-        for value, kind in zip(node.args[0], kinds, strict=True)
-        if kind is OutputKind.USER_OUTPUT
-    ]
-    count = sum(tensors)
-    if count == 0:
+def _tensors_of(output: Any, taken: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors that a model returns, by name and in order, and a line on each other value.
+
+    `output`, or `output_0`, `output_1` …; of a dictionary its keys.
+
+    Raises:
+        ExportError: there is no tensor.
+    """
+    leaves = torch.utils._pytree.tree_flatten_with_path(output)[0]
+    count = sum(isinstance(x, Tensor) for _, x in leaves)
+    if not count:
         raise ExportError("the model returns no tensor")
-    if spec is not None and spec.type is dict and len(spec.context) == count:
-        names = [str(key) for key in spec.context]
-    else:
-        names = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
-    taken = {item.name for item in _program_inputs(program)}
-    return tuple(f"{name}_out" if name in taken else name for name in names)
+    found: dict[str, Tensor] = {}
+    left_out = []
+    for path, x in leaves:
+        if not isinstance(x, Tensor):
+            if x is not None:
+                kind = type(x).__name__.removeprefix("Sym").lower()
+                where = torch.utils._pytree.keystr(path)
+                left_out.append(f"output{where} is of type {kind}, no tensor, and left out of the file")
+            continue
+        if isinstance(output, dict):
+            name = "_".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path)
+        else:
+            name = "output" if count == 1 else f"output_{len(found)}"
+        name = f"{name}_out" if name in taken else name or "output"
+        same = 1
+        unique = name
+        while unique in found or unique in taken:
+            same += 1
+            unique = f"{name}_{same}"
+        found[unique] = x
+    return found, left_out

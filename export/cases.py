@@ -46,6 +46,9 @@ def cases(captured: Captured) -> list[Case]:
         "outliers": {name: _odd(dim) for name, dim in dims.items()},
         "longest": {name: dim.min if name in batch else dim.max for name, dim in dims.items()},
     }
+    sizes = {name: captured.sizes.nearest(values) for name, values in sizes.items()}
+    # Where the program may compute something else than the model, as its tracing knew nothing of such sizes.
+    sizes |= {f"unproven {place}": values for place, values in enumerate(captured.sizes.unproven(), 1)}
     found = [
         Case(name, {item.name: _values(item, values, name, generator) for item in captured.inputs})
         for name, values in sizes.items()
@@ -75,6 +78,7 @@ def small(captured: Captured) -> Case:
     """A case whose intermediate values are few enough to keep."""
     generator = torch.Generator().manual_seed(SEED)
     sizes = {name: min(max(dim.min, 2 if dim.is_batch else SMALL), dim.max) for name, dim in captured.dims.items()}
+    sizes = captured.sizes.nearest(sizes)
     return Case("small", {item.name: _values(item, sizes, "small", generator) for item in captured.inputs})
 
 

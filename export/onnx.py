@@ -16,7 +16,8 @@ import torch
 from torch.export.graph_signature import OutputKind
 
 import adaattn.ops  # registers the ops that the program calls
-from adaattn.errors import ExportError
+from adaattn.errors import AdaAttnError, ExportError
+from adaattn.export import sdpa
 from adaattn.export.bodies import ADAPTIVE_ATTENTION, DOMAIN, DOMAIN_VERSION, PLAN, TOKEN_MOMENTS, body
 from adaattn.export.embed import embed
 from adaattn.export.folder import utf8
@@ -68,12 +69,15 @@ def lower(
             dynamo=True,
             opset_version=opset,
             output_names=list(output_names),
-            custom_translation_table=_translations(),
+            custom_translation_table={**_translations(), **sdpa.translations(opset)},
             verbose=False,
             optimize=False,  # it would remove what is written into inputs, which is no output yet
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx cannot translate the program: {_reason(error)}") from error
+        cause = _cause(error)
+        if isinstance(cause, AdaAttnError):
+            raise cause from error
+        raise ExportError(f"torch.onnx cannot translate the program: {_line(cause)}") from error
     assert exported is not None  # torch.onnx.export returns None only for TorchScript models
     assert exported.exported_program is not None
     _refuse_state(exported.exported_program)
@@ -95,7 +99,12 @@ def lower(
                 named.outputs[0].shape = value.shape
                 model.graph.append(named)
                 model.graph.outputs.append(named.outputs[0])
-    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    within = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
+    taken = set(planned)
+    for node in within:  # in branches of torch.cond too
+        if node.op_type in ADAPTIVE_ATTENTION and node not in planned.values():
+            node.name = _unused(_module_path(node) or "attention", taken)
+    used = {node.op_type for node in within}
     for name in sorted(used):
         function = ir.serde.deserialize_function(body(name, model.opset_imports[""]))
         model.functions[function.identifier()] = function
@@ -107,7 +116,10 @@ def lower(
 
 
 def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
-    """The attention nodes of ours, in order, by the path of the module that they come from."""
+    """Attention nodes of ours, in order, by the path of the module that they come from.
+
+    Those in branches of torch.cond are not among them: their plans are known only where a branch is taken.
+    """
     nodes: dict[str, ir.Node] = {}
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type in ADAPTIVE_ATTENTION:
@@ -137,7 +149,7 @@ def save(model: ir.Model, path: Path, external_above: int | None = None) -> list
     try:
         onnx.checker.check_model(utf8(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"onnx.checker refuses {path.name}: {_reason(error)}") from error
+        raise ExportError(f"onnx.checker refuses {path.name}: {_line(_cause(error))}") from error
     if external_above is None and weights <= EXTERNAL_ABOVE and data.exists():
         embed(path, data)
     return [file for file in (path, data) if file.exists()]
@@ -224,8 +236,12 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         tensors, (scale, limit) = inputs[:10], inputs[10:12]
         return domain.plan(*tensors, scale=scale, limit=limit, **plugin)
 
+    def square_root(self: Any) -> Any:  # of a size, as in math.sqrt(x.shape[-1])
+        return onnxscript.opset18.Sqrt(onnxscript.opset18.Cast(self, to=ir.DataType.FLOAT))
+
     ops = torch.ops.adaattn
     return {
+        torch._sym_sqrt: square_root,  # type: ignore[attr-defined]
         ops.plan.default: plan,
         ops.token_moments.default: token_moments,
         ops.adaptive_attention.default: adaptive_attention,
@@ -274,7 +290,8 @@ def _name_dims(graph: ir.Graph, names: Mapping[str, str]) -> None:
     if not names:
         return
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
+    nodes = ir.traversal.RecursiveGraphIterator(graph)
+    values = [*graph.inputs, *graph.outputs, *(value for node in nodes for value in node.outputs)]
     for value in values:
         if value.shape is None:
             continue
@@ -286,14 +303,28 @@ def _name_dims(graph: ir.Graph, names: Mapping[str, str]) -> None:
         )
 
 
+def _unused(name: str, taken: set[str]) -> str:
+    """A name that is not taken yet, and now is."""
+    unused, count = name, 1
+    while unused in taken:
+        count += 1
+        unused = f"{name}_{count}"
+    taken.add(unused)
+    return unused
+
+
 def _module_path(node: ir.Node) -> str:
     scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
     return scopes[-2] if len(scopes) > 1 else ""
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause."""
+def _cause(error: BaseException) -> BaseException:
+    """The innermost cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

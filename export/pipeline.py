@@ -215,6 +215,7 @@ def export(
                 model, calibrated = _calibrate(model, options, on_progress)
         with clock.stage("capture"):
             captured, module = _capture(model, specs, examples, sizes, options, notes)
+            notes += captured.notes
             profiles = [_profile(captured, narrower) for narrower in options.profiles or ({},)]
         with clock.stage("onnx"):
             lowered = _lower(captured, options)

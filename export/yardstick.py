@@ -242,7 +242,7 @@ def run(
     It may write into its inputs, which are copies.
     """
     inputs = {name: x.clone() for name, x in inputs.items()}
-    with torch.no_grad(), as_exported(), _without_fast_paths(), _default_dtype(mode is not None and mode.double):
+    with torch.no_grad(), as_exported(), without_fast_paths(), _default_dtype(mode is not None and mode.double):
         if mode is None:
             outputs = eager(**inputs)
         else:
@@ -328,7 +328,7 @@ def _default_dtype(double: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _without_fast_paths() -> Iterator[None]:
+def without_fast_paths() -> Iterator[None]:
     """Keep torch.nn.MultiheadAttention and its like to the way that torch.export captures.
 
     The other one drops tokens that are padding, and fails where nothing else is there.

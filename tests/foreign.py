@@ -110,6 +110,39 @@ class Branch(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Lookup(nn.Module):
+    """Fails, whatever its inputs are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return {"a": x}["b"]
+
+
+class Dropping(nn.Module):
+    """Forgets that dropout is for training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+
+class Halves(nn.Module):
+    """As many operators as there are chunks, which hangs on the length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([half.cumsum(1) for half in x.chunk(2, 1)], 1)
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Linear(16, 8))
+
+
+def traced() -> nn.Module:
+    return torch.jit.trace(nn.Linear(16, 8), torch.ones(1, 16))
+
+
+def lazy() -> nn.Module:
+    return nn.LazyLinear(8)
+
+
 class Options(nn.Module):
     def forward(self, x: Tensor, **options: Tensor) -> Tensor:
         return x + options["y"]

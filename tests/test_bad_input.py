@@ -15,6 +15,10 @@ import torch
 from command import refused, run
 from shelf import PROGRAM_TRAPS, build_shelf, read_records, write_records
 
+from adaattn.errors import ExportError
+from adaattn.export.capture import capture_module
+from adaattn.input_spec import InputSpec
+
 QUICK = ("-q", "--target", "onnx", "--no-verify")
 REMEDY = "give a model.pt saved by adaattn.save, a .pt2 program, package.module:factory, or hf:FOLDER"
 PROGRAM = ("only load by running code that the file carries", "nothing of it has been read", "--allow-pickle")
@@ -219,12 +223,29 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
         ("foreign:Flat --input x=B,4,15", ["x (B=3, 4, 15:float32)", "(3x60 and 64x8)", "correct the inputs"]),
         ("foreign:Flat --input x=B,S,16 --dim S=4:4:8", ["fixes dimension S to 4; write 4 in its place in --input"]),
         ("foreign:Flat --input x=B,S,16", ["fixes dimension S to 4; write 4 in its place in --input"]),
-        ("foreign:Flat --input x=B,S,8", ["(3x32 and 64x8)", "x (B=3, S=4, 8:float32)", "fixes is a number"]),
-        ("foreign:Rows --input x=B,S,8", ["shape '[-1, 64]' is invalid for input of size 96", "fixes is a number"]),
-        ("foreign:Pairs --input x=B,S,8", ["takes only S = 2*n", "write a number in its place"]),
-        ("foreign:Tagger --input ids=B,S:int64<100", ["takes S from 1 to 16, not 1:128:512", "--dim S=1:16:16"]),
+        ("foreign:Flat --input x=B,S,8", ["fixes dimension S to 8; write 8 in its place in --input"]),
+        ("foreign:Flat --input x=B,S,7", ["(3x28 and 64x8)", "x (B=3, S=4, 7:float32)", "fixes is a number"]),
+        (
+            "foreign:Rows --input x=B,S,7 --dim S=3:5:7",
+            ["'[-1, 64]' is invalid for input of size", "fixes is a number"],
+        ),
+        ("foreign:Pairs --input x=B,S,8 --dim S=1:4:9", ["takes S from 2 to 9, not 1:4:9", "--dim S=2:4:9"]),
+        (
+            "foreign:Tagger --input ids=B,S:int64<100 --dim S=1:128:512",
+            ["takes S from 1 to 16, not 1:128:512", "--dim S=1:16:16"],
+        ),
         ("foreign:Add --input x=B,S,8 --input y=B,T,8", ["y (B=3, T=5, 8:float32)", "that must agree share a name"]),
-        ("foreign:Next --input x=B,S,8 --input y=B,T,8 --dim S=4:4:9 --dim T=5:5:10", ["takes only T = S + 1"]),
+        (
+            "foreign:Next --input x=B,S,8 --input y=B,T,8 --dim S=4:4:9 --dim T=5:5:12",
+            ["takes T from 5 to 10 where S is 4:4:9", "--dim T=5:5:10"],
+        ),
+        ("foreign:Lookup --input x=B,S", ["the model does not run", "KeyError: 'b'"]),
+        ("foreign:scripted --input input=B,16", ["is a TorchScript module", "the nn.Module that it was made from"]),
+        ("foreign:traced --input input=B,16", ["is a TorchScript module", "the nn.Module that it was made from"]),
+        ("foreign:on_meta --input input=B,16", ["weight weight is on the meta device", "load the weights first"]),
+        ("foreign:lazy --input input=B,16", ["weight weight has no shape yet", "run the model once"]),
+        ("foreign:Dropping --input x=B,S,16", ["dropout_p=0.5 in evaluation mode", "unless self.training is true"]),
+        ("foreign:Halves --input x=B,S,16", ["at one size of dimension S alone", "write the size that you need"]),
         ("foreign:Branch --input x=B,S", ["cannot capture", "data-dependent", "foreign.py:"]),
         ("foreign:Nothing --input x=B,S", ["the model returns no tensor"]),
         ("foreign:tiny --input x=B,S", ["x (B=3, S=4:float32)", "correct the inputs"]),
@@ -250,6 +271,57 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
 )
 def test_arguments_that_do_not_go_together(arguments: str, words: list[str], shelf: Path) -> None:
     refused(run(*arguments.replace("SHELF", str(shelf)).split(), *QUICK), *words)
+
+
+# What of a command to replace by what, as its error says.
+ADVICE = {
+    "foreign:Flat --input x=B,S,16": ("x=B,S,16", "x=B,4,16"),
+    "foreign:Halves --input x=B,S,16": ("x=B,S,16", "x=B,6,16"),
+    "foreign:Pairs --input x=B,S,8 --dim S=1:4:9": ("S=1:4:9", "S=2:4:9"),
+    "foreign:Tagger --input ids=B,S:int64<100 --dim S=1:128:512": ("S=1:128:512", "S=1:16:16"),
+    "foreign:Next --input x=B,S,8 --input y=B,T,8 --dim S=4:4:9 --dim T=5:5:12": ("T=5:5:12", "T=5:5:10"),
+    "foreign:Add --input x=B,S,8 --input y=B,T,8": ("y=B,T,8", "y=B,S,8"),
+    "foreign:tiny --input x=B,S,16:int64": ("S,16:int64", "S,16:float32"),
+}
+
+
+@pytest.mark.parametrize("arguments", ADVICE)
+def test_advice_that_is_followed_leads_to_a_verified_file(
+    arguments: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert run(*arguments.split(), *QUICK).exit_code == 2
+    out = tmp_path_factory.mktemp("out")
+    result = run(*arguments.replace(*ADVICE[arguments]).split(), "--target", "onnx", "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((out / "report.json").read_text())["verdict"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KeyError("b"), ""),
+        (RuntimeError("the service is closed"), ""),
+        (AttributeError("'Model' object has no attribute 'layer'"), ""),
+        (NotImplementedError("chunked prefill"), ""),
+        (ValueError("no weights for language de"), ""),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x28 and 64x8)"), "a number"),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), "a number"),
+        (ValueError("not enough values to unpack (expected 4, got 3)"), "a number"),
+        (RuntimeError("expected m1 and m2 to have the same dtype, but got: long != float"), "the type"),
+        (RuntimeError("expected scalar type Float but found Half"), "the type"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_inputs_are_blamed_only_where_shapes_or_types_are_the_trouble(error: Exception, words: str) -> None:
+    class Fails(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    with pytest.raises(ExportError) as refusal:
+        capture_module(Fails(), [InputSpec("x", ("B", 4))], {})
+    assert str(error) in str(refusal.value)
+    assert ("correct the inputs" in str(refusal.value)) == bool(words)
+    assert words in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ def test_a_dimension_is_read_and_written_alike(sizes: str) -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
-        ("S", "5:3:9", "sizes must be in order, 1 ≤ min ≤ opt ≤ max"),
+        ("S", "5:3:9", "sizes must be in order, 0 ≤ min ≤ opt ≤ max"),
         ("S", "9:9:5", "sizes must be in order"),
-        ("S", "0:1:2", "1 ≤ min"),
+        ("S", "0:0:0", "0 ≤ min"),
         ("S", f"1:2:{INT_MAX + 1}", f"max ≤ {INT_MAX}"),
         ("S", "-1:2:3", WRITE_DIM),
         ("S", "1:2", WRITE_DIM),

@@ -211,9 +211,8 @@ def in_front(op: str, place: int, new: str, value: Any, which: int = 0) -> Edit:
 
 
 def causal_shifted(model: onnx.ModelProto, folder: Path) -> str:
-    node = node_of(model, "Trilu")
-    node.input.append(constant(model, "planted", np.int64(1)))
-    return str(node.output[0])
+    """Compare keys with the query after the one that they belong to."""
+    return before(model, node_of(model, "LessOrEqual"), 1, "Add", constant(model, "planted", np.int64(1)))
 
 
 def heads_transposed(model: onnx.ModelProto, folder: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+import adaattn
 from adaattn.errors import ExportError
 from adaattn.export import Options, export
 from adaattn.export.bisect import bisect
@@ -187,6 +188,109 @@ def test_a_model_that_keeps_something_between_calls_is_refused(tmp_path: Path) -
         made(tmp_path, model)
     assert not model.calls.any()
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_model_keeps_for_itself_stays_in_a_copy(tmp_path: Path) -> None:
+    class Keeps(Model):
+        def forward(self, x: Tensor) -> Any:
+            self.register_buffer("cos", torch.arange(x.shape[1]).cos()[:, None])
+            self.calls, self.last = getattr(self, "calls", 0) + 1, x
+            self.seen.append(x)
+            return self.linear(x) * self.cos
+
+    model = Keeps(nn.Identity()).eval()
+    model.seen = []
+    before = {name: id(value) for name, value in vars(model).items()}
+    report = made(tmp_path, model, x="B,S,16")
+    assert report["verdict"] == "passed", report["targets"]
+    assert {name: id(value) for name, value in vars(model).items()} == before
+    assert not model.seen
+    assert [name for name, _ in model.named_buffers()] == []
+    assert model(torch.ones(1, 2, 16)).isfinite().all()
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_attention_of_ours_in_branches(outside: bool, tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = adaattn.AdaptiveAttention(16, 2), adaattn.AdaptiveAttention(16, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            if outside:
+                x = self.first(x, x, x)[0]
+            return torch.cond(
+                x.sum() > 0,
+                lambda x: self.second(x, x, x)[0],
+                lambda x: self.second(x, x, x)[0] + self.first(x, x, x)[0],
+                (x,),
+            )
+
+    report = made(tmp_path, Branches())
+    assert report["verdict"] == "passed", report["targets"]
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    (branches,) = (node for node in model.graph.node if node.op_type == "If")
+    within = [node for a in branches.attribute for node in a.g.node if node.domain == "adaattn"]
+    assert {node.op_type for node in within} <= {function.name for function in model.functions}
+    named = [node.name for node in within if node.op_type == "adaptive_attention"]
+    assert len(set(named)) == 3
+    assert all(named)
+
+
+def test_attention_of_torch_in_branches(tmp_path: Path) -> None:
+    class Branches(Model):
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            def attend(x: Tensor, mask: Tensor) -> Tensor:
+                return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask[:, None, None])
+
+            return torch.cond(x.sum() > 0, attend, lambda x, mask: x * 2, (self.linear(x)[:, None], mask))
+
+    report = made(tmp_path, Branches(nn.Identity()), x="B,S,16", mask="B,S:bool")
+    assert report["verdict"] == "passed", report["targets"]
+
+
+OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], list[str], int]] = {
+    "one": (lambda x: x, ["output"], 0),
+    "numbers beside": (lambda x: (x, 3, None, 2.5, x.shape[1]), ["output"], 3),
+    "nested": (lambda x: (x, [x.mean(), 7, (x * 2,)]), ["output_0", "output_1", "output_2"], 1),
+    "dictionary": (lambda x: {"y": x, "n": 3, "none": None}, ["y"], 1),
+    "nested dictionary": (
+        lambda x: {"a": {"b": x, "c": [x + 1, 1]}, "a_b": x * 2, "x": x * 3},
+        ["a_b", "a_c_0", "a_b_2", "x_out"],
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_tensors_are_returned_and_the_rest_is_named(kind: str, tmp_path: Path) -> None:
+    then, names, left_out = OUTPUTS[kind]
+    for place in ("module", "program"):
+        if place == "module":
+            report = made(tmp_path / place, Model(then))
+        else:
+            shapes = {"x": {1: torch.export.Dim("S", min=2, max=17)}}
+            program = torch.export.export(Model(then), (torch.randn(2, 9, 16),), dynamic_shapes=shapes)
+            report = export(program, output_dir=tmp_path / place, options=Options(("onnx",))).report
+        assert report["verdict"] == "passed", report["targets"]
+        assert sorted({row["name"] for row in report["targets"][0]["outputs"]}) == sorted(names)
+        assert len(report["warnings"]) == left_out
+        assert all("no tensor, and left out of the file" in line for line in report["warnings"])
+
+
+def test_a_past_of_length_0(tmp_path: Path) -> None:
+    class Remembers(Model):
+        def forward(self, x: Tensor, past: Tensor) -> Any:
+            keys = torch.cat([past, self.linear(x)], 1)
+            return nn.functional.scaled_dot_product_attention(x[:, None], keys[:, None], keys[:, None]), keys
+
+    options = Options(("onnx",))
+    inputs = {"x": "B,S,16", "past": "B,P,16"}
+    dims = {"P": "0:5:9", **SIZES}
+    report = export(Remembers(nn.Identity()).eval(), inputs, tmp_path / "out", dims=dims, options=options).report
+    assert report["verdict"] == "passed", report["targets"]
+    with np.load(tmp_path / "out" / "golden.npz") as golden:
+        assert golden["shortest/input/past"].shape[1] == 0
 
 
 @pytest.mark.parametrize("name", ["file", "allow_pickle", "masked_image", "debiased"])
