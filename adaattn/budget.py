@@ -89,29 +89,24 @@ def ladder_table(budget: Budget, head_dim: int, device: torch.device | None = No
 _tables: dict[tuple[tuple[str, ...], bool, int, torch.device], Tensor] = {}
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds the table as a constant on its device
-def _kept_table(precisions: tuple[str, ...], low_rank: bool, head_dim: int, device: torch.device) -> Tensor:
-    key = (precisions, low_rank, head_dim, device)
-    if key not in _tables:
-        budget = Budget(1.0, precisions=precisions, low_rank=low_rank)  # a ladder does not depend on the tolerance
-        with torch.inference_mode(False):
-            _tables[key] = ladder_table(budget, head_dim, device)
-    return _tables[key]
-
-
 def ladder_table_for(budget: Budget, head_dim: int, device: torch.device) -> Tensor:
     """Return `ladder_table` on a device: kept between calls, made anew where tensors are not plain ones.
 
     It follows from the configuration, so modules make it here: as a buffer, it would be lost in `Module.to_empty`.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():
+        # By operators, not as a constant: torch cannot decompose a constant in a branch of torch.cond, and a CUDA graph
+        # would copy it from the host.
+        codes, ranks = zip(*ladder(budget, head_dim), strict=True)
+        numbers = {n: torch.full((), n, dtype=torch.int64, device=device) for n in (*codes, *ranks)}
+        return torch.stack([torch.stack([numbers[n] for n in row]) for row in (codes, ranks)])
+    if is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None:
         return ladder_table(budget, head_dim, device)
-    if not torch.compiler.is_compiling() and (
-        is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return ladder_table(budget, head_dim, device)
-    table: Tensor = _kept_table(budget.precisions, budget.low_rank, head_dim, device)
-    return table
+    key = (budget.precisions, budget.low_rank, head_dim, device)  # a ladder does not depend on the tolerance
+    if key not in _tables:
+        with torch.inference_mode(False):
+            _tables[key] = ladder_table(budget, head_dim, device)
+    return _tables[key]
 
 
 def energy(query: Moments, key: Moments, scale: float) -> Tensor:

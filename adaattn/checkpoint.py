@@ -185,7 +185,8 @@ def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Check
         dims = tuple(Dimension.parse(name, text) for name, text in payload["dims"].items())
     except Exception as error:  # of the class, which may be the user's, on what the file says
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        if not isinstance(error, AdaAttnError) and ("allocate" in reason or "overflow" in reason):
+        cause = error.__cause__ or error
+        if not isinstance(cause, AdaAttnError) and any(word in str(cause) for word in ("allocate", "overflow")):
             reason = TOO_LARGE  # before the first parameter was
         reason = reason if len(reason) <= 300 else reason[:297] + "..."
         raise CheckpointError(f"does not fit together: {reason}") from error

@@ -155,7 +155,7 @@ def measure(
                 "verdict": each["verdict"],
                 "reason": each["reason"],
                 "bytes": sum(x["bytes"] for x in each["artifacts"]),
-                "error": max((row["error"] for row in each["outputs"]), default=None),
+                "error": max((row["error"] for row in each["outputs"] if row["error"] is not None), default=None),
             }
             for each in made.report["targets"]
         }

@@ -72,7 +72,7 @@ class PlannedLayer:
     rank: str
     output: str
     predicted: str | None
-    moments: Mapping[str, str]  # by the arguments of the op `plan`; empty where no error model made the plan
+    plan: str | None  # the first output of the node of `plan`; None where no error model made the plan
 
 
 class OnnxRuntimeBackend:
@@ -85,16 +85,14 @@ class OnnxRuntimeBackend:
         self._layers = planned_layers(path)
 
     def __call__(self, golden: Golden) -> Ran:
-        if golden.probes:
-            return Ran(self._probed(golden), {}, {})
-        unknown = [name for name in golden.layers if name not in self._layers] if golden.forced else []
+        wanted = [*golden.layers, golden.probes] if golden.forced or golden.probes else []
+        unknown = [name for name in wanted if name and name not in self._layers]
         if unknown:
             raise TargetError(f"{self._path.name} has no planned attention {unknown[0]!r}, which the export had")
+        if golden.probes:
+            return Ran(self._attention(golden) if golden.forced else self._plan(golden), {}, {})
         if golden.forced:
-            wanted = {name: (self._layers[name].output,) for name, x in golden.layers.items() if x.exact is not None}
-            found = self.values(golden, [*self._names, *(name for names in wanted.values() for name in names)])
-            heads = {layer: found[names[0]] for layer, names in wanted.items()}
-            return Ran({name: found[name] for name in self._names}, {}, heads)
+            return Ran(self.values(golden, self._names), {}, {})
         outputs = self._call(self._sessions[""], self._names, golden.name, golden.inputs)
         layers = {name: self._layers[name] for name in golden.layers if name in self._layers}
         if not layers:
@@ -130,19 +128,39 @@ class OnnxRuntimeBackend:
             plans |= {_forced(name, "precision"): layer.precision, _forced(name, "rank"): layer.rank}
         return self._call(self._sessions[key], list(names), golden.name, {**golden.inputs, **plans})
 
-    def _probed(self, golden: Golden) -> dict[str, Array]:
-        layer = self._layers.get(golden.probes)
-        if layer is None or not layer.moments:
+    def _plan(self, golden: Golden) -> dict[str, Array]:
+        """Run the nodes that make one plan."""
+        layer = self._layers[golden.probes]
+        if layer.plan is None:
             raise TargetError(f"{self._path.name} has no plan for {golden.probes}, which the export had")
-        model = part(self._path, [layer.precision, layer.rank], set(layer.moments.values()))
-        session = session_of(model.SerializeToString(), self._path.parent, self._provider)
-        moments = probe_inputs(golden)
-        feed = {layer.moments[name]: x for name, x in moments.items() if name in layer.moments}
-        found = self._call(session, [layer.precision, layer.rank], golden.name, feed)
-        return {
-            f"{golden.probes}.precision": found[layer.precision],
-            f"{golden.probes}.rank": found[layer.rank],
-        }
+        values = {f"{golden.probes}.precision": layer.precision, f"{golden.probes}.rank": layer.rank}
+        return self._alone(golden.name, layer.plan, probe_inputs(golden), values)
+
+    def _attention(self, golden: Golden) -> dict[str, Array]:
+        """Run one attention node, with its plan as the golden forces it."""
+        layer, forced = self._layers[golden.probes], golden.layers[golden.probes]
+        operands = {**golden.inputs, "precision": forced.precision, "rank": forced.rank}
+        return self._alone(golden.name, layer.output, operands, {f"{golden.probes}.output": layer.output})
+
+    def _alone(
+        self, case: str, node_of: str, operands: Mapping[str, Array], wanted: Mapping[str, str]
+    ) -> dict[str, Array]:
+        """Run the node that makes a value, and those between it and the values that are wanted, on other operands."""
+        model = onnx_file.load(self._path)
+        (node,) = (node for node in model.graph.node if node_of in node.output)
+        (function,) = (x for x in model.functions if (x.domain, x.name) == (node.domain, node.op_type))
+        kinds, types, feed = value_types(model.graph), {}, {}
+        for place, (argument, name) in enumerate(zip(function.input, list(node.input), strict=False)):
+            if argument in operands:  # inputs of their own: two operands may be one value of the graph
+                node.input[place] = f"alone/{argument}"
+                feed[node.input[place]] = operands[argument]
+                kind = kinds[name][0] if name in kinds else element_type(str(operands[argument].dtype))
+                types[node.input[place]] = (kind, operands[argument].ndim)
+        names = list(wanted.values())
+        alone = part(model, self._path.parent, names, set(feed), types)
+        session = session_of(alone.SerializeToString(), self._path.parent, self._provider)
+        found = self._call(session, names, case, feed)
+        return {label: found[name] for label, name in wanted.items()}
 
     def _call(self, session: Any, names: list[str], case: str, values: Mapping[str, Array]) -> dict[str, Array]:
         feed = feed_of(session, values)
@@ -257,14 +275,12 @@ def planned_layers(path: Path) -> dict[str, PlannedLayer]:
         named = dict(zip(functions[node.op_type].input, node.input, strict=False))
         above = ancestors(maker, named["precision"])
         plan = next((x for x in above if x.domain == NAMESPACE and x.op_type == "plan"), None)
-        moments, predicted = {}, None
+        predicted, made = None, None
         if plan is not None:
-            function = functions[plan.op_type]
-            moments = {name: x for name, x in zip(function.input, plan.input, strict=False) if name != "ladder"}
-            results = dict(zip(function.output, plan.output, strict=False))
-            predicted = results.get("predicted_error") or None
+            results = dict(zip(functions[plan.op_type].output, plan.output, strict=False))
+            predicted, made = results.get("predicted_error") or None, plan.output[0]
         found[node.name] = PlannedLayer(
-            named["query"], named["precision"], named["rank"], node.output[0], predicted, moments
+            named["query"], named["precision"], named["rank"], node.output[0], predicted, made
         )
     return found
 
@@ -281,21 +297,22 @@ def ancestors(maker: Mapping[str, Any], value: str) -> Iterator[Any]:
 
 
 def part(
-    path: Path, values: Sequence[str], known: Collection[str], types: Mapping[str, tuple[str, int]] | None = None
+    whole: onnx.ModelProto,
+    folder: Path,
+    values: Sequence[str],
+    known: Collection[str],
+    types: Mapping[str, tuple[int, int]] | None = None,
 ) -> onnx.ModelProto:
     """Return the nodes that make values from known ones as a model of their own, whose inputs those are.
 
     Args:
+        folder: of the external data.
         known: names of values that the model takes as inputs.
-        types: of values, in numpy's words, and their numbers of axes, which the file itself may not say.
-
-    Raises:
-        TargetError: the file is not an ONNX file.
+        types: element types of values, and their numbers of axes, which the file itself may not say.
     """
     import onnx
     from onnx import external_data_helper, helper
 
-    whole = onnx_file.load(path)
     graph = whole.graph
     maker = {name: node for node in graph.node for name in node.output}
     places = {id(node): place for place, node in enumerate(graph.node)}
@@ -313,13 +330,10 @@ def part(
     weights = [x for x in graph.initializer if x.name in used]
     for weight in weights:
         if external_data_helper.uses_external_data(weight):
-            external_data_helper.load_external_data_for_tensor(weight, str(path.parent))
+            external_data_helper.load_external_data_for_tensor(weight, str(folder))
             del weight.external_data[:]
             weight.data_location = onnx.TensorProto.DEFAULT
-    kinds = {x.name: x.type.tensor_type for x in (*graph.value_info, *graph.input, *graph.output)}
-    known_types = {name: (kind.elem_type, len(kind.shape.dim)) for name, kind in kinds.items()}
-    for name, (dtype, rank) in (types or {}).items():
-        known_types[name] = (onnx.TensorProto.DataType.Value(_ONNX_WORDS.get(dtype, dtype.upper())), rank)
+    known_types = value_types(graph) | dict(types or {})
     taken = sorted(ends - {x.name for x in weights} | {x.name for x in graph.input if x.name in used})
 
     def info(name: str) -> onnx.ValueInfoProto:
@@ -335,7 +349,23 @@ def part(
     )
 
 
-_ONNX_WORDS = {"float32": "FLOAT", "float64": "DOUBLE"}
+def value_types(graph: onnx.GraphProto) -> dict[str, tuple[int, int]]:
+    """Return the element type and the number of axes of each value that a graph says them of."""
+    kinds = {x.name: x.type.tensor_type for x in (*graph.value_info, *graph.input, *graph.output)}
+    return {name: (kind.elem_type, len(kind.shape.dim)) for name, kind in kinds.items()}
+
+
+def element_type(dtype: str) -> int:
+    """Return the number that ONNX has for a type of numpy, or for "bfloat16".
+
+    Example:
+        >>> element_type("float32"), element_type("bfloat16")
+        (1, 16)
+    """
+    import onnx
+
+    names = {"float32": "FLOAT", "float64": "DOUBLE"}
+    return int(onnx.TensorProto.DataType.Value(names.get(dtype, dtype.upper())))
 
 
 def _forced(layer: str, what: str) -> str:

@@ -75,39 +75,22 @@ def _departure(path: Path, backend: backends.OnnxRuntimeBackend, graph: Any, tra
     return _described(path, first, set(trace.outputs) | set(trace.inputs), rows, trace.forced, _types(trace))
 
 
-def _types(trace: Golden) -> dict[str, tuple[str, int]]:
-    return {name: (output.dtype, output.exact.ndim) for name, output in trace.outputs.items()}
+def _types(trace: Golden) -> dict[str, tuple[int, int]]:
+    return {name: (backends.element_type(x.dtype), x.exact.ndim) for name, x in trace.outputs.items()}
 
 
 def _by_layer(
     path: Path, backend: backends.OnnxRuntimeBackend, goldens: Sequence[Golden], trace: Golden
 ) -> Departure | None:
-    """The first plan, or output of an attention at forced plans, that departs."""
+    """The first plan, or attention at a plan that is forced, that departs by itself."""
     layers, known = backends.planned_layers(path), set(trace.outputs) | set(trace.inputs)
-    types = _types(trace)
     for case in goldens:
-        if not case.probes:
-            continue
-        ran = backend(case)
-        rows = [parity.compare_output(case, name, x, ran.outputs[name]) for name, x in case.outputs.items()]
-        if any(row["verdict"] == "failed" for row in rows):
-            layer = layers[case.probes]
-            place = 0 if rows[0]["verdict"] == "failed" else 1
-            value = (layer.precision, layer.rank)[place]
-            return _described(path, value, set(layer.moments.values()), {value: rows[place]}, "", types)
-    for case in goldens:
-        if not case.forced or not any(layer.limit is not None for layer in case.layers.values()):
-            continue
-        heads = backend(case).heads
-        for name, want in case.layers.items():
-            if name not in heads or want.exact is None or want.limit is None:
-                continue
-            errors = parity.head_errors(heads[name], want)
-            worst = int((errors / want.limit).argmax())
-            if errors[worst] > want.limit[worst]:
-                value = layers[name].output
-                row = {"error": float(errors[worst]), "limit": float(want.limit[worst])}
-                return _described(path, value, known, {value: row}, case.forced, types)
+        ran = backend(case) if case.probes else None
+        for name, output in case.outputs.items() if ran is not None else ():
+            row = parity.compare_output(case, name, output, ran.outputs[name]) if ran is not None else {}
+            if row["verdict"] == "failed":
+                value = getattr(layers[case.probes], name.rpartition(".")[2])
+                return _described(path, value, known, {value: row}, case.forced, _types(trace))
     return None
 
 
@@ -117,9 +100,9 @@ def _described(
     known: set[str],
     rows: Mapping[str, Mapping[str, Any]],
     plans: str,
-    types: Mapping[str, tuple[str, int]] | None = None,
+    types: Mapping[str, tuple[int, int]] | None = None,
 ) -> Departure:
-    model = backends.part(path, [value], known - {value}, types)
+    model = backends.part(onnx_file.load(path), path.parent, [value], known - {value}, types)
     errors = {name: _error(row) for name, row in rows.items()}
     limit = rows[value]["limit"]
     return Departure(

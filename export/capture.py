@@ -114,24 +114,6 @@ def default_inputs(model: nn.Module) -> tuple[InputSpec, ...]:
     )
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse what has no source or no weights to capture.
-
-    Raises:
-        ConfigError: a TorchScript module, or weights without numbers.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ConfigError(
-            "the model is a TorchScript module (scripted or traced), which torch.export cannot capture; give the "
-            "nn.Module that it was made from"
-        )
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        if nn.parameter.is_lazy(x):
-            raise ConfigError(f"weight {name} has no shape yet, as it is of a lazy module; run the model once")
-        if x.is_meta:
-            raise ConfigError(f"weight {name} is on the meta device and has no numbers; load the weights first")
-
-
 def capture_module(
     model: nn.Module,
     specs: Sequence[InputSpec],
@@ -150,7 +132,6 @@ def capture_module(
         ConfigError: inputs or dimensions that the model does not take.
         ExportError: torch.export cannot capture the model.
     """
-    check_model(model)
     _check_names(model, specs)
     order = list(inspect.signature(model.forward).parameters)
     specs = sorted(specs, key=lambda spec: order.index(spec.name) if spec.name in order else len(order))

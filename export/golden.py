@@ -56,7 +56,6 @@ class Layer:
         edge: (B, H), whether eager itself changes the plan when its moments move by a rounding or two.
         exact: (B, H, S, D), its output in float32 at these plans; None where it is too large to keep.
         eager_error: (H,), relative error of eager's output.
-        limit: (H,), relative error that a backend's output may have.
         dtype: of its output.
         predicted: (B, H), the error that eager's plan predicts; None where no error model made the plan.
         predicted_limit: (B, H), by what share a backend's prediction may differ from it.
@@ -67,7 +66,6 @@ class Layer:
     edge: Array
     exact: Array | None = None
     eager_error: Array | None = None
-    limit: Array | None = None
     dtype: str = "float32"
     predicted: Array | None = None
     predicted_limit: Array | None = None
@@ -80,8 +78,8 @@ class Golden:
     Args:
         forced: what every plan is forced to, such as "fp32" or "int8"; empty where the model makes its own plans. The
             plans themselves are those of `layers`.
-        probes: the layer whose plan alone is computed, of moments that `parity.probe_inputs` makes of the inputs; empty
-            where the whole model runs.
+        probes: the layer of which one node alone is run, empty where the whole model is: the plan, with moments that
+            `parity.probe_inputs` makes of the inputs, or, with plans that are forced, the attention.
         trivial: whether every dynamic size is at its minimum.
     """
 
@@ -212,7 +210,7 @@ def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:
 
 def _check_layer(name: str, layer: Layer) -> None:
     heads = layer.precision.shape[1:]
-    wanted = {"exact": None, "eager_error": heads, "limit": heads, "dtype": None}
+    wanted = {"exact": None, "eager_error": heads, "dtype": None}
     for field_name, x in vars(layer).items():
         shape = wanted.get(field_name, layer.precision.shape)
         if isinstance(x, np.ndarray) and shape is not None and x.shape != shape:
@@ -221,9 +219,8 @@ def _check_layer(name: str, layer: Layer) -> None:
         layer.exact is not None and (layer.exact.ndim != 4 or layer.exact.shape[:2] != layer.precision.shape)
     ):
         raise ValueError(f"the arrays of {name} do not fit together")
-    for x in (layer.limit, layer.predicted_limit):
-        if x is not None and not (x >= 0).all():
-            raise ValueError(f"a limit of {name} is {x.min()}")
+    if layer.predicted_limit is not None and not (layer.predicted_limit >= 0).all():
+        raise ValueError(f"a limit of {name} is {layer.predicted_limit.min()}")
 
 
 def _output(name: str, exact: Array, kinds: Mapping[str, Mapping[str, Array]]) -> Output:

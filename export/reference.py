@@ -53,18 +53,18 @@ class Rung:
     quarters: int = 4
 
     def __str__(self) -> str:
-        name = PRECISIONS[self.precision]
-        return name if self.quarters == 4 else f"{name}, rank {self.quarters} of 4"
+        if self.quarters < 4:
+            return f"rank {self.quarters} of 4"
+        return PRECISIONS[self.precision]
+
+    def plan(self, like: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Return precision and rank for each head of a plan."""
+        return torch.full_like(like, self.precision), torch.full_like(like, -(-head_dim * self.quarters // 4))
 
     def plans(self, mode: PlanMode) -> list[tuple[Tensor, Tensor]]:
         """Return the forced plan of each call that a mode saw."""
-        return [
-            (
-                torch.full_like(precision, self.precision),
-                torch.full_like(rank, -(-errors.head_dim * self.quarters // 4)),
-            )
-            for (precision, rank), errors in zip(mode.plans, mode.errors, strict=True)
-        ]
+        calls = zip(mode.plans, mode.errors, strict=True)
+        return [self.plan(precision, errors.head_dim) for (precision, _), errors in calls]
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Reference:
         """Return all that a verdict needs: the cases, the same with forced plans, and probes of the plans.
 
         Every case runs once more with all plans forced to fp32 at full rank, where nothing is rounded and the rule is
-        sharp. One of the smaller cases runs at each other precision and rank that the plans may take. A probe gives the
-        plan of a layer moments over six decades, so that it takes all steps of its ladder.
+        sharp. Each attention runs by itself at each other precision and rank that the plans may take, on its operands
+        in one of the smaller cases. Each plan runs by itself on moments over six decades, for all steps of its ladder.
 
         Args:
             expected: the cases, run with the plans that the model makes.
@@ -106,12 +106,37 @@ class Reference:
         exact = [self.expect(want.case, Rung(), want.mode) for want in planned if not _is_exact(want.mode)]
         found += [self.golden(want, layers) for want in exact]
         if planned:
-            usual = min(planned, key=_size)
-            for rung in rungs(want.mode for want in planned):
-                found.append(self.golden(self.expect(usual.case, rung, usual.mode), layers))
-            for layer, call in zip(layers, usual.mode.planned, strict=True):
+            usual = PlanMode(keep=True)
+            run(self._eager, min(planned, key=_size).case.inputs, usual)
+            steps = rungs(want.mode for want in planned)
+            for layer, call, operands in zip(layers, usual.planned, usual.calls, strict=True):
                 if call is not None:
-                    found.append(probe(layer, call))
+                    found.append(plan_probe(layer, call))
+                found += self._attention_probes(layer, operands, steps)
+        return found
+
+    def _attention_probes(self, layer: str, operands: Sequence[Any], steps: Sequence[Rung]) -> list[Golden]:
+        """Return what one attention makes of its operands at each of some plans."""
+        names = [argument.name for argument in torch.ops.adaattn.adaptive_attention.default._schema.arguments]
+        given = dict(zip(names, operands, strict=False))
+        kept = {name: x for name, x in given.items() if isinstance(x, Tensor) and name not in ("precision", "rank")}
+        inputs = {name: array(x) for name, x in kept.items()}
+        wide = {name: x.double() if name in ("query", "key", "value") else x for name, x in given.items()}
+
+        def at(operands: Mapping[str, Any], rung: Rung) -> Tensor:
+            precision, rank = rung.plan(given["precision"], given["query"].shape[3])
+            output: Tensor = torch.ops.adaattn.adaptive_attention(**{**operands, "precision": precision, "rank": rank})
+            return output
+
+        found, whole = [], at(wide, Rung())
+        for rung in steps:
+            exact = at(wide, rung)
+            # Of a rank that is cut nothing is rounded.
+            rounding = 0.0 if rung.precision == FP32 else min(1.0, _error(array(exact), array(whole)))
+            outputs = {f"{layer}.output": self.output(at(given, rung), exact, rounding)}
+            precision, rank = (array(x) for x in rung.plan(given["precision"], given["query"].shape[3]))
+            forced = {layer: Layer(precision, rank, np.zeros(precision.shape, bool))}
+            found.append(Golden(f"{layer} at {rung}", inputs, outputs, forced, str(rung), layer))
         return found
 
     def expect(self, case: Case, forced: Rung | None = None, like: PlanMode | None = None) -> Expected:
@@ -155,7 +180,7 @@ class Reference:
         """
         rounding = rounding_of(expected.mode)
         shaken, noisy = self._shaken(expected), self._noisy(expected)
-        off_edges = [run[0] for run in shaken]
+        off_edges = [*shaken]
         if self.dtype == "float64":  # eager is the yardstick itself, and tells nothing of what a rounding does
             off_edges += [*noisy[:2], self._in_double(expected.case, self._replayed(expected, narrow=True))[0]]
         outputs = {}
@@ -165,8 +190,7 @@ class Reference:
             outputs[name] = self.output(x, expected.exact[name], rounding, moved, unsure)
         # Fewer layers than calls: calls that were one and the same have become one.
         named = layers if len(layers) == len(expected.mode.plans) else ()
-        modes = [run[1] for run in shaken]
-        kept = {name: self._layer(expected, place, rounding, modes) for place, name in enumerate(named)}
+        kept = {name: self._layer(expected, place, rounding) for place, name in enumerate(named)}
         return self.assembled(expected.case, expected.forced, outputs, kept)
 
     def assembled(
@@ -188,13 +212,13 @@ class Reference:
         pairs = [(torch.from_numpy(precision), torch.from_numpy(rank)) for precision, rank in plans]
         return {name: array(x) for name, x in self.exact(case, pairs)[0].items()}
 
-    def _shaken(self, expected: Expected) -> list[tuple[dict[str, Tensor], PlanMode]]:
+    def _shaken(self, expected: Expected) -> list[dict[str, Tensor]]:
         """float64 outputs with q and k a rounding off, each way."""
         if not expected.mode.plans:
             return []
         shake = SHAKE[self.dtype]
         modes = [self._replayed(expected, shake=share) for share in (shake, -shake)]
-        return [self._in_double(expected.case, mode) for mode in modes]
+        return [self._in_double(expected.case, mode)[0] for mode in modes]
 
     def _noisy(self, expected: Expected) -> list[dict[str, Tensor]]:
         """float64 outputs with every result a rounding off, where such may decide an output."""
@@ -250,13 +274,13 @@ class Reference:
             array(exact),
             dtype,
             error,
-            limit_of(error, dtype, rounding, others, self.dtype),
-            limit_of(fill_error, dtype, rounding, fill_others, self.dtype),
+            limit_of(error, dtype, rounding, others, self.dtype, int(usable.sum())),
+            limit_of(fill_error, dtype, rounding, fill_others, self.dtype, int(filled.sum())),
             lost_to_eager if lost_to_eager.any() else None,
             broken,
         )
 
-    def _layer(self, expected: Expected, place: int, rounding: float, shaken: Sequence[PlanMode]) -> Layer:
+    def _layer(self, expected: Expected, place: int, rounding: float) -> Layer:
         precision, rank = expected.mode.plans[place]
         edge, predicted, predicted_limit = torch.zeros_like(precision, dtype=torch.bool), None, None
         if expected.forced is None:
@@ -272,14 +296,11 @@ class Reference:
         # With all plans at fp32 the trace says where a fault is: outputs of heads would only fill the file.
         if eager is None or exact is None or expected.forced == Rung():
             return layer
-        errors = _head_errors(eager, exact)
+        difference = (eager.double() - exact).square().mean(dim=(0, 2, 3)).sqrt()
+        size = exact.square().mean(dim=(0, 2, 3)).sqrt()
+        errors = torch.where(size > 0, difference / size, difference)
         dtype = str(eager.dtype).removeprefix("torch.")
-        others = [_head_errors(x, exact) for mode in shaken if (x := mode.outputs[place]) is not None]
-        limits = [
-            limit_of(error, dtype, rounding, [float(other[head]) for other in others], self.dtype)
-            for head, error in enumerate(errors.tolist())
-        ]
-        return replace(layer, exact=array(exact.float()), eager_error=errors, limit=np.array(limits), dtype=dtype)
+        return replace(layer, exact=array(exact.float()), eager_error=array(errors), dtype=dtype)
 
     def _nudged_modes(self, case: Case) -> list[PlanMode]:
         """What eager plans with its moments moved a little, each way."""
@@ -325,7 +346,7 @@ def rungs(modes: Iterable[PlanMode]) -> list[Rung]:
     return [Rung(code) for code in sorted(precisions - {FP32})] + [Rung(FP32, n) for n in sorted(quarters - {4})]
 
 
-def probe(layer: str, call: PlanCall) -> Golden:
+def plan_probe(layer: str, call: PlanCall) -> Golden:
     """Return the plans that the op `plan` makes of the moments of one sequence, scaled over decades."""
     names = [argument.name for argument in torch.ops.adaattn.plan.default._schema.arguments]
     moments = {name: array(x[-1:]) for name, x in zip(names, call.moments, strict=False)}
@@ -346,13 +367,6 @@ def _spread(value: Array, others: Sequence[Array]) -> Array:
     with np.errstate(invalid="ignore", divide="ignore"):
         moves = [np.abs(other - value) / value for other in others]
     return np.asarray(2 * np.nan_to_num(np.stack(moves), posinf=1.0).max(0) + 1e-5)
-
-
-def _head_errors(x: Tensor, exact: Tensor) -> Array:
-    """Relative error of each head (H,) of an attention's output."""
-    difference = (x.double() - exact).square().mean(dim=(0, 2, 3)).sqrt()
-    size = exact.square().mean(dim=(0, 2, 3)).sqrt()
-    return array(torch.where(size > 0, difference / size, difference))
 
 
 def disagreements(goldens: Sequence[Golden]) -> list[str]:

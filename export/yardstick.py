@@ -95,6 +95,7 @@ class PlanMode(TorchDispatchMode):
         shake: move each number of q and k up or down, seeded, by this share of the usual size at its place.
         narrow: move the numbers that an operator has as attributes by FLOAT32_STEP: ONNX keeps them in float32.
         noise: move every number that an operator makes, but whole ones, up or down by this share, at random by `seed`.
+        keep: keep the arguments of each attention, in `calls`.
 
     What it saw is in `plans`, `planned`, `errors` (with `measure`) and `outputs`, of each call: `planned` is the call
     of `plan` that made its plan, or None; an output larger than LARGE is None.
@@ -114,8 +115,11 @@ class PlanMode(TorchDispatchMode):
         narrow: bool = False,
         noise: float = 0.0,
         seed: int = 0,
+        keep: bool = False,
     ) -> None:
         super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        self._keep = keep
         self.plans: list[PlanPair] = []
         self.planned: list[PlanCall | None] = []
         self._made: list[PlanCall] = []
@@ -155,6 +159,8 @@ class PlanMode(TorchDispatchMode):
             return self._noised(func, func(*args, **kwargs))
         args = args[:10]
         self.planned.append(next((call for call in self._made if call.precision is args[5]), None))
+        if self._keep:
+            self.calls.append(args)
         if self._replay is not None:
             args = (*args[:5], *self._replay[len(self.plans)], *args[7:])
         if self._shake:

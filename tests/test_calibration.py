@@ -292,7 +292,7 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     x = correlated(1, 5, WIDTH)
     for bad in ([x, 3], [], iter(())):
-        with pytest.raises(ConfigError, match=r"a batch is of type int; give a tensor|no batch to calibrate with"):
+        with pytest.raises(ConfigError, match=r"a batch is 3; give a tensor|no batch to calibrate with"):
             calibrate(model, bad)
     with pytest.raises(ConfigError, match="save_every is 0"):
         calibrate(model, [x], save_every=0)

@@ -85,8 +85,11 @@ def test_every_module_passes(mask: str, causal: bool, cross: bool, kv_heads: int
     result = export(model, inputs, tmp_path / "out", dims=dims, options=options)
     (target,) = result.report["targets"]
     assert result.passed, target["reason"]
-    assert {row["case"] for row in target["outputs"]} == {"shortest", "short", "odd", "outliers", "longest"}
-    assert {row["name"] for row in target["outputs"]} == set(dict(EveryModule(False, 4).named_children()))
+    cases = {row["case"] for row in target["outputs"]}
+    usual = ("shortest", "short", "odd", "outliers", "longest")
+    assert cases >= {f"{case}{at}" for case in usual for at in ("", " at fp32")}
+    outputs = {row["name"] for row in target["outputs"] if not row["case"].startswith("plan of ")}
+    assert outputs == set(dict(EveryModule(False, 4).named_children()))
     assert target["plans"]["heads"] > 0
     graph = onnx.load(tmp_path / "out/model.onnx")
     ours = [node for node in graph.graph.node if node.domain == "adaattn"]
@@ -115,7 +118,7 @@ import sys, numpy as np, onnxruntime
 folder = sys.argv[1]
 golden = np.load(folder + "/golden.npz")
 session = onnxruntime.InferenceSession(folder + "/model.onnx", providers=["CPUExecutionProvider"])
-for case in sorted({name.split("/")[0] for name in golden.files}):
+for case in ("shortest", "short", "odd", "outliers", "longest"):
     feed = {i.name: golden[f"{case}/input/{i.name}"] for i in session.get_inputs()}
     (got,) = session.run(["output"], feed)
     want = golden[f"{case}/output/output"]

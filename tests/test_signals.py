@@ -80,12 +80,14 @@ def export(text, written):
 def child(text):
     raise_on_signals()
     written = []
+    status = 0
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         export(text, written)
     except KeyboardInterrupt:
-        os._exit(10 if written else 11)
-    os._exit(0)
+        status = 10 if written else 11
+    # As in a command, the exception is gone by now, and with it what waited for its clean-up.
+    os._exit(status)
 
 def text_of_whole():
     folder.check(OUT, True)  # refuses all but an export that is whole

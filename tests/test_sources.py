@@ -197,8 +197,8 @@ def scripted_part() -> nn.Module:
         (buffer_on_meta, "weight mask of Linear is a tensor without numbers"),
         (scripted_part, "its part 1 is a TorchScript module.*give the module that it was made from"),
         (lambda: torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), "the model is a TorchScript module"),
-        (lambda: nn.Linear(2, 2).state_dict(), "the model is a OrderedDict; give an nn.Module"),
-        (lambda: "model.pt", "the model is a str; give an nn.Module"),
+        (lambda: nn.Linear(2, 2).state_dict(), "model is of type OrderedDict; give a torch.nn.Module"),
+        (lambda: "model.pt", "model is 'model.pt'; give a torch.nn.Module"),
     ],
 )
 def test_models_that_cannot_be_captured(make: Callable[[], Any], message: str) -> None:

@@ -257,7 +257,7 @@ def test_an_explicit_implementation_never_falls_back(monkeypatch: pytest.MonkeyP
     wide = torch.zeros(1, 1, 4, 320, device=DEVICE)
     with pytest.raises(ConfigError, match="head_dim up to 256, not 320"):
         ops.token_moments(wide, impl="triton")
-    with pytest.raises(ConfigError, match="impl is 'fast'; choose auto, reference or triton"):
+    with pytest.raises(ConfigError, match="impl is 'fast'; choose one of auto, reference, triton"):
         ops.token_moments(x, impl="fast")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ConfigError, match="it runs on CUDA devices"):

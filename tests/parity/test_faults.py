@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-import planted
+import planted_faults
 import pytest
 from onnx import numpy_helper
-from planted import Fault, attention, before, constant
+from planted_faults import Fault, attention, before, constant
 
 from adaattn.export import backends, golden, parity
 from adaattn.export.bisect import bisect
 from adaattn.export.verify import check
 
-FAULTS = list(planted.faults())
+FAULTS = list(planted_faults.faults())
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def get(base: str) -> Path:
         if base not in made:
-            made[base] = planted.make(base, folder)
+            made[base] = planted_faults.make(base, folder)
         return made[base]
 
     return get

@@ -108,7 +108,7 @@ def test_where_a_number_is_between_two_integers_it_may_become_either(steps: floa
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 1e-7), ("fp16", 1e-5), ("bf16", 1e-4), ("int8", 8e-5)])
 def test_numbers_on_an_edge_of_any_rounding_have_a_share_of_it(precision: str, least: float) -> None:
     output = golden_of_identity(precision, [1.27, 0.9, 0, 0], [[1.27, 0.2, 0, 0]], torch.float32)
-    assert least < output.limit < 4 * least
+    assert least < output.limit < 7 * least
     assert output.eager_error < 1e-6
 
 
