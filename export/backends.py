@@ -14,7 +14,7 @@ from adaattn.export import engine
 from adaattn.export.engine_file import check_plugin_library, read_description
 from adaattn.export.folder import utf8
 from adaattn.export.golden import Array, Golden
-from adaattn.export.parity import Backend, Ran, probe_inputs
+from adaattn.export.parity import OPERAND, Backend, Ran, probe_inputs
 from adaattn.plugins import NAMESPACE, driver, onnx_file
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> B
 class PlannedLayer:
     """Names of a planned attention's values in a graph: its plan, its output, and the error that the plan predicts."""
 
-    query: str
+    operands: Mapping[str, str]  # by the arguments of the op
     precision: str
     rank: str
     output: str
@@ -129,33 +129,35 @@ class OnnxRuntimeBackend:
         return self._call(self._sessions[key], list(names), golden.name, {**golden.inputs, **plans})
 
     def _plan(self, golden: Golden) -> dict[str, Array]:
-        """Run the nodes that make one plan."""
-        layer = self._layers[golden.probes]
+        """Run the nodes that make one plan, on moments of their own."""
+        layer, model = self._layers[golden.probes], onnx_file.load(self._path)
         if layer.plan is None:
             raise TargetError(f"{self._path.name} has no plan for {golden.probes}, which the export had")
+        # Inputs of their own: where queries and values are one tensor, so are their moments.
+        feed = _cut(model, layer.plan, probe_inputs(golden))
         values = {f"{golden.probes}.precision": layer.precision, f"{golden.probes}.rank": layer.rank}
-        return self._alone(golden.name, layer.plan, probe_inputs(golden), values)
+        return self._alone(golden.name, model, feed, values)
 
     def _attention(self, golden: Golden) -> dict[str, Array]:
-        """Run one attention node, with its plan as the golden forces it."""
-        layer, forced = self._layers[golden.probes], golden.layers[golden.probes]
-        operands = {**golden.inputs, "precision": forced.precision, "rank": forced.rank}
-        return self._alone(golden.name, layer.output, operands, {f"{golden.probes}.output": layer.output})
+        """Run one attention and what it makes of its operands, with its plan as the golden forces it."""
+        layer, model = self._layers[golden.probes], onnx_file.load(self._path)
+        forced = golden.layers[golden.probes]
+        feed = _cut(model, layer.output, {"precision": forced.precision, "rank": forced.rank})
+        for name, x in golden.inputs.items():
+            operand = name.removeprefix(OPERAND)
+            if operand != name and operand not in layer.operands:
+                raise TargetError(f"{golden.probes} of {self._path.name} takes no {operand}, which the export had")
+            feed[name if operand == name else layer.operands[operand]] = x
+        return self._alone(golden.name, model, feed, {f"{golden.probes}.output": layer.output})
 
     def _alone(
-        self, case: str, node_of: str, operands: Mapping[str, Array], wanted: Mapping[str, str]
+        self, case: str, model: onnx.ModelProto, feed: Mapping[str, Array], wanted: Mapping[str, str]
     ) -> dict[str, Array]:
-        """Run the node that makes a value, and those between it and the values that are wanted, on other operands."""
-        model = onnx_file.load(self._path)
-        (node,) = (node for node in model.graph.node if node_of in node.output)
-        (function,) = (x for x in model.functions if (x.domain, x.name) == (node.domain, node.op_type))
-        kinds, types, feed = value_types(model.graph), {}, {}
-        for place, (argument, name) in enumerate(zip(function.input, list(node.input), strict=False)):
-            if argument in operands:  # inputs of their own: two operands may be one value of the graph
-                node.input[place] = f"alone/{argument}"
-                feed[node.input[place]] = operands[argument]
-                kind = kinds[name][0] if name in kinds else element_type(str(operands[argument].dtype))
-                types[node.input[place]] = (kind, operands[argument].ndim)
+        """Run the nodes between values that are known and others that are wanted."""
+        kinds = value_types(model.graph)
+        types = {
+            name: (kinds[name][0] if name in kinds else element_type(str(x.dtype)), x.ndim) for name, x in feed.items()
+        }
         names = list(wanted.values())
         alone = part(model, self._path.parent, names, set(feed), types)
         session = session_of(alone.SerializeToString(), self._path.parent, self._provider)
@@ -244,7 +246,7 @@ def exact_copy(path: Path, copy: Path) -> Path:
         model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int32), f"{at}/code"))
         made += [
             helper.make_node("Shape", [layer.precision], [f"{at}/shape"]),
-            helper.make_node("Shape", [layer.query], [f"{at}/head_dim"], start=3, end=4),
+            helper.make_node("Shape", [layer.operands["query"]], [f"{at}/head_dim"], start=3, end=4),
             helper.make_node("Cast", [f"{at}/head_dim"], [f"{at}/full"], to=onnx.TensorProto.INT32),
             helper.make_node("Expand", [f"{at}/code", f"{at}/shape"], [f"{at}/precision"]),
             helper.make_node("Expand", [f"{at}/full", f"{at}/shape"], [f"{at}/rank"]),
@@ -279,9 +281,7 @@ def planned_layers(path: Path) -> dict[str, PlannedLayer]:
         if plan is not None:
             results = dict(zip(functions[plan.op_type].output, plan.output, strict=False))
             predicted, made = results.get("predicted_error") or None, plan.output[0]
-        found[node.name] = PlannedLayer(
-            named["query"], named["precision"], named["rank"], node.output[0], predicted, made
-        )
+        found[node.name] = PlannedLayer(named, named["precision"], named["rank"], node.output[0], predicted, made)
     return found
 
 
@@ -366,6 +366,18 @@ def element_type(dtype: str) -> int:
 
     names = {"float32": "FLOAT", "float64": "DOUBLE"}
     return int(onnx.TensorProto.DataType.Value(names.get(dtype, dtype.upper())))
+
+
+def _cut(model: onnx.ModelProto, value: str, operands: Mapping[str, Array]) -> dict[str, Array]:
+    """Give the node that makes a value inputs of their own for some of its arguments; return what to feed them."""
+    (node,) = (node for node in model.graph.node if value in node.output)
+    (function,) = (x for x in model.functions if (x.domain, x.name) == (node.domain, node.op_type))
+    feed = {}
+    for place, argument in enumerate(function.input):
+        if argument in operands:
+            node.input[place] = f"alone/{argument}"
+            feed[node.input[place]] = operands[argument]
+    return feed
 
 
 def _forced(layer: str, what: str) -> str:

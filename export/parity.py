@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adaattn.export.golden import Array, Golden, Output
+from adaattn.export.golden import Array, Golden, Layer, Output
 
 FACTOR = 2.0  # two summation orders of equal merit differ by about this
 # The most that a limit may have beside eager's error: a few ulps of the type after a handful of layers.
@@ -43,6 +43,7 @@ PROBE_EDGE = 1e-4
 # A larger limit would pass zeros, or nearly: eager PyTorch does not know the answer itself.
 USELESS = 0.5
 LOOSE = 0.1  # and one above this is worth a word
+OPERAND = "operand."  # begins the name of an input of a probe that is an operand of the attention, not of the model
 EXACT = "fp32"  # the name of plans that are forced to fp32 at full rank
 HISTOGRAM_EDGES = [-12 + 0.5 * i for i in range(29)]
 DIGITS = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}  # of the mantissa
@@ -283,28 +284,43 @@ def _rms(x: Array) -> float:
 def _compare_plans(golden: Golden, ran: Ran) -> dict[str, Any]:
     """How many heads, how many whose plan differs, how many of them on the edge, and a line for each other."""
     heads = differ = excused = 0
-    lines = []
+    for name, layer in golden.layers.items():
+        if name in ran.plans:
+            off = _other_plans(layer, ran.plans[name])
+            heads += off.size
+            differ += int(off.sum())
+            excused += int((off & layer.edge).sum())
+    lines = [line for _, line in plan_differences(golden, ran)]
+    return {"heads": heads, "differ": differ, "excused": excused, "lines": lines}
+
+
+def plan_differences(golden: Golden, ran: Ran) -> list[tuple[str, str]]:
+    """Return a layer and a line for each head whose plan, or the error that it predicts, is not eager's."""
+    found = []
     for name, layer in golden.layers.items():
         if name not in ran.plans:
             continue
         precision, rank = ran.plans[name]
-        off = (layer.precision != precision) | (layer.rank != rank)
-        heads += off.size
-        differ += int(off.sum())
-        excused += int((off & layer.edge).sum())
+        off = _other_plans(layer, ran.plans[name])
         for batch, head in np.argwhere(off & ~layer.edge):
-            lines.append(
+            line = (
                 f"{name}, batch {batch}, head {head}: plan (precision {precision[batch, head]}, rank "
                 f"{rank[batch, head]}), eager has ({layer.precision[batch, head]}, {layer.rank[batch, head]})"
             )
+            found.append((name, line))
         if name in ran.predicted and layer.predicted is not None and layer.predicted_limit is not None:
             got, want = ran.predicted[name], layer.predicted
             for batch, head in np.argwhere(~off & ~stands(got, want, layer.predicted_limit)):
-                lines.append(
+                line = (
                     f"{name}, batch {batch}, head {head}: the plan predicts an error of {got[batch, head]:.3e}, that "
                     f"of eager {want[batch, head]:.3e}"
                 )
-    return {"heads": heads, "differ": differ, "excused": excused, "lines": lines}
+                found.append((name, line))
+    return found
+
+
+def _other_plans(layer: Layer, plan: PlanPair) -> Array:
+    return np.asarray((layer.precision != plan[0]) | (layer.rank != plan[1]))
 
 
 def _row(golden: Golden, name: str) -> dict[str, Any]:

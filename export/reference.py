@@ -25,6 +25,7 @@ from adaattn.export.parity import (
     LOOSE,
     NOISE,
     NUDGE,
+    OPERAND,
     PROBE_EDGE,
     SHAKE,
     PlanPair,
@@ -106,22 +107,29 @@ class Reference:
         exact = [self.expect(want.case, Rung(), want.mode) for want in planned if not _is_exact(want.mode)]
         found += [self.golden(want, layers) for want in exact]
         if planned:
-            usual = PlanMode(keep=True)
-            run(self._eager, min(planned, key=_size).case.inputs, usual)
+            usual, small = PlanMode(keep=True), min(planned, key=_size).case
+            run(self._eager, small.inputs, usual)
             steps = rungs(want.mode for want in planned)
             for layer, call, operands in zip(layers, usual.planned, usual.calls, strict=True):
                 if call is not None:
                     found.append(plan_probe(layer, call))
-                found += self._attention_probes(layer, operands, steps)
+                found += self._attention_probes(layer, operands, steps, self._arrays(small))
         return found
 
-    def _attention_probes(self, layer: str, operands: Sequence[Any], steps: Sequence[Rung]) -> list[Golden]:
-        """Return what one attention makes of its operands at each of some plans."""
+    def _attention_probes(
+        self, layer: str, operands: Sequence[Any], steps: Sequence[Rung], inputs: Mapping[str, Array]
+    ) -> list[Golden]:
+        """Return what one attention makes of its operands at each of some plans.
+
+        Args:
+            inputs: of the model, in which a mask is that the operands are not computed from.
+        """
         names = [argument.name for argument in torch.ops.adaattn.adaptive_attention.default._schema.arguments]
         given = dict(zip(names, operands, strict=False))
-        kept = {name: x for name, x in given.items() if isinstance(x, Tensor) and name not in ("precision", "rank")}
-        inputs = {name: array(x) for name, x in kept.items()}
-        wide = {name: x.double() if name in ("query", "key", "value") else x for name, x in given.items()}
+        tokens = ("query", "key", "value")
+        kept = {f"{OPERAND}{name}": array(given[name]) for name in (*tokens, "attn_mask") if given[name] is not None}
+        inputs = {**inputs, **kept}
+        wide = {name: x.double() if name in tokens else x for name, x in given.items()}
 
         def at(operands: Mapping[str, Any], rung: Rung) -> Tensor:
             precision, rank = rung.plan(given["precision"], given["query"].shape[3])
@@ -268,14 +276,15 @@ class Reference:
             lost_to_eager |= unsure
         usable, filled = judged(wanted, lost_to_eager)
         known, runs = np.where(usable, wanted, 0), [got, *(within(array(x), dtype) for x in moved)]
+        counts = (_distinct(wanted[usable]), _distinct(wanted[filled]))
         error, *others = (relative_error(np.abs(np.where(usable, x, 0) - known), known) for x in runs)
         fill_error, *fill_others = (farthest(x[filled], wanted[filled]) for x in runs)
         return Output(
             array(exact),
             dtype,
             error,
-            limit_of(error, dtype, rounding, others, self.dtype, int(usable.sum())),
-            limit_of(fill_error, dtype, rounding, fill_others, self.dtype, int(filled.sum())),
+            limit_of(error, dtype, rounding, others, self.dtype, counts[0]),
+            limit_of(fill_error, dtype, rounding, fill_others, self.dtype, counts[1]),
             lost_to_eager if lost_to_eager.any() else None,
             broken,
         )
@@ -367,6 +376,11 @@ def _spread(value: Array, others: Sequence[Array]) -> Array:
     with np.errstate(invalid="ignore", divide="ignore"):
         moves = [np.abs(other - value) / value for other in others]
     return np.asarray(2 * np.nan_to_num(np.stack(moves), posinf=1.0).max(0) + 1e-5)
+
+
+def _distinct(x: Array) -> int:
+    """How many different numbers there are, as far as it matters for a limit: equal ones share one rounding."""
+    return len(np.unique(x.ravel()[: 1 << 14].astype(np.float32)))
 
 
 def disagreements(goldens: Sequence[Golden]) -> list[str]:
