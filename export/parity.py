@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adaattn.export.golden import Array, Golden, Layer, Output
+from adaattn.export.golden import Array, Golden, Layer, Output, integer_ranges
 
 FACTOR = 2.0  # two summation orders of equal merit differ by about this
 # The most that a limit may have beside eager's error: a few ulps of the type after a handful of layers.
@@ -215,6 +215,10 @@ def _never_compared(goldens: Sequence[Golden], rows: Sequence[dict[str, Any]]) -
             return f"{name}: {mean:.0%} of its elements were compared; a verdict needs {MIN_SHARE:.0%}"
     if not any(row["compared"] for row in rows):
         return "nothing was compared: every output is empty"
+    values = [x.exact.ravel() for golden in goldens if golden.whole for x in golden.outputs.values()]
+    known = np.concatenate([x.astype(np.float64) for x in values]) if values else np.zeros(0)
+    if len(needed) > 1 and known.size > 1 and (known == known[0]).all():
+        return f"every number of every output is {known[0]:g}: nothing of the graph shows in them"
     return None
 
 
@@ -225,12 +229,14 @@ def _coverage(goldens: Sequence[Golden], rows: Sequence[dict[str, Any]]) -> dict
         for golden in goldens
         if golden.probes and not golden.forced
     ]
+    whole = [golden for golden in goldens if golden.whole]
     return {
         "cases": len({golden.case for golden in goldens if not golden.probes}),
         "runs": len(goldens),
         "elements": sum(row["compared"] for row in rows),
         "of_elements": sum(row["elements"] for row in rows),
         "forced": list(dict.fromkeys(golden.forced for golden in goldens if golden.forced)),
+        "integers": {name: list(ends) for name, ends in integer_ranges(whole).items()},
         "plan_steps": len(np.unique(np.concatenate(steps), axis=0)) if steps else 0,
     }
 
@@ -239,13 +245,15 @@ def coverage_text(compared: Mapping[str, Any]) -> str:
     """Return a line about what a verdict rests on.
 
     Example:
-        >>> coverage_text({"cases": 5, "elements": 90, "of_elements": 100, "forced": ["fp32"], "plan_steps": 6})
-        '5 cases, 90 elements (90 %); plans forced to fp32; 6 steps of the plans reached'
+        >>> counts = {"cases": 5, "elements": 90, "of_elements": 100}
+        >>> coverage_text({**counts, "forced": ["fp32"], "integers": {"ids": [0, 99]}, "plan_steps": 6})
+        '5 cases, 90 elements (90 %); plans forced to fp32; ids from 0 to 99; 6 steps of the plans reached'
     """
     share = 100 * compared["elements"] / max(1, compared["of_elements"])
     parts = [f"{compared['cases']} cases, {compared['elements']:,} elements ({share:.3g} %)"]
     if compared["forced"]:
         parts.append(f"plans forced to {', '.join(compared['forced'])}")
+    parts += [f"{name} from {low} to {high}" for name, (low, high) in compared["integers"].items()]
     if compared["plan_steps"]:
         parts.append(f"{compared['plan_steps']} steps of the plans reached")
     return "; ".join(parts)

@@ -255,8 +255,11 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
         ("foreign:Branch --input x=B,S", ["cannot capture", "data-dependent", "foreign.py:"]),
         ("foreign:Nothing --input x=B,S", ["the model returns no tensor"]),
         ("foreign:tiny --input x=B,S", ["x (B=3, S=4:float32)", "correct the inputs"]),
-        ("foreign:tiny --input x=B,S,16:int64", ["x (B=3, S=4, 16:int64)", "datatype; correct the inputs"]),
-        ("foreign:tiny --input x=B,S,16:float16", ["query is torch.float16 and the module torch.float32"]),
+        (
+            "foreign:tiny --input x=B,S,16:int64",
+            ["x (B=3, S=4, 16:int64)", "expected a floating-point tensor", "correct the inputs"],
+        ),
+        ("foreign:tiny --input x=B,S,16:float16", ["x is torch.float16 and the module torch.float32"]),
         ("foreign:tiny --input x=B,S,16 --input attention_mask=B,T", ["mask has shape (3, 5); expected (batch, keys)"]),
         ("foreign:tiny --input x=B,S,0", ["a size is 0", "x=B,S,0"]),
         ("foreign:tiny --input x=B,S,16:float99", ["'float99' is unknown", "float32"]),

@@ -203,7 +203,14 @@ def test_an_ascii_terminal_gets_escapes(identity: Path) -> None:
 def report() -> dict[str, Any]:
     row = {"name": HOSTILE, "case": HOSTILE, "verdict": "failed", "reason": HOSTILE, "error": 1.0, "limit": None}
     target: dict[str, Any] = {"name": HOSTILE, "verdict": "failed", "reason": HOSTILE, "seconds": 1.0, "ops": None}
-    target |= {"artifacts": [], "plans": None, "outputs": [row | {"eager_error": 1.0}], "heads": [], "histogram": None}
+    target |= {
+        "artifacts": [],
+        "plans": None,
+        "compared": None,
+        "outputs": [row | {"eager_error": 1.0}],
+        "heads": [],
+        "histogram": None,
+    }
     return {"verdict": "failed", "targets": [target], "warnings": [HOSTILE]}
 
 
@@ -438,19 +445,20 @@ def test_a_limit_that_is_none_passes_nothing(limit: float, tmp_path: Path) -> No
     ("key", "value", "said"),
     [
         ("case/limit/y", np.zeros(2), "the limits of y are"),
-        ("case/limit/y", np.zeros(3, np.int64), "the limits of y are"),
+        ("case/limit/y", np.zeros(4, np.int64), "the limits of y are"),
         ("case/output/y", np.zeros((2, 3), np.complex64), "y is complex64"),
         ("case/output/y", np.zeros((2, 3), np.float32), "y is float32"),
         ("case/dtype/y", np.array("int64"), "y is float64"),
         ("case/lost/y", np.zeros(3, bool), "y is float64"),
-        ("case/layer.rank/a", np.zeros((1, 3)), "the arrays of a do not fit together"),
-        ("case/layer.eager_error/a", np.zeros((2, 2)), "the arrays of a do not fit together"),
+        ("case/layer.rank/a", np.zeros((1, 3)), "the rank of a has shape"),
+        ("case/layer.eager_error/a", np.zeros((2, 2)), "the eager_error of a has shape"),
         ("case", np.zeros(3), "not enough values"),
     ],
 )
 def test_golden_results_that_do_not_fit_together(key: str, value: Any, said: str, tmp_path: Path) -> None:
     arrays: dict[str, Any] = {"case/input/x": np.ones(3), "case/output/y": np.ones((2, 3))}
-    arrays |= {"case/limit/y": np.zeros(3), "case/dtype/y": np.array("float32")}
+    arrays |= {"case/limit/y": np.zeros(4), "case/dtype/y": np.array("float32")}
+    arrays["case/about/fields"] = np.array(["", "", "False"])
     arrays |= {f"case/layer.{kind}/a": np.zeros((1, 2), np.int32) for kind in ("precision", "rank")}
     arrays |= {"case/layer.edge/a": np.zeros((1, 2), bool), "case/layer.eager_error/a": np.zeros(2)}
     save_arrays(tmp_path / "golden.npz", arrays)

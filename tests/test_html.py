@@ -155,7 +155,7 @@ def test_sentence_says_what_became_of_each_target(report: dict[str, Any]) -> Non
 
 def test_rows_hold_the_numbers(report: dict[str, Any]) -> None:
     report["targets"][0]["compared"] = {
-        "cases": 5, "elements": 9000, "of_elements": 10000, "forced": ["fp32"], "plan_steps": 6,
+        "cases": 5, "elements": 9000, "of_elements": 10000, "forced": ["fp32"], "integers": {}, "plan_steps": 6,
     }  # fmt: skip
     rows = [row.replace("\u2013", "-") for row in Page(render(report)).texts("tr")]
     expected = [

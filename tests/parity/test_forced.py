@@ -94,6 +94,19 @@ class Partly(nn.Module):
         return torch.where(x[..., :8] > self.above, torch.nan, self.linear(x))
 
 
+class Zeros(nn.Module):
+    """A head that has not been trained yet, as torchvision's ViT begins with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(WIDTH, 8), nn.Linear(8, 3)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.linear(x))
+
+
 class Tokens(nn.Module):
     """NaN for more than one token: only the trivial case has numbers."""
 
@@ -110,6 +123,9 @@ def test_what_was_hardly_compared_does_not_pass(tmp_path: Path) -> None:
     target = exported(Tokens(), {"x": f"B,S,{WIDTH}"}, tmp_path / "tokens")
     assert target["verdict"] == "not run"
     assert "nothing to compare: eager PyTorch has NaN or Inf for all of it" in target["reason"]
+    target = exported(Zeros(), {"x": f"B,S,{WIDTH}"}, tmp_path / "zeros")
+    assert target["verdict"] == "not run"
+    assert "every number of every output is 0: nothing of the graph shows in them" in target["reason"]
 
 
 @pytest.mark.parametrize(
