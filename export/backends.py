@@ -120,9 +120,7 @@ class OnnxRuntimeBackend:
             if golden.forced:
                 _take_plans(model, self._layers)
             _show(model, names)
-            # One copy at a time: each holds all weights.
-            self._sessions = {"": self._sessions[""]}
-            self._sessions[key] = session_of(model.SerializeToString(), self._path.parent, self._provider)
+            self._keep(key, session_of(model.SerializeToString(), self._path.parent, self._provider))
         plans: dict[str, Array] = {}
         for name, layer in golden.layers.items() if golden.forced else ():
             plans |= {_forced(name, "precision"): layer.precision, _forced(name, "rank"): layer.rank}
@@ -130,39 +128,54 @@ class OnnxRuntimeBackend:
 
     def _plan(self, golden: Golden) -> dict[str, Array]:
         """Run the nodes that make one plan, on moments of their own."""
-        layer, model = self._layers[golden.probes], onnx_file.load(self._path)
+        layer = self._layers[golden.probes]
         if layer.plan is None:
             raise TargetError(f"{self._path.name} has no plan for {golden.probes}, which the export had")
         # Inputs of their own: where queries and values are one tensor, so are their moments.
-        feed = _cut(model, layer.plan, probe_inputs(golden))
+        feed = {_alone(name): x for name, x in probe_inputs(golden).items()}
         values = {f"{golden.probes}.precision": layer.precision, f"{golden.probes}.rank": layer.rank}
-        return self._alone(golden.name, model, feed, values)
+        return self._part(golden.name, layer.plan, feed, values)
 
     def _attention(self, golden: Golden) -> dict[str, Array]:
         """Run one attention and what it makes of its operands, with its plan as the golden forces it."""
-        layer, model = self._layers[golden.probes], onnx_file.load(self._path)
-        forced = golden.layers[golden.probes]
-        feed = _cut(model, layer.output, {"precision": forced.precision, "rank": forced.rank})
+        layer, forced = self._layers[golden.probes], golden.layers[golden.probes]
+        feed = {_alone("precision"): forced.precision, _alone("rank"): forced.rank}
         for name, x in golden.inputs.items():
             operand = name.removeprefix(OPERAND)
             if operand != name and operand not in layer.operands:
                 raise TargetError(f"{golden.probes} of {self._path.name} takes no {operand}, which the export had")
             feed[name if operand == name else layer.operands[operand]] = x
-        return self._alone(golden.name, model, feed, {f"{golden.probes}.output": layer.output})
+        return self._part(golden.name, layer.output, feed, {f"{golden.probes}.output": layer.output})
 
-    def _alone(
-        self, case: str, model: onnx.ModelProto, feed: Mapping[str, Array], wanted: Mapping[str, str]
-    ) -> dict[str, Array]:
-        """Run the nodes between values that are known and others that are wanted."""
-        kinds = value_types(model.graph)
-        types = {
-            name: (kinds[name][0] if name in kinds else element_type(str(x.dtype)), x.ndim) for name, x in feed.items()
-        }
-        names = list(wanted.values())
-        alone = part(model, self._path.parent, names, set(feed), types)
-        session = session_of(alone.SerializeToString(), self._path.parent, self._provider)
-        found = self._call(session, names, case, feed)
+    def _part(self, case: str, cut: str, feed: Mapping[str, Array], wanted: Mapping[str, str]) -> dict[str, Array]:
+        """Run the nodes between values that are known and others that are wanted.
+
+        Args:
+            cut: a value, whose node gets inputs of its own for some of its arguments: those that `_alone` names.
+            feed: the known values.
+            wanted: for each label the name of a value.
+        """
+        names, key = list(wanted.values()), f"{cut}: {sorted(feed)}"
+        if key not in self._sessions:
+            model = onnx_file.load(self._path)
+            (node,) = (node for node in model.graph.node if cut in node.output)
+            (function,) = (x for x in model.functions if (x.domain, x.name) == (node.domain, node.op_type))
+            for place, argument in enumerate(function.input):
+                if _alone(argument) in feed:
+                    node.input[place] = _alone(argument)
+            kinds = value_types(model.graph)
+            types = {
+                name: (kinds[name][0] if name in kinds else element_type(str(x.dtype)), x.ndim)
+                for name, x in feed.items()
+            }
+            alone = part(model, self._path.parent, names, set(feed), types)
+            self._keep(key, session_of(alone.SerializeToString(), self._path.parent, self._provider))
+        found = self._call(self._sessions[key], names, case, feed)
         return {label: found[name] for label, name in wanted.items()}
+
+    def _keep(self, key: str, session: Any) -> None:
+        """Keep a session beside that of the file itself, and no other: each may hold all weights."""
+        self._sessions = {"": self._sessions[""], key: session}
 
     def _call(self, session: Any, names: list[str], case: str, values: Mapping[str, Array]) -> dict[str, Array]:
         feed = feed_of(session, values)
@@ -368,16 +381,9 @@ def element_type(dtype: str) -> int:
     return int(onnx.TensorProto.DataType.Value(names.get(dtype, dtype.upper())))
 
 
-def _cut(model: onnx.ModelProto, value: str, operands: Mapping[str, Array]) -> dict[str, Array]:
-    """Give the node that makes a value inputs of their own for some of its arguments; return what to feed them."""
-    (node,) = (node for node in model.graph.node if value in node.output)
-    (function,) = (x for x in model.functions if (x.domain, x.name) == (node.domain, node.op_type))
-    feed = {}
-    for place, argument in enumerate(function.input):
-        if argument in operands:
-            node.input[place] = f"alone/{argument}"
-            feed[node.input[place]] = operands[argument]
-    return feed
+def _alone(argument: str) -> str:
+    """The name of an input that a node gets for itself."""
+    return f"alone/{argument}"
 
 
 def _forced(layer: str, what: str) -> str:
