@@ -160,7 +160,9 @@ class Reference:
         mode = PlanMode(measure=True, plans=None if forced is None or like is None else forced.plans(like))
         try:
             outputs = self._named(run(self._eager, case.inputs, mode, self.written))
-            again = None if forced else run(self._eager, case.inputs, PlanMode(), self.written)
+            # Of the longest case a second run would cost most and show nothing new.
+            once = forced is not None or case.name == "longest"
+            again = None if once else run(self._eager, case.inputs, PlanMode(), self.written)
         except Exception as error:  # the user's own code
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in case.inputs.items())
             raise ConfigError(
@@ -243,9 +245,10 @@ class Reference:
         return self.double_mode(plans=expected.mode.plans, **options)
 
     def _errs(self, expected: Expected) -> bool:
-        """Whether eager PyTorch is farther from float64 in an output than a model of some depth explains."""
+        """Whether eager PyTorch is farther from float64 in an output than depth, or the plans, explain."""
         pairs = ((array(to_double(x)), array(expected.exact[name])) for name, x in expected.outputs.items())
-        return any(_error(got, exact) > 10 * FLOOR[self.dtype] for got, exact in pairs)
+        most = 10 * FLOOR[self.dtype] + rounding_of(expected.mode)
+        return any(_error(got, exact) > most for got, exact in pairs)
 
     def output(
         self,

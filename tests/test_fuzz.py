@@ -35,7 +35,7 @@ from adaattn.export.golden import save_arrays
 from adaattn.plugins.native import cli as plugins
 
 SEED = 15
-COUNTS = {"arguments": 70, "folder": 60, "array": 30, "model": 30, "payload": 20, "program": 12}
+COUNTS = {"arguments": 46, "folder": 44, "array": 22, "model": 24, "payload": 14, "program": 10}
 THOROUGH = {"arguments": 600, "folder": 600, "array": 200, "model": 300, "payload": 150, "program": 150}
 SECONDS = 300  # of a call, on a machine that is busy with other tests
 LARGEST = 1 << 30  # bytes that a call may take: all files are small

@@ -109,6 +109,7 @@ def test_a_classifier_of_images() -> None:
     assert len(report["layers"]) == 2
 
 
+@pytest.mark.thorough  # test_minilm exports it too
 def test_a_real_sentence_encoder(minilm: Path) -> None:
     """MiniLM-L6's embeddings of sentences are those of its recipe, computed by transformers alone."""
     folder = minilm

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize(("document", "made"), [("README.md", "model"), ("docs/transformers.md", "folder")])
+@pytest.mark.parametrize(
+    ("document", "made"),
+    [("README.md", "model"), pytest.param("docs/transformers.md", "folder", marks=pytest.mark.thorough)],
+)
 def test_blocks_run(document: str, made: str, tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     ran = 0
