@@ -240,6 +240,13 @@ def export(
                 reference = Reference(captured)
                 expected = [reference.expect(case) for case in cases.cases(captured)]
                 goldens = reference.goldens(expected, names)
+                if any(want.mode.plans for want in expected) and not any(
+                    each.forced or each.layers for each in goldens
+                ):
+                    notes.append(
+                        "calls of adaptive attention are not told apart in the graph (one made twice, or in a branch): "
+                        "its plans are neither compared nor forced to fp32, and limits are those of plans that round"
+                    )
                 golden.save(staged / "golden.npz", goldens)
                 golden.save(staged / "trace.npz", trace.record(reference, lowered, cases.small(captured), names))
                 layers = summary.layers(names, expected, module)

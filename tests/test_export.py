@@ -225,6 +225,7 @@ def test_unusual_outputs(tmp_path: Path) -> None:
     assert result.passed, result.report["targets"][0]["reason"]
     names = [row["name"] for row in result.report["targets"][0]["outputs"] if row["case"] == "odd"]
     assert names == ["output_0", "output_1", "output_2"]
+    assert any("its plans are neither compared nor forced" in line for line in result.report["warnings"])
 
 
 def test_a_model_that_fails_on_golden_inputs_says_so(tmp_path: Path) -> None:
