@@ -204,7 +204,12 @@ def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:
     layers = {name: Layer(**fields) for name, fields in of_layers.items()}
     for name, layer in layers.items():
         _check_layer(name, layer)
-    forced, probes, trivial = kinds["about"]["fields"].tolist()
+    forced, probes, trivial = (str(x) for x in kinds["about"]["fields"].tolist())
+    if probes and forced and probes not in layers:
+        raise ValueError(f"{case} has no plan for {probes}")
+    for name, x in kinds["input"].items() if probes and not forced else ():
+        if x.dtype != np.float32 or x.ndim < 2:
+            raise ValueError(f"the moment {name} of {case} is {x.dtype}{x.shape}")
     return Golden(case, kinds["input"], outputs, layers, forced, probes, trivial == "True")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from adaattn.errors import ConfigError
 from adaattn.export.golden import Array, Golden, Layer, Output, integer_ranges
 
 FACTOR = 2.0  # two summation orders of equal merit differ by about this
@@ -267,12 +268,17 @@ def probe_inputs(golden: Golden) -> dict[str, Array]:
 
     Returns:
         Twice PROBE_SCALES as many sequences: the moments with the query's scaled, and with the query's and the value's.
+
+    Raises:
+        ConfigError: the golden has an input that is not a moment.
     """
     once = np.ones_like(PROBE_SCALES)
     scales = {"query": np.tile(PROBE_SCALES, 2), "key": np.tile(once, 2), "value": np.append(once, PROBE_SCALES)}
     found = {}
     for name, x in golden.inputs.items():
         of, _, kind = name.partition("_")
+        if of not in scales or kind not in PROBE_POWERS:
+            raise ConfigError(f"{golden.name} has an input {name!r}, which is not a moment")
         factors = (scales[of] ** PROBE_POWERS[kind]).astype(np.float32)
         found[name] = factors.reshape(-1, *(1,) * (x.ndim - 1)) * x
     return found

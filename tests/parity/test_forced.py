@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import adaattn
 from adaattn.config import PRECISIONS
+from adaattn.errors import ConfigError
 from adaattn.export import Options, backends, engine, export, golden, parity
 from adaattn.export.verify import check
 
@@ -81,6 +82,17 @@ def test_an_engine_runs_with_plans_of_its_own_or_with_exact_ones(adaptive: Path,
     case = next(case for case in golden.load(adaptive / "golden.npz") if case.forced)
     with pytest.raises(backends.TargetError, match="no engine has plans that are forced to fp32"):
         run(case)
+
+
+def test_a_probe_takes_moments_alone(tmp_path: Path) -> None:
+    output = golden.Output(np.zeros((242, 2), np.int32), "int32", 0.0, 0.0)
+    outputs = {f"layer.{name}": output for name in ("precision", "rank")}
+    for inputs in ({"query_mean": np.array("text")}, {"query_mean": np.ones((1, 2, 3))}):
+        golden.save(tmp_path / "golden.npz", [golden.Golden("plan of layer", inputs, outputs, probes="layer")])
+        with pytest.raises(ConfigError, match="the moment query_mean of plan of layer is"):
+            golden.load(tmp_path / "golden.npz")
+    with pytest.raises(ConfigError, match="'query_means', which is not a moment"):
+        parity.probe_inputs(golden.Golden("plan", {"query_means": np.ones((1, 2, 3), np.float32)}, {}, probes="layer"))
 
 
 class Partly(nn.Module):
