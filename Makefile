@@ -8,7 +8,7 @@ EXTRAS := cpu,tensorrt-rtx,test
 help:
 	@echo "make install  a virtual environment in .venv with all that installs without a GPU"
 	@echo "make test     lint, types and tests"
-	@echo "make parity   the whole parity suite on ONNX Runtime, 1350 graphs; 21 minutes on 2 cores"
+	@echo "make parity   the whole parity suite on ONNX Runtime, 1350 graphs; it takes long"
 	@echo "make demo     build a model, export it, show the verdicts"
 	@echo "make demo-minilm  the same with a real sentence encoder, and what a tolerance does to it"
 	@echo "make bench    what an export costs; writes benchmarks/results/export.json"
