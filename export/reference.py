@@ -21,6 +21,7 @@ from adaattn.export.parity import (
     EXACT,
     FLIPS,
     FLOOR,
+    HALF_ULP,
     LARGEST,
     LOOSE,
     NOISE,
@@ -303,6 +304,7 @@ class Reference:
                 moved = [array(other.predicted) for mode in nudged if (other := mode.planned[place]) is not None]
                 predicted = array(call.predicted)
                 predicted_limit = _spread(predicted, moved) + 2 * FLIPS * rounding
+                predicted_limit = predicted_limit + _centring(call, expected.mode.key_means[place])
         layer = Layer(array(precision), array(rank), array(edge), predicted=predicted, predicted_limit=predicted_limit)
         eager, exact = expected.mode.outputs[place], expected.double.outputs[place]
         # With all plans at fp32 the trace says where a fault is: outputs of heads would only fill the file.
@@ -360,8 +362,7 @@ def rungs(modes: Iterable[PlanMode]) -> list[Rung]:
 
 def plan_probe(layer: str, call: PlanCall) -> Golden:
     """Return the plans that the op `plan` makes of the moments of one sequence, scaled over decades."""
-    names = [argument.name for argument in torch.ops.adaattn.plan.default._schema.arguments]
-    moments = {name: array(x[-1:]) for name, x in zip(names, call.moments, strict=False)}
+    moments = {name: array(x[-1:]) for name, x in zip(_PLAN_ARGUMENTS, call.moments, strict=False)}
     golden = Golden(f"plan of {layer}", moments, {}, probes=layer)
     scaled = tuple(torch.from_numpy(x) for x in probe_inputs(golden).values())
     whole = replace(call, moments=scaled)
@@ -372,6 +373,19 @@ def plan_probe(layer: str, call: PlanCall) -> Golden:
         for name, x in zip(("precision", "rank"), wanted, strict=True)
     }
     return replace(golden, outputs=outputs)
+
+
+def _centring(call: PlanCall, key_mean: Tensor) -> Array:
+    """By what share a predicted error may differ where keys are alike: what centring leaves of them is rounding."""
+    named = dict(zip(_PLAN_ARGUMENTS, call.moments, strict=False))
+    left = (2 * HALF_ULP["float32"] * key_mean.double()).square()
+    groups = named["query_second_moment"].shape[1] // left.shape[1]
+    energy = (named["query_second_moment"].double() * left.repeat_interleave(groups, dim=1)).sum(-1) * call.scale**2
+    share = energy / (2 * call.predicted.double().square())
+    return array(share.nan_to_num(posinf=0.0))
+
+
+_PLAN_ARGUMENTS = [argument.name for argument in torch.ops.adaattn.plan.default._schema.arguments]
 
 
 def _spread(value: Array, others: Sequence[Array]) -> Array:

@@ -97,8 +97,8 @@ class PlanMode(TorchDispatchMode):
         noise: move every number that an operator makes, but whole ones, up or down by this share, at random by `seed`.
         keep: keep the arguments of each attention, in `calls`.
 
-    What it saw is in `plans`, `planned`, `errors` (with `measure`) and `outputs`, of each call: `planned` is the call
-    of `plan` that made its plan, or None; an output larger than LARGE is None.
+    What it saw is in `plans`, `key_means`, `planned`, `errors` (with `measure`) and `outputs`, of each call: `planned`
+    is the call of `plan` that made its plan, or None; an output larger than LARGE is None.
     """
 
     supports_higher_order_operators = True  # torch asks
@@ -121,6 +121,7 @@ class PlanMode(TorchDispatchMode):
         self.calls: list[tuple[Any, ...]] = []
         self._keep = keep
         self.plans: list[PlanPair] = []
+        self.key_means: list[Tensor] = []
         self.planned: list[PlanCall | None] = []
         self._made: list[PlanCall] = []
         self.errors: list[HeadErrors] = []
@@ -159,6 +160,7 @@ class PlanMode(TorchDispatchMode):
             return self._noised(func, func(*args, **kwargs))
         args = args[:10]
         self.planned.append(next((call for call in self._made if call.precision is args[5]), None))
+        self.key_means.append(args[3])
         if self._keep:
             self.calls.append(args)
         if self._replay is not None:
