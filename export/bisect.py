@@ -12,7 +12,7 @@ import onnx
 from adaattn.errors import TargetError
 from adaattn.export import backends, golden, parity
 from adaattn.export.golden import Golden
-from adaattn.export.verify import as_exported
+from adaattn.export.verify import as_exported, compare_inside
 from adaattn.plugins import NAMESPACE, onnx_file
 
 
@@ -65,11 +65,9 @@ def bisect(folder: Path, provider: str = "CPUExecutionProvider") -> Departure | 
 
 
 def _departure(path: Path, backend: backends.OnnxRuntimeBackend, graph: Any, trace: Golden) -> Departure | None:
-    names = [name for node in graph.node for name in node.output if name in trace.outputs]
-    found = backend.values(trace, names)
-    rows = {name: parity.compare_output(trace, name, trace.outputs[name], found[name]) for name in names}
+    rows = compare_inside(path, backend, trace)
     departed = {name for name, row in rows.items() if row["verdict"] == "failed"}
-    first = _first(graph, departed, set(names))
+    first = _first(graph, departed, set(rows))
     if first is None:
         return None
     return _described(path, first, set(trace.outputs) | set(trace.inputs), rows, trace.forced, _types(trace))

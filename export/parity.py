@@ -45,6 +45,7 @@ PROBE_EDGE = 1e-4
 USELESS = 0.5
 LOOSE = 0.1  # and one above this is worth a word
 OPERAND = "operand."  # begins the name of an input of a probe that is an operand of the attention, not of the model
+NOTHING_SHOWS = "nothing of the graph shows in them"
 EXACT = "fp32"  # the name of plans that are forced to fp32 at full rank
 HISTOGRAM_EDGES = [-12 + 0.5 * i for i in range(29)]
 DIGITS = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}  # of the mantissa
@@ -219,7 +220,7 @@ def _never_compared(goldens: Sequence[Golden], rows: Sequence[dict[str, Any]]) -
     values = [x.exact.ravel() for golden in goldens if golden.whole for x in golden.outputs.values()]
     known = np.concatenate([x.astype(np.float64) for x in values]) if values else np.zeros(0)
     if len(needed) > 1 and known.size > 1 and (known == known[0]).all():
-        return f"every number of every output is {known[0]:g}: nothing of the graph shows in them"
+        return f"every number of every output is {known[0]:g}: {NOTHING_SHOWS}"
     return None
 
 

@@ -15,9 +15,10 @@ from adaattn.atomic_file import scratch_folder
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export import backends, engine, golden, parity, schemas
 from adaattn.export.engine_file import profile_of, read_description
-from adaattn.export.folder import sha256
+from adaattn.export.folder import MARKER, sha256
 from adaattn.export.golden import Golden
 from adaattn.export.versions import versions
+from adaattn.plugins import onnx_file
 
 
 def verify(
@@ -50,12 +51,36 @@ def verify(
                     notes.append(f"not run with all plans at fp32, whose engine cannot be built: {error}")
                     served = [golden for golden in served if not golden.forced]
             entry.update(parity.compare(served, run, exact_at))
+            shows = not (entry["verdict"] == "not run" and parity.NOTHING_SHOWS in (entry["reason"] or ""))
+            if not shows and isinstance(run, backends.OnnxRuntimeBackend):
+                entry.update(_inside(folder, run, entry["reason"]))
         if notes and entry["reason"] is None:
             entry["reason"] = "; ".join(notes)
     except backends.CannotRun as error:
         entry["reason"] = str(error)
     except TargetError as error:
         entry.update(verdict="failed", reason=str(error))
+
+
+def compare_inside(path: Path, run: backends.OnnxRuntimeBackend, trace: Golden) -> dict[str, dict[str, Any]]:
+    """Return the verdict on each value inside a graph that a trace knows, by its name."""
+    names = [name for node in onnx_file.load(path).graph.node for name in node.output if name in trace.outputs]
+    found = run.values(trace, names)
+    return {name: parity.compare_output(trace, name, trace.outputs[name], found[name]) for name in names}
+
+
+def _inside(folder: Path, run: backends.OnnxRuntimeBackend, reason: str) -> dict[str, Any]:
+    """The verdict of the values inside the graph on the small case, where the outputs say nothing."""
+    file = as_exported(folder, "trace.npz") if (folder / MARKER).is_file() else folder / "trace.npz"
+    if not file.is_file():
+        return {}
+    count = 0
+    for trace in golden.load(file, "trace of eager PyTorch"):
+        for name, row in compare_inside(folder / "model.onnx", run, trace).items():
+            if row["verdict"] == "failed":
+                return {"verdict": "failed", "reason": f"{name}, inside the graph ({trace.name}): {row['reason']}"}
+            count += row["verdict"] == "passed"
+    return {"verdict": "passed", "reason": f"{reason}; {count} values inside it agree on the small case instead"}
 
 
 def target(

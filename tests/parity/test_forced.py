@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -136,8 +137,15 @@ def test_what_was_hardly_compared_does_not_pass(tmp_path: Path) -> None:
     assert target["verdict"] == "not run"
     assert "nothing to compare: eager PyTorch has NaN or Inf for all of it" in target["reason"]
     target = exported(Zeros(), {"x": f"B,S,{WIDTH}"}, tmp_path / "zeros")
-    assert target["verdict"] == "not run"
-    assert "every number of every output is 0: nothing of the graph shows in them" in target["reason"]
+    assert target["verdict"] == "passed"
+    said = "every number of every output is 0: nothing of the graph shows in them; 2 values inside it agree"
+    assert said in target["reason"]
+    model = onnx.load(tmp_path / "zeros/model.onnx")
+    weight = next(x for x in model.graph.initializer if x.name == "linear.bias")
+    weight.CopyFrom(onnx.numpy_helper.from_array(1.01 * onnx.numpy_helper.to_array(weight), weight.name))
+    onnx.save(model, tmp_path / "zeros/model.onnx")
+    (target,) = check(tmp_path / "zeros", ["ort-cpu"])["targets"]
+    assert (target["verdict"], target["reason"][:24]) == ("failed", "linear, inside the graph")
 
 
 @pytest.mark.parametrize(
