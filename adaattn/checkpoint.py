@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from adaattn.archive import SavedFile
-from adaattn.atomic_file import replacing
 from adaattn.attention.base import AttentionBase
 from adaattn.checks import as_path, check_instance, check_mapping, described
 from adaattn.errors import AdaAttnError, CheckpointError, ConfigError
 from adaattn.input_spec import INT_MAX, Dimension, InputSpec
+from adaattn.system.atomic_file import replacing
 
 FORMAT, VERSION = "adaattn", 1
 SPARE_COUNT, SPARE_NUMBERS = 1000, 2**22  # so that of small models `load_state_dict` says what does not fit

@@ -1,6 +1,6 @@
 """Checks of options. Each returns the value in plain Python, or raises an error that says what was given.
 
-This module imports no torch, because what it checks for, such as `adaattn.config`, is used without torch too.
+This module imports no torch, because what it checks for, such as `adaattn.planning.budget`, is used without torch too.
 """
 
 from __future__ import annotations

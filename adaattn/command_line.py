@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
-from adaattn.interrupts import raise_on_signals
+from adaattn.system.interrupts import raise_on_signals
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 LONGEST = 500  # characters of a message: a few lines of a terminal

@@ -21,9 +21,10 @@ from torch.nn.utils import parametrize
 from adaattn.attention.base import AttentionBase
 from adaattn.attention.multihead import MultiheadAttention
 from adaattn.checks import as_choice, check_instance
-from adaattn.config import POLICIES, PRECISIONS, Budget, resolve_tolerance
 from adaattn.encoder import ATTENTION
 from adaattn.errors import ConfigError
+from adaattn.planning.budget import POLICIES, Budget, resolve_tolerance
+from adaattn.planning.precision import PRECISIONS
 from adaattn.weights import address, are_plain, owners
 
 # What attention is made of in the code of a forward: a call, or two products around a softmax.

@@ -12,7 +12,7 @@ from adaattn.attention.adaptive_rank import AdaptiveRankAttention
 from adaattn.attention.base import AttentionBase, PlannedAttention, check_tokens
 from adaattn.attention.dense import DenseAttention
 from adaattn.checks import as_bool, as_int, as_names
-from adaattn.config import Budget
+from adaattn.planning.budget import Budget
 
 ATTENTION: dict[str, Callable[..., AttentionBase]] = {
     "dense": DenseAttention,

@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaattn.budget import Moments, Plan, ladder_table_for, plan_within
 from adaattn.checks import as_bool, as_choice, as_float
-from adaattn.config import PRECISIONS, Budget
 from adaattn.errors import ShapeError
 from adaattn.masks import attended_keys, causal_mask
 from adaattn.ops.adaptive_attention.api import as_scale, check_attention_inputs
 from adaattn.ops.adaptive_attention.ops import adaptive_attention as attention_op
 from adaattn.ops.dispatch import IMPLEMENTATIONS
+from adaattn.ops.plan.api import plan_within
 from adaattn.ops.token_moments.ops import token_moments as moments_op
+from adaattn.planning.budget import Budget
+from adaattn.planning.error_model import Moments, Plan
+from adaattn.planning.ladder import ladder_table_for
+from adaattn.planning.precision import PRECISIONS
 from adaattn.tensor_checks import check_tensor
 
 PlanMaker = Callable[[Moments, Moments, Moments], Plan]
@@ -71,7 +74,7 @@ def adaptive_attention(
         scale: softmax scale; 1/√D by default.
         enable_gqa: allow fewer heads of key and value than of query.
         tolerance: accepted relative error (root mean square) of the output of a head.
-        safety, precisions, low_rank: see `adaattn.config.Budget`.
+        safety, precisions, low_rank: see `adaattn.planning.budget.Budget`.
         impl: "auto" (Triton on CUDA, else the reference), "reference" or "triton".
 
     Returns:

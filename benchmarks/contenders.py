@@ -71,9 +71,9 @@ def inputs(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
 
 def planned(setting: Setting, precision: str, low_rank_heads: float) -> tuple[Run, Shares]:
     """Ours at a fixed plan: some of the heads at half the rank."""
-    from adaattn.budget import Plan
-    from adaattn.config import PRECISIONS
     from adaattn.functional import planned_attention
+    from adaattn.planning.error_model import Plan
+    from adaattn.planning.precision import PRECISIONS
 
     shape = (setting.batch, setting.heads)
     code = torch.full(shape, PRECISIONS.index(precision), dtype=torch.int32, device=DEVICE)
@@ -91,8 +91,9 @@ def planned(setting: Setting, precision: str, low_rank_heads: float) -> tuple[Ru
 
 def plan_of_budget(setting: Setting, tolerance: float, qkv: tuple[Tensor, Tensor, Tensor]) -> Any:
     from adaattn import ops
-    from adaattn.budget import ladder_table_for, plan_within
-    from adaattn.config import Budget
+    from adaattn.ops.plan.api import plan_within
+    from adaattn.planning.budget import Budget
+    from adaattn.planning.ladder import ladder_table_for
 
     q, k, v = qkv
     table = ladder_table_for(Budget(tolerance), setting.head_dim, q.device)
@@ -107,7 +108,7 @@ def plan_of_budget(setting: Setting, tolerance: float, qkv: tuple[Tensor, Tensor
 def within(setting: Setting, tolerance: float) -> tuple[Run, Shares]:
     """Ours at the plan that the budget chooses; that of the first inputs stands for all."""
     import adaattn
-    from adaattn.config import PRECISIONS
+    from adaattn.planning.precision import PRECISIONS
 
     torch.manual_seed(0)
     plan = plan_of_budget(setting, tolerance, inputs(setting))

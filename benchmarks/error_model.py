@@ -21,9 +21,12 @@ from rich.table import Table
 from torch import Tensor
 
 from adaattn import ops
-from adaattn.budget import Moments, ladder_table, plan_of, plan_within, rank_classes
-from adaattn.config import PRECISIONS, Budget
 from adaattn.masks import attended_keys
+from adaattn.ops.plan.api import plan_within
+from adaattn.planning.budget import Budget
+from adaattn.planning.error_model import Moments, plan_of
+from adaattn.planning.ladder import ladder_table, rank_classes
+from adaattn.planning.precision import PRECISIONS
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PLOT = ROOT / "benchmarks" / "results" / "error_model.json", ROOT / "docs" / "error-model.png"

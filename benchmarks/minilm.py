@@ -39,8 +39,8 @@ class Encoder:
     def __init__(self, folder: Path, implementation: str) -> None:
         import transformers
 
-        from adaattn.export.huggingface import HuggingFaceModel
-        from adaattn.export.sentence import pooling_of
+        from adaattn.export.sources.huggingface import HuggingFaceModel
+        from adaattn.export.sources.sentence_pooling import pooling_of
 
         self.folder = folder
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -60,7 +60,7 @@ class Encoder:
 
         import torch
 
-        from adaattn.export.yardstick import PlanMode, run
+        from adaattn.export.golden.plan_mode import PlanMode, run
 
         model = copy.deepcopy(self.model).double() if double else self.model
         modes, found = [], []
@@ -86,8 +86,7 @@ def agreement(got: Any, want: Any) -> dict[str, float]:
 
 def plans(modes: Sequence[Any], tolerance: float) -> dict[str, Any]:
     """What the heads of all sentences chose, what it saves of fp16's work on tensor cores, and what they err by."""
-    from adaattn.budget import COST
-    from adaattn.config import PRECISIONS
+    from adaattn.planning.precision import COST, PRECISIONS
 
     counts: Counter[str] = Counter()
     ranks, costs, errors = [], [], list[float]()
@@ -118,7 +117,8 @@ def measure(
     import transformers
 
     import adaattn
-    from adaattn.export import Options, engine, export
+    from adaattn.export import Options, export
+    from adaattn.export.engines import options as engine_options
     from adaattn.integrations.transformers import register, set_tolerance
 
     for name, precisions in KINDS.items():
@@ -141,13 +141,13 @@ def measure(
             row = {"kind": kind, "calibrated": calibrated, "tolerance": tolerance}
             rows.append({**row, **agreement(got, want), **plans(modes, tolerance)})
     set_tolerance(shipping.model, EXPORTED)
-    targets = ("onnx", *(["tensorrt-rtx"] if engine.installed("tensorrt-rtx") else []))
+    targets = ("onnx", *(["tensorrt-rtx"] if engine_options.installed("tensorrt-rtx") else []))
     takes = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), "B,S:int64")
     words = shipping.tokenizer.vocab_size
     inputs = {name: f"{x}<{words if name == 'input_ids' else 2}" for name, x in takes.items()}
     with tempfile.TemporaryDirectory() as scratch:
         options = Options(
-            targets, build=engine.BuildOptions(compute_capabilities=("8.9",) if len(targets) > 1 else None)
+            targets, build=engine_options.BuildOptions(compute_capabilities=("8.9",) if len(targets) > 1 else None)
         )
         made = export(shipping.model, inputs, Path(scratch) / "out", dims={"S": "1:16:64"}, options=options)
         exported = {

@@ -91,12 +91,13 @@ def export_dense(folder: str, out: str) -> None:
     """The folder with transformers' own sdpa in place of our attention, by the same exporter."""
     import transformers
 
-    from adaattn.export import Options, export, huggingface, sentence
+    from adaattn.export import Options, export
+    from adaattn.export.sources import huggingface, sentence_pooling
 
     place = Path(folder)
     model = transformers.AutoModel.from_pretrained(place, attn_implementation="sdpa")
     inputs = {spec.name: str(spec) for spec in huggingface.inputs_of(model, place)}
-    whole = huggingface.HuggingFaceModel(model, sentence.pooling_of(place)).eval()
+    whole = huggingface.HuggingFaceModel(model, sentence_pooling.pooling_of(place)).eval()
     export(whole, inputs, out, options=Options(("onnx",), verify=False))
 
 
@@ -126,7 +127,7 @@ def measure_files(files: Mapping[str, Path], folder: Path, runs: int) -> tuple[d
     import torch
     import transformers
 
-    from adaattn.export import huggingface, sentence
+    from adaattn.export.sources import huggingface, sentence_pooling
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -148,7 +149,7 @@ def measure_files(files: Mapping[str, Path], folder: Path, runs: int) -> tuple[d
 
     def eager(dtype: torch.dtype) -> Any:
         model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=dtype)
-        whole = huggingface.HuggingFaceModel(model, sentence.pooling_of(folder)).eval()
+        whole = huggingface.HuggingFaceModel(model, sentence_pooling.pooling_of(folder)).eval()
         with torch.no_grad():
             given = {key: torch.from_numpy(x) for key, x in feeds["12 sentences"].items()}
             return whole(**given)["sentence_embedding"].numpy()

@@ -17,8 +17,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from adaattn.budget import rank_classes
-from adaattn.config import PRECISIONS
+from adaattn.planning.ladder import rank_classes
+from adaattn.planning.precision import PRECISIONS
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 

@@ -26,11 +26,11 @@ import click
 import torch
 from rich.progress import Progress
 
-from adaattn.config import PRECISIONS
 from adaattn.ops.adaptive_attention.impl.triton import attend_spec, launches, pack_spec
 from adaattn.ops.kernel_spec import KernelSpec
 from adaattn.ops.plan.impl.triton import plan_spec
 from adaattn.ops.token_moments.impl.triton import finish_spec, moments_spec, reduce_spec
+from adaattn.planning.precision import PRECISIONS
 
 RESULTS = Path(__file__).parent / "results" / "static.json"
 MARKS = ("<!-- what benchmarks.static wrote -->", "<!-- its end -->")

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaattn.export.pipeline import Options, Result, export
+    from adaattn.export.options import Options
+    from adaattn.export.pipeline import Result, export
 
 __all__ = ["Options", "Result", "export"]
 

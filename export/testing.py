@@ -35,7 +35,7 @@ def assert_parity(
         model: a module, or a folder that `adaattn-export` made.
         inputs, dims: as of `adaattn.export.export`.
         options: of the export; by default it makes the ONNX file alone.
-        backends: those that must pass, of `adaattn.export.backends.BACKENDS`; None for all that can run, one at least.
+        backends: those that must pass, of `adaattn.export.verification.backends.BACKENDS`; None for all that can run, one at least.
         folder: where to export to; by default a folder that is deleted.
 
     Returns:
@@ -49,22 +49,22 @@ def assert_parity(
         AssertionError: a target failed, or nothing ran; the message has a line for each output that is wrong.
         ConfigError: arguments that do not go together.
     """
-    from adaattn.atomic_file import scratch_folder
     from adaattn.errors import ConfigError
-    from adaattn.export.verify import check
+    from adaattn.export.verification.verify import verify_export
+    from adaattn.system.atomic_file import scratch_folder
 
     if isinstance(backends, str):
         raise ConfigError(f"backends is {backends!r}; give a list of names")
     if isinstance(model, (str, Path)):
         if inputs is not None or dims is not None or options is not None or folder is not None:
             raise ConfigError("inputs, dims, options and folder are of an export, and a folder is exported already")
-        return _passed(check(Path(model), backends), backends)
+        return _passed(verify_export(Path(model), backends), backends)
     from adaattn.export import Options, export
 
     with scratch_folder() as scratch:
         out = folder or scratch / "export"
         report = _passed(export(model, inputs, out, dims=dims, options=options or Options(("onnx",))).report)
-        return report if backends is None else _passed(check(out, backends), backends)
+        return report if backends is None else _passed(verify_export(out, backends), backends)
 
 
 def _passed(report: dict[str, Any], wanted: Sequence[str] | None = None) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import interpreter  # noqa: F401 - before any test imports a kernel
 import pytest
 import torch
 from torch.onnx._internal.exporter import _registration
-from wheel import unpacked
+
+from tests.support import triton_interpreter  # noqa: F401 - before any test imports a kernel
+from tests.support.wheels import unpacked
 
 # torch.onnx makes a table of all it can lower anew in every export: half a second, which here is spent once.
 tables = _registration.onnxscript_apis

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from shelf import Records, read_records, write_records
 from torch import Tensor, nn
 
 import adaattn
 from adaattn.checkpoint import read
 from adaattn.errors import CheckpointError, ConfigError
-from adaattn.export import source
+from adaattn.export.sources import model as sources
+from tests.support.bad_files import Records, read_records, write_records
 
 
 class Doubler(nn.Module):
@@ -331,7 +331,7 @@ def test_broken_records_are_refused(change: str, tmp_path: Path) -> None:
 def refused_alike(path: Path, message: str) -> None:
     """Assert that the library and the command refuse a file in one line, quickly and without much memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for loader in (adaattn.load, lambda path: source.load(str(path))):
+    for loader in (adaattn.load, lambda path: sources.load(str(path))):
         with pytest.raises(CheckpointError, match=message) as caught:
             loader(path)
         assert "\n" not in str(caught.value)
@@ -414,7 +414,7 @@ def test_weights_are_in_memory_when_they_are_loaded(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     module = adaattn.DenseAttention(64, 2)
     adaattn.save(module, path)
-    loaded = source.load(str(path)).model
+    loaded = sources.load(str(path)).model
     assert path.name not in Path("/proc/self/maps").read_text()
     os.truncate(path, 0)
     assert isinstance(loaded, nn.Module)

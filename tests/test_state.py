@@ -178,7 +178,7 @@ def test_a_module_on_meta_gives_shapes(kind: str) -> None:
 
 def test_a_table_made_under_a_transform_is_not_kept() -> None:
     """A size that no other test has: the first call is within `torch.func.grad` or a mode, the next is plain."""
-    from adaattn.budget import _tables
+    from adaattn.planning.ladder import _tables
 
     q = torch.randn(1, 2, 5, 14)
 

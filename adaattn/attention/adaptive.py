@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from adaattn.attention.base import PlannedAttention
-from adaattn.budget import Moments, Plan
-from adaattn.config import PRECISIONS, Budget
+from adaattn.planning.budget import Budget
+from adaattn.planning.error_model import Moments, Plan
+from adaattn.planning.precision import PRECISIONS
 
 
 class AdaptiveAttention(PlannedAttention):

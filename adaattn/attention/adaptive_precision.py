@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from adaattn.attention.base import PlannedAttention
-from adaattn.budget import Moments, Plan, plan_of
 from adaattn.checks import as_choice
-from adaattn.config import PRECISIONS, Budget
 from adaattn.errors import ConfigError
+from adaattn.planning.budget import Budget
+from adaattn.planning.error_model import Moments, Plan, plan_of
+from adaattn.planning.precision import PRECISIONS
 
 
 class AdaptivePrecisionAttention(PlannedAttention):

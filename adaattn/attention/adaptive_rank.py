@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from adaattn.attention.base import PlannedAttention
-from adaattn.budget import Moments, Plan, effective_rank, energy, plan_of, power_rank
 from adaattn.checks import as_choice, as_float
-from adaattn.config import BF16, FP16, FP32, PRECISIONS, Budget
+from adaattn.planning.budget import Budget
+from adaattn.planning.error_model import Moments, Plan, energy, plan_of
+from adaattn.planning.precision import BF16, FP16, FP32, PRECISIONS
+from adaattn.planning.rank_rules import effective_rank, power_rank
 
 METHODS = ("entropy", "power", "random")
 DUST = 2.0**-17  # of its mean: a dimension of the keys that varies less is constant, and what varies is rounding

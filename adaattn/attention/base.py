@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaattn.budget import Moments, Plan, ladder_table_for, plan_within
 from adaattn.checks import as_bool, as_float, as_int, described
-from adaattn.config import POLICIES, PRECISIONS, Budget, resolve_tolerance
 from adaattn.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from adaattn.functional import planned_attention
 from adaattn.masks import expand_mask
 from adaattn.ops.adaptive_attention.impl.reference import attention_weights
+from adaattn.ops.plan.api import plan_within
+from adaattn.planning.budget import POLICIES, Budget, resolve_tolerance
+from adaattn.planning.error_model import Moments, Plan
+from adaattn.planning.ladder import ladder_table_for
+from adaattn.planning.precision import PRECISIONS
 from adaattn.tensor_checks import check_device, check_float, check_tensor
 
 # Statistics are integers, which `.half()` leaves alone: errors count in units far below float32's own rounding.

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from adaattn.checks import as_int, check_instance, described
-from adaattn.config import POLICIES, PRECISIONS, Budget
 from adaattn.errors import ConfigError
 from adaattn.functional import adaptive_attention, chooses_as_exported
+from adaattn.planning.budget import POLICIES, Budget
+from adaattn.planning.precision import PRECISIONS
 
 SETTING = "adaattn_tolerance"  # in a model's config; save_pretrained writes it, from_pretrained reads it
 # So many queries share one read of the keys and values in the fused kernels. Fewer are bound by that read, which
@@ -54,7 +55,7 @@ def register(
     Args:
         tolerance: accepted relative error (root mean square) of the attention output of a head; `set_tolerance`
             changes it for one model.
-        safety, precisions, low_rank: see `adaattn.config.Budget`.
+        safety, precisions, low_rank: see `adaattn.planning.budget.Budget`.
         dense_below: fewer queries than this, over more keys than queries, take transformers' own `sdpa`: decode steps
             over a cache. 0 never does. Exported programs never do, nor the eager runs that verify them, and dropout
             always does.
@@ -79,8 +80,8 @@ def register(
         from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise ConfigError("transformers is missing or too old: pip install 'adaattn[transformers]'") from error
+    from adaattn.calibration.projections import register_finder
     from adaattn.integrations.transformers_pairs import find  # stands on this module
-    from adaattn.pairs import register_finder
 
     if not _registered:
         register_finder(find)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaattn.calibration.projections import Pair
 from adaattn.integrations.transformers import takes_implementations, tolerance_of
 from adaattn.masks import attended_keys
-from adaattn.pairs import Pair
 
 NAMES = (("query", "key"), ("q_proj", "k_proj"), ("q_lin", "k_lin"), ("q", "k"))
 WIDTHS = ("attention_head_size", "head_dim", "key_value_proj_dim")

@@ -1,6 +1,6 @@
 """The custom ops `token_moments`, `plan` and `adaptive_attention` of namespace `adaattn`: this import registers them.
 
-`plan` is not called by hand; `adaattn.budget.plan_within` is its entrance.
+`plan` is not called by hand; `adaattn.ops.plan.api.plan_within` is its entrance.
 """
 
 from adaattn.ops.adaptive_attention.api import adaptive_attention

@@ -20,17 +20,17 @@ from typing import Any
 import torch
 
 import adaattn
-from adaattn import children
-from adaattn.atomic_file import replacing, scratch_folder, write
 from adaattn.errors import TargetError
-from adaattn.interrupts import SIGNALS
 from adaattn.ops.dispatch import OLDEST_ARCHITECTURE
 from adaattn.ops.kernel_spec import KernelSpec
 from adaattn.plugins import driver
 from adaattn.plugins.native.program import Kind, Program, Symbol, axes, program, text_of
 from adaattn.plugins.ptx import LEAST_PTX, Entry, entry
 from adaattn.plugins.variants import VARIANTS, Variant
-from adaattn.supervisor import end_with_parent
+from adaattn.system import children
+from adaattn.system.atomic_file import replacing, scratch_folder, write
+from adaattn.system.interrupts import SIGNALS
+from adaattn.system.supervisor import end_with_parent
 
 SOURCES = Path(__file__).parent
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)

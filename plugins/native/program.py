@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from adaattn.atomic_file import write
 from adaattn.errors import ConfigError
 from adaattn.ops.adaptive_attention.impl.triton import launches, pack_spec, scratch
 from adaattn.ops.kernel_spec import KernelSpec
@@ -22,6 +21,7 @@ from adaattn.ops.plan.impl.triton import plan_spec
 from adaattn.ops.token_moments.impl.triton import LEAST_TOKENS, PROGRAMS, finish_spec, reduce_spec
 from adaattn.plugins import NAMESPACE, onnx_file, variants
 from adaattn.plugins.variants import VARIANTS, Node
+from adaattn.system.atomic_file import write
 
 
 class Symbol:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import adaattn
 from adaattn.errors import ExportError
 from adaattn.export import Options, export
-from adaattn.export.bisect import bisect
-from adaattn.export.verify import check
+from adaattn.export.verification.bisect import bisect
+from adaattn.export.verification.verify import verify_export
 
 SIZES = {"S": "2:9:17"}
 
@@ -51,7 +51,7 @@ def corrupted(folder: Path, scale: float = -3.0) -> dict[str, Any]:
         if values.ndim == 2:
             weight.CopyFrom(numpy_helper.from_array((values * scale).astype(values.dtype), weight.name))
     onnx.save(model, path)
-    return check(folder / "out", ["ort-cpu"])
+    return verify_export(folder / "out", ["ort-cpu"])
 
 
 def masked(value: float | None) -> Callable[[Tensor], Tensor]:
@@ -85,7 +85,7 @@ def test_fill_values_must_be_there(tmp_path: Path) -> None:
     for x in minus:
         x.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(x), np.nan), x.name))
     onnx.save(model, path)
-    (target,) = check(tmp_path / "out", ["ort-cpu"])["targets"]
+    (target,) = verify_export(tmp_path / "out", ["ort-cpu"])["targets"]
     assert "are not the infinities or fill values that eager has, first at [0, 0, 1]" in target["reason"]
 
 

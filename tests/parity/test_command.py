@@ -21,9 +21,9 @@ from torch import nn
 
 import adaattn
 from adaattn.errors import ConfigError
-from adaattn.export.check import main
-from adaattn.export.golden import save_arrays
-from adaattn.export.run import main as run_main
+from adaattn.export.artifacts.arrays import save_arrays
+from adaattn.export.cli.parity import main
+from adaattn.export.cli.run import main as run_main
 from adaattn.export.testing import assert_parity as assert_directly
 
 pytest_plugins = ["pytester"]
@@ -269,9 +269,9 @@ def test_neither_the_model_nor_torch_is_needed(good: Path) -> None:
     code = f"""
 import sys
 sys.modules["torch"] = None  # an import of it fails
-from adaattn.export.check import main
-from adaattn.export.golden import save_arrays
-from adaattn.export.run import main as run_main
+from adaattn.export.cli.parity import main
+from adaattn.export.parity.golden_case import save_arrays
+from adaattn.export.cli.run import main as run_main
 try:
     main([{str(good)!r}, "--backend", "ort-cpu"])
 except SystemExit as end:

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import planted_faults
 import pytest
 from onnx import numpy_helper
-from planted_faults import Fault, attention, before, constant
 
-from adaattn.export import backends, golden, parity
-from adaattn.export.bisect import bisect
-from adaattn.export.verify import check
+from adaattn.export.parity import golden_case, metrics
+from adaattn.export.verification import backends
+from adaattn.export.verification.bisect import bisect
+from adaattn.export.verification.verify import verify_export
+from tests.parity import planted_faults
+from tests.parity.planted_faults import Fault, attention, before, constant
 
 FAULTS = list(planted_faults.faults())
 # Every fourth is like one beside it; --thorough plants them too.
@@ -43,7 +44,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 
 def failed(folder: Path, said: str) -> dict[str, Any]:
-    report = check(folder, ["ort-cpu"])
+    report = verify_export(folder, ["ort-cpu"])
     (target,) = report["targets"]
     assert (report["verdict"], target["verdict"]) == ("failed", "failed"), target["compared"]
     assert said in target["reason"]
@@ -81,7 +82,7 @@ def test_a_planted_fault_fails_and_is_found(fault: Fault, exports: Callable[[str
         assert departure is None
         return
     assert departure is not None
-    known = set().union(*(trace.outputs for trace in golden.load(folder / "trace.npz")))
+    known = set().union(*(trace.outputs for trace in golden_case.load(folder / "trace.npz")))
     assert departure.value in first_known(model, value, known)
     assert not departure.error <= departure.limit
     # What departs is a model of its own, with the planted node in it.
@@ -96,7 +97,7 @@ def test_a_thousandth_of_any_number_fails_where_it_moves_the_output(
 ) -> None:
     """By four times eager's own error in any case that runs with all plans at fp32, or without plans."""
     folder = copied(exports(base), tmp_path)
-    goldens = golden.load(folder / "golden.npz")
+    goldens = golden_case.load(folder / "golden.npz")
     planned = {case.case for case in goldens if case.forced == "fp32"}
     cases = [case for case in goldens if case.forced == "fp32" or (case.whole and case.case not in planned)]
     whole = onnx.load(folder / "model.onnx")
@@ -116,7 +117,7 @@ def test_a_thousandth_of_any_number_fails_where_it_moves_the_output(
         for case in cases:
             for name, x in _outputs(changed, case).items():
                 was, output = before[case.name][name], case.outputs[name]
-                share = parity.relative_error(np.abs(x.astype(np.float64) - was), output.exact)
+                share = metrics.relative_error(np.abs(x.astype(np.float64) - was), output.exact)
                 moves.append(share / output.eager_error)
         if max(moves) > 4:
             moved += 1
@@ -125,7 +126,7 @@ def test_a_thousandth_of_any_number_fails_where_it_moves_the_output(
     assert moved >= 2
 
 
-def _outputs(folder: Path, case: golden.Golden) -> dict[str, np.ndarray]:
+def _outputs(folder: Path, case: golden_case.Golden) -> dict[str, np.ndarray]:
     return dict(backends.onnxruntime_backend(folder / "model.onnx")(case).outputs)
 
 
@@ -150,7 +151,7 @@ def test_a_plan_that_the_graph_shows_wrong_fails(exports: Callable[[str], Path],
 @pytest.mark.parametrize("base", ["encoder", "dense", "half"])
 def test_the_files_as_exported_pass(base: str, exports: Callable[[str], Path]) -> None:
     folder = exports(base)
-    report = check(folder, ["ort-cpu"])
+    report = verify_export(folder, ["ort-cpu"])
     assert report["warnings"] == []
     then = json.loads((folder / "report.json").read_text())
     keys = ("verdict", "outputs", "heads", "histogram", "plans", "compared")

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaattn.errors import ConfigError
-from adaattn.export import cases, parity
-from adaattn.export.capture import capture_module
-from adaattn.export.reference import Reference, disagreements
-from adaattn.export.yardstick import PlanMode, run
+from adaattn.export.capture.module import capture_module
+from adaattn.export.golden import cases
+from adaattn.export.golden.eager import Reference, disagreements
+from adaattn.export.golden.plan_mode import PlanMode, run
+from adaattn.export.parity import criterion
 from adaattn.input_spec import InputSpec
 
 Wide = np.longdouble
@@ -111,7 +112,7 @@ def test_long_sequences_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) 
         return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 
     (whole,) = run(eager, inputs, PlanMode(double=True))
-    monkeypatch.setattr("adaattn.export.yardstick.SCORES_AT_ONCE", 5 * 2 * 17)
+    monkeypatch.setattr("adaattn.export.golden.plan_mode.SCORES_AT_ONCE", 5 * 2 * 17)
     (blocks,) = run(eager, inputs, PlanMode(double=True))
     assert torch.allclose(blocks, whole, rtol=0, atol=1e-15)
 
@@ -317,7 +318,7 @@ def test_what_a_rounding_decides_is_not_compared_and_the_rest_has_a_sharp_limit(
     assert output.lost is not None
     assert output.lost[0].all()
     assert not output.lost[1].any()
-    assert output.limit < 10 * parity.FLOOR[dtype]
+    assert output.limit < 10 * criterion.FLOOR[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

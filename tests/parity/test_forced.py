@@ -13,10 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import adaattn
-from adaattn.config import PRECISIONS
 from adaattn.errors import ConfigError
-from adaattn.export import Options, backends, engine, export, golden, parity
-from adaattn.export.verify import check
+from adaattn.export import Options, export
+from adaattn.export.engines import build as engine_build
+from adaattn.export.engines import options as engine_options
+from adaattn.export.parity import compare, criterion, golden_case
+from adaattn.export.verification import backends, graph_copies
+from adaattn.export.verification.verify import verify_export
+from adaattn.planning.precision import PRECISIONS
 
 WIDTH, HEADS = 32, 4
 INPUTS = dict.fromkeys(("query", "key", "value"), f"B,S,{WIDTH}")
@@ -39,14 +43,14 @@ def adaptive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_step_of_the_ladder_is_run(adaptive: Path) -> None:
-    (target,) = check(adaptive, ["ort-cpu"])["targets"]
+    (target,) = verify_export(adaptive, ["ort-cpu"])["targets"]
     compared = target["compared"]
     ranks = [f"rank {quarters} of 4" for quarters in (1, 2, 3)]
     assert sorted(compared["forced"]) == sorted([*PRECISIONS, *ranks])
     assert compared["plan_steps"] >= 6
     assert compared["cases"] == 5
     assert compared["elements"] == compared["of_elements"] > 0
-    natural = golden.load(adaptive / "golden.npz")[0]
+    natural = golden_case.load(adaptive / "golden.npz")[0]
     (layer,) = natural.layers.values()
     assert len(np.unique(layer.precision)) == 1  # which alone would leave the other steps untried
 
@@ -54,15 +58,15 @@ def test_every_step_of_the_ladder_is_run(adaptive: Path) -> None:
 def test_a_plan_that_is_forced_is_the_one_that_runs(adaptive: Path, tmp_path: Path) -> None:
     """By a copy of the graph whose plans are inputs, and by one whose plans are constants, for engines."""
     whole = backends.onnxruntime_backend(adaptive / "model.onnx")
-    exact = backends.onnxruntime_backend(backends.exact_copy(adaptive / "model.onnx", tmp_path / "exact.onnx"))
-    for case in golden.load(adaptive / "golden.npz"):
-        if case.forced == parity.EXACT:
+    exact = backends.onnxruntime_backend(graph_copies.exact_copy(adaptive / "model.onnx", tmp_path / "exact.onnx"))
+    for case in golden_case.load(adaptive / "golden.npz"):
+        if case.forced == criterion.EXACT:
             same = dataclasses.replace(case, forced="", layers={})
             np.testing.assert_array_equal(whole(case).outputs["output"], exact(same).outputs["output"])
 
 
 def test_the_copy_with_constant_plans_builds_as_an_engine(adaptive: Path, tmp_path: Path) -> None:
-    if not engine.installed("tensorrt-rtx"):
+    if not engine_options.installed("tensorrt-rtx"):
         pytest.skip("tensorrt_rtx is not installed")
     model = export(
         adaattn.AdaptiveAttention(WIDTH, HEADS, tolerance=1e-2).eval(),
@@ -71,29 +75,33 @@ def test_the_copy_with_constant_plans_builds_as_an_engine(adaptive: Path, tmp_pa
         dims={"S": "1:17:33"},
         options=Options(("onnx",), opset=22, verify=False),
     ).directory
-    copy = backends.exact_copy(model / "model.onnx", tmp_path / "exact.onnx")
+    copy = graph_copies.exact_copy(model / "model.onnx", tmp_path / "exact.onnx")
     profile = dict.fromkeys(INPUTS, ((1, 1, WIDTH), (1, 17, WIDTH), (1, 33, WIDTH)))
-    options = engine.BuildOptions(compute_capabilities=("8.9",), optimization_level=0)
-    about = engine.engine_from_onnx(copy, "tensorrt-rtx", tmp_path / "exact.engine", [profile], options)
+    options = engine_options.BuildOptions(compute_capabilities=("8.9",), optimization_level=0)
+    about = engine_build.engine_from_onnx(copy, "tensorrt-rtx", tmp_path / "exact.engine", [profile], options)
     assert about["inputs"]
 
 
 def test_an_engine_runs_with_plans_of_its_own_or_with_exact_ones(adaptive: Path, tmp_path: Path) -> None:
     run = backends.EngineBackend(adaptive / "tensorrt.engine", tmp_path / "log", {"target": "tensorrt", "options": {}})
-    case = next(case for case in golden.load(adaptive / "golden.npz") if case.forced)
+    case = next(case for case in golden_case.load(adaptive / "golden.npz") if case.forced)
     with pytest.raises(backends.TargetError, match="no engine has plans that are forced to fp32"):
         run(case)
 
 
 def test_a_probe_takes_moments_alone(tmp_path: Path) -> None:
-    output = golden.Output(np.zeros((242, 2), np.int32), "int32", 0.0, 0.0)
+    output = golden_case.Output(np.zeros((242, 2), np.int32), "int32", 0.0, 0.0)
     outputs = {f"layer.{name}": output for name in ("precision", "rank")}
     for inputs in ({"query_mean": np.array("text")}, {"query_mean": np.ones((1, 2, 3))}):
-        golden.save(tmp_path / "golden.npz", [golden.Golden("plan of layer", inputs, outputs, probes="layer")])
+        golden_case.save(
+            tmp_path / "golden.npz", [golden_case.Golden("plan of layer", inputs, outputs, probes="layer")]
+        )
         with pytest.raises(ConfigError, match="the moment query_mean of plan of layer is"):
-            golden.load(tmp_path / "golden.npz")
+            golden_case.load(tmp_path / "golden.npz")
     with pytest.raises(ConfigError, match="'query_means', which is not a moment"):
-        parity.probe_inputs(golden.Golden("plan", {"query_means": np.ones((1, 2, 3), np.float32)}, {}, probes="layer"))
+        criterion.probe_inputs(
+            golden_case.Golden("plan", {"query_means": np.ones((1, 2, 3), np.float32)}, {}, probes="layer")
+        )
 
 
 class Partly(nn.Module):
@@ -144,7 +152,7 @@ def test_what_was_hardly_compared_does_not_pass(tmp_path: Path) -> None:
     weight = next(x for x in model.graph.initializer if x.name == "linear.bias")
     weight.CopyFrom(onnx.numpy_helper.from_array(1.01 * onnx.numpy_helper.to_array(weight), weight.name))
     onnx.save(model, tmp_path / "zeros/model.onnx")
-    (target,) = check(tmp_path / "zeros", ["ort-cpu"])["targets"]
+    (target,) = verify_export(tmp_path / "zeros", ["ort-cpu"])["targets"]
     assert (target["verdict"], target["reason"][:24]) == ("failed", "linear, inside the graph")
 
 
@@ -171,28 +179,28 @@ def test_nan_of_eager_where_float64_has_numbers_is_a_finding(tmp_path: Path) -> 
     assert target["verdict"] == "failed"
     assert "eager PyTorch itself has NaN or Inf in" in target["reason"]
     assert "the model fails in its type" in target["reason"]
-    report = check(tmp_path / "out", ["ort-cpu"])  # and it is one where the file went
+    report = verify_export(tmp_path / "out", ["ort-cpu"])  # and it is one where the file went
     assert report["verdict"] == "failed"
 
 
 def test_a_plan_that_predicts_another_error_fails() -> None:
-    layer = golden.Layer(
+    layer = golden_case.Layer(
         *(np.full((1, 2), x) for x in (2, 8)),
         np.zeros((1, 2), bool),
         predicted=np.array([[1e-3, np.inf]]),
         predicted_limit=np.full((1, 2), 1e-4),
     )
-    output = golden.Output(np.ones(3), "float32", 1e-7, 1e-6)
-    goldens = [golden.Golden("case", {}, {"y": output}, {"layer": layer})]
+    output = golden_case.Output(np.ones(3), "float32", 1e-7, 1e-6)
+    goldens = [golden_case.Golden("case", {}, {"y": output}, {"layer": layer})]
 
     def found(*predicted: float) -> dict[str, Any]:
-        ran = parity.Ran(
+        ran = compare.Ran(
             {"y": np.ones(3, np.float32)},
             {"layer": (layer.precision, layer.rank)},
             {},
             {"layer": np.array([predicted], np.float32)},
         )
-        return parity.compare(goldens, lambda _: ran)
+        return compare.compare(goldens, lambda _: ran)
 
     assert found(1e-3, np.inf)["verdict"] == "passed"
     for predicted in ((1.01e-3, np.inf), (np.nan, np.inf), (1e-3, 5.0)):

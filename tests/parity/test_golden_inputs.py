@@ -16,12 +16,16 @@ from torch import Tensor, nn
 
 import adaattn
 from adaattn.errors import ConfigError
-from adaattn.export import Options, cases, export, parity
-from adaattn.export.capture import Captured, capture_module, capture_program
-from adaattn.export.parity import Ran
-from adaattn.export.reference import Reference, array
-from adaattn.export.verify import check
-from adaattn.export.yardstick import run
+from adaattn.export import Options, export
+from adaattn.export.capture.captured import Captured
+from adaattn.export.capture.module import capture_module
+from adaattn.export.capture.saved_program import capture_program
+from adaattn.export.golden import cases
+from adaattn.export.golden.eager import Reference, array
+from adaattn.export.golden.plan_mode import run
+from adaattn.export.parity import compare
+from adaattn.export.parity.compare import Ran
+from adaattn.export.verification.verify import verify_export
 from adaattn.input_spec import Dimension, InputSpec
 
 DIMS = {"S": Dimension("S", 2, 9, 33), "B": Dimension("B", 1, 3, 4)}
@@ -143,7 +147,7 @@ def judge(found: Captured) -> Callable[[Callable[[Inputs], Inputs]], str]:
             outputs = run(found.eager, fault(dict(made[of.name].inputs)))
             return Ran(dict(zip(found.output_names, map(array, outputs), strict=True)), {}, {})
 
-        return str(parity.compare(goldens, backend)["verdict"])
+        return str(compare.compare(goldens, backend)["verdict"])
 
     assert verdict(lambda given: given) == "passed"
     return verdict
@@ -204,7 +208,7 @@ def test_an_export_whose_integers_have_no_range_is_not_passed(saved: bool, tmp_p
     assert (report["verdict"], target["verdict"]) == ("not run", "not run")
     assert target["reason"].startswith("input steps: only integers below ")
     assert target["reason"].endswith("give their range, as in --input steps=2:int64<512")
-    assert check(tmp_path / "out", ["ort-cpu"])["verdict"] != "passed"
+    assert verify_export(tmp_path / "out", ["ort-cpu"])["verdict"] != "passed"
     ranged = export(model, inputs | {"steps": "2:int64<1000"}, tmp_path / "ranged", options=options)
     assert ranged.passed, ranged.report["targets"]
 
@@ -254,7 +258,7 @@ def test_what_is_written_into_an_input_is_an_output(kind: str, tmp_path: Path) -
         if values.shape == (8,):
             weight.CopyFrom(numpy_helper.from_array(values + 1e-3, weight.name))
     onnx.save(graph, path)
-    (target,) = check(tmp_path / "out", ["ort-cpu"])["targets"]
+    (target,) = verify_export(tmp_path / "out", ["ort-cpu"])["targets"]
     assert {row["name"] for row in target["outputs"] if row["verdict"] == "failed"} == set(names)
 
 

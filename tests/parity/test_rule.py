@@ -11,12 +11,14 @@ import torch
 
 import adaattn
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export import backends, cases, golden, parity
-from adaattn.export.capture import capture_module
-from adaattn.export.golden import Golden, Output
-from adaattn.export.parity import Ran
-from adaattn.export.reference import Reference, array
-from adaattn.export.yardstick import PlanMode, run
+from adaattn.export.capture.module import capture_module
+from adaattn.export.golden import cases
+from adaattn.export.golden.eager import Reference, array
+from adaattn.export.golden.plan_mode import PlanMode, run
+from adaattn.export.parity import compare, criterion, golden_case
+from adaattn.export.parity.compare import Ran
+from adaattn.export.parity.golden_case import Golden, Output
+from adaattn.export.verification import backends
 from adaattn.input_spec import InputSpec
 
 WIDTH, HEADS = 32, 4
@@ -39,7 +41,7 @@ class OneLayer:
         self.reference = Reference(self.captured)
         self.goldens = [self.reference.golden(self.reference.expect(self.case), ["layer"])]
 
-    def eager(self, nudge: float) -> parity.Backend:
+    def eager(self, nudge: float) -> compare.Backend:
         def backend(of: Golden) -> Ran:
             mode = PlanMode(nudge=nudge)
             (output, *_) = run(self.captured.eager, self.case.inputs, mode)
@@ -54,21 +56,21 @@ class OneLayer:
 
 def test_a_head_on_the_edge_of_its_limit_may_differ_and_is_counted() -> None:
     layer = OneLayer(distance=2e-6)
-    found = parity.compare(layer.goldens, layer.eager(nudge=4e-6), layer.exact_at)
+    found = compare.compare(layer.goldens, layer.eager(nudge=4e-6), layer.exact_at)
     assert found["plans"]["differ"] == found["plans"]["excused"] == 1
     assert found["verdict"] == "passed", found["reason"]
 
 
 def test_without_the_model_such_a_head_leaves_its_case_open() -> None:
     layer = OneLayer(distance=2e-6)
-    found = parity.compare(layer.goldens, layer.eager(nudge=4e-6))
+    found = compare.compare(layer.goldens, layer.eager(nudge=4e-6))
     assert found["verdict"] == "not run"
     assert "not compared: 1 plans differ from eager's on the edge" in found["reason"]
 
 
 def test_a_head_away_from_its_limit_may_not_differ() -> None:
     layer = OneLayer(distance=1e-3)
-    found = parity.compare(layer.goldens, layer.eager(nudge=2e-3), layer.exact_at)
+    found = compare.compare(layer.goldens, layer.eager(nudge=2e-3), layer.exact_at)
     assert found["plans"]["differ"] == 1
     assert found["plans"]["excused"] == 0
     assert found["verdict"] == "failed"
@@ -115,7 +117,7 @@ def test_numbers_on_an_edge_of_any_rounding_have_a_share_of_it(precision: str, l
 def test_a_missing_output_and_a_wrong_shape_fail() -> None:
     layer = OneLayer(distance=0.5)
     for outputs in ({}, {"output": np.zeros((1, 2, 3))}):
-        found = parity.compare(layer.goldens, lambda of, outputs=outputs: Ran(outputs, {}, {}))
+        found = compare.compare(layer.goldens, lambda of, outputs=outputs: Ran(outputs, {}, {}))
         assert found["verdict"] == "failed"
         assert "returns" in found["reason"]
 
@@ -127,7 +129,7 @@ def one(exact: Any, dtype: str = "float32", limit: float = 1e-3, lost: Any = Non
 def of(goldens: list[Golden], got: Any) -> dict[str, Any]:
     (output,) = goldens[0].outputs.values()
     outputs = {"y": np.asarray(got).astype("float32" if output.dtype == "bfloat16" else output.dtype)}
-    found = parity.compare(goldens, lambda golden: Ran(outputs, {}, {}))
+    found = compare.compare(goldens, lambda golden: Ran(outputs, {}, {}))
     (row,) = found["outputs"]
     assert found["verdict"] == row["verdict"]
     return row
@@ -192,7 +194,7 @@ def test_fill_values_and_infinities_stand_for_themselves() -> None:
 def test_an_output_has_its_type() -> None:
     for dtype, got in (("float32", np.float64), ("int64", np.float32), ("bool", np.int64), ("float16", np.float32)):
         outputs = {"y": np.ones(3, got)}
-        found = parity.compare(one(np.ones(3), dtype), lambda golden, outputs=outputs: Ran(outputs, {}, {}))
+        found = compare.compare(one(np.ones(3), dtype), lambda golden, outputs=outputs: Ran(outputs, {}, {}))
         assert found["outputs"][0]["reason"] == f"the backend returns {got.__name__}; eager returns {dtype}"
 
 
@@ -201,7 +203,7 @@ def test_an_output_that_is_never_compared_is_no_success() -> None:
     outputs = {"x": Output(np.ones(2), "float32", 0.0, 1e-3), "y": Output(np.ones(2), "int64", 0.0, 0.0, lost=lost)}
     goldens = [Golden(name, {}, outputs) for name in ("one", "other")]
     ran = Ran({"x": np.ones(2, np.float32), "y": np.ones(2, np.int64)}, {}, {})
-    found = parity.compare(goldens, lambda golden: ran)
+    found = compare.compare(goldens, lambda golden: ran)
     assert (found["verdict"], found["reason"]) == (
         "not run",
         "y (one): nothing to compare: a rounding decides all of it",
@@ -218,7 +220,7 @@ def test_a_limit_that_passes_anything_passes_nothing() -> None:
 
 def test_the_weights_type_counts_as_far_as_eager_errs() -> None:
     for error, floor in ((0.0, 2.0**-24), (1e-7, 1e-7), (1e-4, 1e-4), (1e-1, 4e-3)):
-        assert parity.limit_of(error, "float32", inner="bfloat16") == pytest.approx(2 * error + floor, rel=1e-3)
+        assert criterion.limit_of(error, "float32", inner="bfloat16") == pytest.approx(2 * error + floor, rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8_fp8"])
@@ -241,7 +243,7 @@ def test_heads_have_the_same_metrics_and_lose_no_nan() -> None:
     heads[0, 3, 5, 2] = np.nan
     plans = {"layer": (layer.precision, layer.rank)}
     outputs = {name: x.exact for name, x in golden.outputs.items()}
-    rows = parity.compare([golden], lambda of: Ran(outputs, plans, {"layer": heads}))["heads"]
+    rows = compare.compare([golden], lambda of: Ran(outputs, plans, {"layer": heads}))["heads"]
     assert [row["error"] for row in rows] == pytest.approx([0, 2**-20, 2**-19, 3 * 2**-20], rel=0.1, abs=1e-12)
     assert rows[1]["ulp"][2] == pytest.approx(2 * 2**3, rel=0.2)  # of float32: 2⁻²³, over numbers of 1 to 2
     assert [row["lost"] for row in rows] == [0, 0, 0, 1]
@@ -252,12 +254,12 @@ def test_golden_results_survive_their_file(tmp_path: Path) -> None:
     layer = OneLayer(distance=0.5)
     lost = Output(np.ones(2), "float16", 1e-4, 1e-3, 2e-3, np.array([True, False]))
     for goldens in (layer.goldens, [Golden("case", {"a/b": np.ones(3)}, {"c/d": lost})]):
-        golden.save(tmp_path / "golden.npz", goldens)
-        (loaded,), (given,) = golden.load(tmp_path / "golden.npz"), goldens
+        golden_case.save(tmp_path / "golden.npz", goldens)
+        (loaded,), (given,) = golden_case.load(tmp_path / "golden.npz"), goldens
         np.testing.assert_equal(_plain(loaded), _plain(given))
     (tmp_path / "golden.npz").write_bytes(b"none")
     with pytest.raises(ConfigError, match="holds no golden results"):
-        golden.load(tmp_path / "golden.npz")
+        golden_case.load(tmp_path / "golden.npz")
 
 
 def _plain(of: Golden) -> Any:

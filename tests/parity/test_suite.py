@@ -1,7 +1,7 @@
 """Every graph of the table on every backend that this machine has, against float64.
 
 `make test` runs a seeded subset on ONNX Runtime, `make parity` all of it. `--backend ort-cuda,tensorrt` names others:
-those of `adaattn.export.backends`, and triton, the fused kernels in eager mode.
+those of `adaattn.export.verification.backends`, and triton, the fused kernels in eager mode.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from table import DTYPES, GRAPHS, WIDTH, Graph, cases, some
 
-from adaattn.export import backends, engine, parity
-from adaattn.export.capture import Captured, capture_module
-from adaattn.export.cases import Case
-from adaattn.export.golden import Golden
-from adaattn.export.onnx import lower, planned_nodes, save
-from adaattn.export.reference import Reference, array
-from adaattn.export.yardstick import PlanMode, run
+from adaattn.export.capture.captured import Captured
+from adaattn.export.capture.module import capture_module
+from adaattn.export.engines import build as engine_build
+from adaattn.export.engines import options as engine_options
+from adaattn.export.golden.cases import Case
+from adaattn.export.golden.eager import Reference, array
+from adaattn.export.golden.plan_mode import PlanMode, run
+from adaattn.export.onnx.lower import lower, planned_nodes
+from adaattn.export.onnx.save import save
+from adaattn.export.parity import compare
+from adaattn.export.parity.golden_case import Golden
+from adaattn.export.runtime import session
+from adaattn.export.verification import backends
 from adaattn.input_spec import Dimension, InputSpec
 from adaattn.plugins import driver
+from tests.parity.table import DTYPES, GRAPHS, WIDTH, Graph, cases, some
 
 BACKENDS = (*backends.BACKENDS, "triton")
 DIMS = {"B": "1:2:3", "S": "1:17:130", "K": "5:17:130"}
@@ -41,13 +47,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def why_not(backend: str) -> str | None:
     """Why this machine does not run a backend."""
-    if backend in backends.PROVIDERS:
+    if backend in session.PROVIDERS:
         onnxruntime = pytest.importorskip("onnxruntime")
-        provider = backends.PROVIDERS[backend]
+        provider = session.PROVIDERS[backend]
         if provider not in onnxruntime.get_available_providers():
             return f"onnxruntime {onnxruntime.__version__} has no {provider}"
-    elif backend in engine.PACKAGES and not engine.installed(backend):
-        return f"{engine.PACKAGES[backend]} is not installed"
+    elif backend in engine_options.PACKAGES and not engine_options.installed(backend):
+        return f"{engine_options.PACKAGES[backend]} is not installed"
     if backend != "ort-cpu" and driver.capability() is None:
         return "a CUDA driver finds no GPU on this machine"
     return None
@@ -58,7 +64,7 @@ def test_outputs_agree_with_float64(graph: Graph, backend: str, tmp_path: Path, 
     if reason:
         pytest.skip(f"{backend}: {reason}")
     captured, module = captured_of(graph)
-    opset = 22 if backend in (*engine.PACKAGES, "ort-tensorrt") else 23
+    opset = 22 if backend in (*engine_options.PACKAGES, "ort-tensorrt") else 23
     names = {symbol: dim.name for symbol, dim in captured.dims.items()}
     lowered = lower(captured.program, opset, names, list(graph.inputs()), captured.output_names)
     layers = list(planned_nodes(lowered.graph))
@@ -68,17 +74,17 @@ def test_outputs_agree_with_float64(graph: Graph, backend: str, tmp_path: Path, 
         runs = fused(module.cuda(), given, layers)
     else:
         save(lowered.graph, tmp_path / "model.onnx")
-        if backend in engine.PACKAGES:
+        if backend in engine_options.PACKAGES:
             build(graph, backend, tmp_path)
         try:
             runs = backends.open_backend(backend, tmp_path, tmp_path / "run.log")
-        except backends.CannotRun as error:
+        except session.CannotRun as error:
             pytest.skip(f"{backend}: {error}")
     reference = Reference(captured)
     goldens = reference.goldens([reference.expect(case) for case in given.values()], layers)
-    if backend not in backends.PROVIDERS:  # which make their own plans alone
+    if backend not in session.PROVIDERS:  # which make their own plans alone
         goldens = [golden for golden in goldens if golden.whole]
-    found = parity.compare(
+    found = compare.compare(
         goldens, runs, lambda of, plans: reference.exact_at(given[of.name], [plans[name] for name in layers])
     )
     wrong = [f"{row['case']}: {row['reason']}" for row in found["outputs"] if row["verdict"] != "passed"]
@@ -102,18 +108,18 @@ def build(graph: Graph, target: str, folder: Path) -> None:
 
     profile = {name: tuple(shape(text, sizes) for sizes in points) for name, text in graph.inputs().items()}
     capability = f"{(driver.capability() or 0) / 10}"
-    options = engine.BuildOptions(compute_capabilities=(capability,) if target == "tensorrt-rtx" else None)
-    engine.engine_from_onnx(folder / "model.onnx", target, folder / f"{target}.engine", [profile], options)
+    options = engine_options.BuildOptions(compute_capabilities=(capability,) if target == "tensorrt-rtx" else None)
+    engine_build.engine_from_onnx(folder / "model.onnx", target, folder / f"{target}.engine", [profile], options)
 
 
-def fused(module: torch.nn.Module, given: dict[str, Case], layers: Sequence[str]) -> parity.Backend:
+def fused(module: torch.nn.Module, given: dict[str, Case], layers: Sequence[str]) -> compare.Backend:
     """Eager PyTorch on a GPU, whose ops are the Triton kernels."""
 
-    def backend(of: Golden) -> parity.Ran:
+    def backend(of: Golden) -> compare.Ran:
         mode = PlanMode()
         inputs = {name: x.cuda() for name, x in given[of.name].inputs.items()}
         (output, *_) = run(module, inputs, mode)
         plans = {name: (array(p), array(r)) for name, (p, r) in zip(layers, mode.plans, strict=True)}
-        return parity.Ran({name: array(output) for name in of.outputs}, plans, {})
+        return compare.Ran({name: array(output) for name in of.outputs}, plans, {})
 
     return backend

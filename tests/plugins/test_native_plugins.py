@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-import yardstick
 from click.testing import CliRunner
 from torch import Tensor
-from wheel import unpacked
 
 import adaattn
 from adaattn.errors import ConfigError, TargetError
@@ -26,6 +24,8 @@ from adaattn.plugins.native import build as builder
 from adaattn.plugins.native.cli import main as command
 from adaattn.plugins.native.program import common_kinds, for_onnxruntime, kinds
 from adaattn.plugins.variants import VARIANTS
+from tests.support import oracle
+from tests.support.wheels import unpacked
 
 HERE = Path(__file__).parent
 CAPABILITY = driver.capability()
@@ -345,6 +345,6 @@ def test_enqueue_computes_the_op(library: Path, tensorrt: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     output = torch.frombuffer(bytearray((tmp_path / "output").read_bytes()), dtype=torch.float32).view(q.shape)
     want = adaattn.ops.adaptive_attention(*inputs, scale=0.25, is_causal=True, impl="reference")
-    error = yardstick.error(output, want.double())
+    error = oracle.error(output, want.double())
     assert (error < 0.05).all()
     assert error[0, 0] < 1e-6

@@ -13,20 +13,21 @@ from typing import Any
 import player
 import pytest
 import torch
-import yardstick
 from player import DataType
 from test_triton import DEVICE, GPU
 from torch import Tensor
 
 import adaattn.plugins.tensorrt as plugins
 from adaattn import ops
-from adaattn.budget import ladder_table
-from adaattn.config import FP32, Budget
 from adaattn.errors import ConfigError, TargetError
 from adaattn.ops.plan.impl.triton import INPUTS as MOMENTS
 from adaattn.ops.token_moments.impl.triton import moments_spec
+from adaattn.planning.budget import Budget
+from adaattn.planning.ladder import ladder_table
+from adaattn.planning.precision import FP32
 from adaattn.plugins import ptx
 from adaattn.plugins.variants import VARIANTS, Launch
+from tests.support import oracle
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:RuntimeWarning"),  # numbers that leave their range, in the interpreter
@@ -46,7 +47,7 @@ def moments_inputs(dtype: torch.dtype, mask: bool) -> Inputs:
 
 
 def plan_inputs() -> Inputs:
-    q, k, v = (x.float() for x in yardstick.DISTRIBUTIONS["outliers"]((2, 6, 33, 20), (2, 2, 40, 20)))
+    q, k, v = (x.float() for x in oracle.DISTRIBUTIONS["outliers"]((2, 6, 33, 20), (2, 2, 40, 20)))
     of_q, of_k, of_v = ops.token_moments(q), ops.token_moments(k, center=True), ops.token_moments(v)
     moments = (*of_q, *of_k[1:], *of_v[1:3])
     inputs: Inputs = {name: (x, ("batch", *x.shape[1:])) for name, x in zip(MOMENTS, moments, strict=True)}
@@ -161,10 +162,10 @@ def compare(name: str, inputs: Inputs, got: list[Tensor], want: list[Tensor]) ->
     if name.startswith("adaptive_attention"):
         output, exact = got[0].cpu(), want[0].cpu().double()
         precision, rank = inputs["precision"][0], inputs["rank"][0]
-        error = yardstick.error(output, exact)
+        error = oracle.error(output, exact)
         assert (error < 0.05).all()
         whole = (precision == FP32) & (rank == 16)
-        assert (error[whole] < yardstick.OUTPUT[output.dtype] + 1e-6).all()
+        assert (error[whole] < oracle.OUTPUT[output.dtype] + 1e-6).all()
     else:
         for ours, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

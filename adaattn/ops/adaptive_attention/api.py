@@ -39,7 +39,7 @@ def adaptive_attention(
         key, value: (B, Hk, Sk, D), H a multiple of Hk.
         key_mean: (B, Hk, D), subtracted from the keys; any value is exact, the mean rounds best.
         value_peak: (B, Hk, D), largest magnitude of each value channel, the scale of int8_fp8.
-        precision: (B, H) int32, codes of `adaattn.config.PRECISIONS`.
+        precision: (B, H) int32, codes of `adaattn.planning.precision.PRECISIONS`.
         rank: (B, H) int32, 1 to D.
         attn_mask: (B or 1, H or 1, Sq or 1, Sk or 1), boolean (True attends) or added to the scores.
         scale: softmax scale; 1/√D by default.

@@ -1,12 +1,13 @@
-"""Registration of `adaattn::plan`: `adaattn.budget.choose` as one node of a program, and one kernel of a GPU."""
+"""Registration of `adaattn::plan`: `adaattn.ops.plan.impl.reference.choose` as one node of a program, and one kernel of a GPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from adaattn.budget import Moments, choose
 from adaattn.ops.dispatch import takes_triton
+from adaattn.ops.plan.impl.reference import choose
+from adaattn.planning.error_model import Moments
 
 
 @torch.library.custom_op("adaattn::plan", mutates_args=())

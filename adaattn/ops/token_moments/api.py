@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaattn.budget import Moments
 from adaattn.checks import as_bool, as_choice
 from adaattn.errors import DtypeError, ShapeError
 from adaattn.ops.dispatch import IMPLEMENTATIONS
 from adaattn.ops.token_moments.ops import token_moments as op
+from adaattn.planning.error_model import Moments
 from adaattn.tensor_checks import check_device, check_float, check_tensor
 
 

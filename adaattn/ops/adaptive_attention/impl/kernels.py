@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adaattn.config import PRECISIONS
+from adaattn.planning.precision import PRECISIONS
 
 PADDING = tl.constexpr(128)  # packed values have a multiple of this many tokens, the largest block of keys
 

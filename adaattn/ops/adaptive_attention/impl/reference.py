@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaattn.config import BF16, FP16, INT8, INT8_FP8
+from adaattn.planning.precision import BF16, FP16, INT8, INT8_FP8
 
 FP16_MAX = torch.finfo(torch.float16).max
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max

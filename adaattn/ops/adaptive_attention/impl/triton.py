@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from adaattn.config import INT8, INT8_FP8, PRECISIONS
 from adaattn.ops.adaptive_attention.impl.kernels import ADDITIVE, BOOLEAN, PADDING, attend, pack
 from adaattn.ops.kernel_spec import TYPES, KernelSpec
+from adaattn.planning.precision import INT8, INT8_FP8, PRECISIONS
 
 # Queries and keys of a block by architecture, largest head_dim and bits of the inputs: for fp32, for 16-bit operands as
 # they come or packed, for operands cast on the way, int8, int8_fp8. Each is the largest of those tried that lets tensor

@@ -1,4 +1,4 @@
-"""The plan of all heads in one launch: `adaattn.budget.choose`, which as torch arithmetic is dozens of small kernels.
+"""The plan of all heads in one launch: `adaattn.ops.plan.impl.reference.choose`, which as torch arithmetic is dozens of small kernels.
 
 A program serves one head. Each step of the ladder costs it a sum over the dimensions that the step leaves out.
 """
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaattn.budget import BF16_MAX, BF16_U, FP8_STEP, FP8_U, FP16_MAX, FP16_STEP, FP16_U, FP32_U
 from adaattn.ops.kernel_spec import KernelSpec
+from adaattn.planning.precision import BF16_MAX, BF16_U, FP8_STEP, FP8_U, FP16_MAX, FP16_STEP, FP16_U, FP32_U
 
 INPUTS = (
     *("query_mean", "query_second_moment", "query_channel_peak", "query_token_peak"),

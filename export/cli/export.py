@@ -1,0 +1,337 @@
+"""`adaattn-export`. Nothing heavy is imported until the arguments are known to be in order: help must be instant."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaattn.command_line import Command, complain, printable, verbose_option
+from adaattn.errors import ExportError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+NAME = "adaattn-export"
+PATH = click.Path(dir_okay=False, path_type=Path)
+HELP = """Export MODEL to ONNX and TensorRT, and verify every artifact against eager PyTorch.
+
+\b
+MODEL is one of
+  model.pt                 saved by adaattn.save
+  program.pt2              saved by torch.export.save, only with --allow-pickle: torch runs code that it carries
+  package.module:factory   a function without arguments that returns an nn.Module; with --weights
+  hf:FOLDER                what save_pretrained of Hugging Face transformers wrote, or a sentence-transformers folder
+  pickled.pt               a pickled nn.Module, only with --allow-pickle
+
+The output folder gets model.onnx (it runs in stock ONNX Runtime), an engine for each TensorRT target, golden.npz
+(inputs and their float64 outputs), report.html, report.json and manifest.json. It appears only when all is done.
+The target triton adds a model repository of Triton Inference Server: of the tensorrt engine where that is a target too,
+else of model.onnx.
+
+\b
+Examples
+  adaattn-export model.pt
+  adaattn-export model.pt --dim "S=1:128:4096" --tolerance 1e-2 --output out
+  adaattn-export shop.models:ranker --weights ranker.safetensors --input "x=B,S,512" --input "mask=B,S:bool"
+  adaattn-export hf:all-MiniLM-L6-v2 --tolerance 1e-3
+  adaattn-export model.pt --target onnx --json | jq .verdict
+  adaattn-export model.pt --target tensorrt --target triton --profile B=1:1:1 --profile B=2:8:8
+
+\b
+Exit status
+  0  every target was made and none that this machine can run failed
+  1  a target failed, or its numbers did not agree
+  2  the arguments or the model are not usable, or the command was interrupted
+"""
+
+
+def _assignments(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals or not name.strip():
+            raise click.BadParameter(f"{value!r} has no name; write NAME=..., see --help")
+        if name.strip() in found:
+            raise click.BadParameter(f"{name.strip()} is given twice")
+        found[name.strip()] = text.strip()
+    return found
+
+
+def _profiles(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[dict[str, str], ...]:
+    return tuple(_assignments(context, parameter, tuple(value.split(","))) for value in values)
+
+
+def _list(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    parts = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not parts:
+        raise click.BadParameter("it is empty; write one or more, such as 8.9,12.0")
+    return parts
+
+
+SECTIONS = {
+    "Model": ("inputs", "dims", "dtype", "tolerance", "calibrate", "calibration_state", "weights", "allow_pickle"),
+    "Artifacts": ("targets", "output", "force", "opset", "emit_plan", "external_data_threshold", "no_verify"),
+    "Engines": (
+        *("compute_capabilities", "profiles", "plugins", "plugin_library", "workspace", "optimization_level"),
+        *("timing_cache", "version_compatible", "hardware_compatible", "weight_streaming", "strip_weights"),
+    ),
+}
+
+
+class ExportCommand(Command):
+    """Its help has sections."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        title = {name: title for title, names in SECTIONS.items() for name in names}
+        found: dict[str, list[tuple[str, str]]] = {name: [] for name in (*SECTIONS, "Other")}
+        for parameter in self.get_params(context):
+            record = parameter.get_help_record(context)
+            if record is not None and isinstance(parameter, click.Option):
+                found[title.get(str(parameter.name), "Other")].append(record)
+        for name, records in found.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+@click.command(NAME, cls=ExportCommand, help=HELP)
+@click.argument("model")
+@click.option("--output", "-o", metavar="DIR", help="Folder for the artifacts.  [default: MODEL's name and -export]")
+@click.option("--force", is_flag=True, help="Replace DIR if an earlier export made it.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="NAME=SHAPE[:TYPE[:MEANING]]",
+    callback=_assignments,
+    help='An input, such as "query=B,S,512:float32"; letters are dynamic dimensions. Integers: "ids=B,S:int64<30522". '
+    'Masks: "mask=B,S:bool:masked"; attend: true or 1 attends, masked: true or 1 does not, bias: added to the scores, '
+    "values: any other.  [default: what MODEL says]",
+)
+@click.option(
+    "--dim",
+    "dims",
+    multiple=True,
+    metavar="NAME=MIN:OPT:MAX",
+    callback=_assignments,
+    help="Sizes of a dynamic dimension, also the engines' profile.  [default: 1:1:8 for B… and N…, else 1:128:512]",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    type=click.Choice(["onnx", "tensorrt-rtx", "tensorrt", "triton"]),
+    help="What to make; repeatable.  [default: onnx and every TensorRT that is installed]",
+)
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    metavar="8.9,12.0",
+    callback=_list,
+    help="GPUs that the tensorrt-rtx engine is built for, ahead of time.  [default: 8.6,8.9,12.0]",
+)
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="NAME=MIN:OPT:MAX,...",
+    callback=_profiles,
+    help="A profile that is narrower in these dimensions; repeatable.  [default: one, of all sizes]",
+)
+@click.option(
+    "--plugins",
+    type=click.Choice(["python", "native", "none"]),
+    help="What computes our ops in a tensorrt engine: python embeds their kernels, native takes them from a library, "
+    "none compiles their bodies.  [default: python]",
+)
+@click.option("--plugin-library", type=PATH, help="For --plugins native: what adaattn-plugins build printed.")
+@click.option("--workspace", type=click.IntRange(min=1), metavar="MIB", help="Largest scratch memory of an engine.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fast, 5 makes the fastest engine.")
+@click.option("--timing-cache", type=PATH, help="Of tensorrt: read where it exists, and written; builds get faster.")
+@click.option("--version-compatible", is_flag=True, help="Later versions of TensorRT shall run the engine.")
+@click.option(
+    "--hardware-compatible", is_flag=True, help="Other GPUs, Ampere and newer, shall too; with --plugins none."
+)
+@click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory where the GPU's is too small.")
+@click.option("--strip-weights", is_flag=True, help="Leave weights out of engines; they are taken from model.onnx.")
+@click.option("--opset", type=click.IntRange(18, 24), help="ONNX opset.  [default: the newest that all targets take]")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert the model first.")
+@click.option("--tolerance", type=float, help="Relative error that adaptive attention may make, such as 1e-2.")
+@click.option(
+    "--calibrate",
+    metavar="DATA",
+    help="Sample data that choose the basis of queries and keys: an .npz of inputs by name, or FILE.py or "
+    "package.module:function that yields batches.",
+)
+@click.option("--calibration-state", type=PATH, help="Keep the statistics here, and go on from them.")
+@click.option("--emit-plan", is_flag=True, help="Add each layer's precision and rank to the graph's outputs.")
+@click.option(
+    "--external-data-threshold",
+    type=click.IntRange(min=0),
+    metavar="BYTES",
+    help="Put larger tensors in model.onnx.data.  [default: all of them, where they exceed 1 GiB together]",
+)
+@click.option("--weights", metavar="FILE", help="State dict for a factory: .safetensors or .pt.")
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Let a .pt2, a pickled module or pickled weights run the code that they carry.",
+)
+@click.option("--no-verify", is_flag=True, help="Do not run anything.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
+@verbose_option
+@click.version_option(package_name="adaattn")
+def main(model: str, as_json: bool, quiet: bool, **arguments: Any) -> int:
+    written: list[str] = []
+
+    def outcome() -> str:
+        return f"{written[0]} is written and whole" if written else "nothing was written"
+
+    try:
+        # Standard output is for the result alone, whatever the user's model prints.
+        with redirect_stdout(sys.stderr):
+            report, directory = _export(model, quiet or as_json, written.append, **arguments)
+    except KeyboardInterrupt as error:
+        state = None if written else arguments["calibration_state"]
+        kept = f" but {state}, which a next run goes on from" if state is not None and state.exists() else ""
+        raise ExportError(f"interrupted; {outcome()}{kept}") from error
+    except OSError as error:
+        raise ExportError(f"{error.filename or 'the output'}: {error.strerror or error}; {outcome()}") from error
+    failed = bool(report["verdict"] == "failed")
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    elif not quiet:
+        from adaattn.export.report.console import show
+
+        show(report, f"{directory}/report.html")
+    elif failed:
+        reasons = [f"{each['name']}: {each['reason']}" for each in report["targets"] if each["verdict"] == "failed"]
+        complain(NAME, "; ".join(reasons))
+    return int(failed)
+
+
+def _export(
+    model: str,
+    quiet: bool,
+    on_written: Callable[[str], None],
+    *,
+    output: str | None,
+    force: bool,
+    inputs: dict[str, str],
+    dims: dict[str, str],
+    targets: tuple[str, ...],
+    opset: int | None,
+    dtype: str | None,
+    tolerance: float | None,
+    emit_plan: bool,
+    external_data_threshold: int | None,
+    calibrate: str | None,
+    calibration_state: Path | None,
+    profiles: tuple[dict[str, str], ...],
+    weights: str | None,
+    allow_pickle: bool,
+    no_verify: bool,
+    **build: Any,
+) -> tuple[Mapping[str, Any], Path]:
+    from rich.console import Console
+
+    # This stream, even while torch's own words are held back.
+    console = Console(file=sys.stderr, quiet=quiet, markup=False, emoji=False)
+    with _progress(console) as (on_stage, on_progress):
+        on_stage("import torch")
+        from adaattn.export.artifacts.folder import model_name
+        from adaattn.export.engines.options import BuildOptions
+        from adaattn.export.options import Options
+        from adaattn.export.pipeline import export
+        from adaattn.export.sources.calibration_data import batches
+        from adaattn.export.sources.model import load
+        from adaattn.input_spec import Dimension, InputSpec
+
+        options = Options(
+            targets=targets or None,
+            opset=opset,
+            dtype=dtype,
+            tolerance=tolerance,
+            emit_plan=emit_plan,
+            verify=not no_verify,
+            external_data_threshold=external_data_threshold,
+            calibrate=None if calibrate is None else batches(calibrate),
+            calibration_state=calibration_state,
+            build=BuildOptions(**build),
+            profiles=profiles,
+            force=force,
+        )
+        for name, text in inputs.items():
+            InputSpec.parse(name, text)
+        for name, text in dims.items():
+            Dimension.parse(name, text)
+        on_stage("load")
+        source = load(model, weights, allow_pickle)
+        described = {spec.name: str(spec) for spec in source.inputs} | inputs
+        used = {size for name, text in described.items() for size in InputSpec.parse(name, text).shape}
+        saved = {dim.name: str(dim) for dim in source.dims if dim.name in used}
+        directory = output or f"{model_name(model)}-export"
+        result = export(
+            source.model,
+            described,
+            directory,
+            dims=saved | dims,
+            options=options,
+            source=model,
+            command=shlex.join([NAME, *sys.argv[1:]]),
+            reads=[Path(given.removeprefix("hf:")) for given in (model, weights, calibrate) if given],
+            on_written=lambda: on_written(directory),
+            on_stage=on_stage,
+            on_progress=on_progress,
+        )
+    if result.leftover is not None:
+        rest = printable(str(result.leftover))
+        console.print(f"  the folder that it replaced could not be deleted whole; the rest is in {rest}")
+    return result.report, result.directory
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
+    """A bar with the stage at work; each stage that is done stays as a line with its time."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    current: list[tuple[str, float]] = []
+    columns = (TextColumn("  {task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+    def finish() -> None:
+        if current:
+            name, start = current.pop()
+            console.print(f"  {name:<22}{time.perf_counter() - start:7.1f} s", highlight=False)
+
+    with bar:
+        task = bar.add_task("")
+
+        def on_stage(name: str) -> None:
+            finish()
+            current.append((name, time.perf_counter()))
+            bar.reset(task, description=name, total=None)
+
+        def on_progress(phase: str, share: float) -> None:
+            total = 1.0 if share else None
+            bar.update(task, description=f"{current[-1][0]}: {phase}", completed=share, total=total)
+
+        yield on_stage, on_progress
+        finish()
+
+
+if __name__ == "__main__":
+    main()

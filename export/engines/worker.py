@@ -1,0 +1,265 @@
+"""The child process that builds and runs engines: `python -m adaattn.export.engines.worker JOB.json`, which `engine` writes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaattn.errors import AdaAttnError, TargetError
+from adaattn.export.artifacts.arrays import save_arrays
+from adaattn.export.engines.description import sidecar
+from adaattn.export.engines.options import PACKAGES, BuildOptions
+from adaattn.plugins import NAMESPACE, driver
+from adaattn.system.atomic_file import write
+from adaattn.system.supervisor import end_with_parent
+
+
+def work(job: Mapping[str, Any]) -> None:
+    """Do a job; its last words are the first error of its log."""
+    try:
+        if job["do"] == "build":
+            _build(job)
+        else:
+            _run(job)
+    except AdaAttnError as error:
+        sys.exit(f"[E] {error}")
+
+
+def _build(job: Mapping[str, Any]) -> None:
+    trt = importlib.import_module(PACKAGES[job["target"]])
+    logger = trt.Logger(trt.Logger.INFO)
+    _take_plugins(trt, job)
+    builder = trt.Builder(logger)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(job["model"]):
+        for index in range(parser.num_errors):
+            error = parser.get_error(index)
+            print(f"[E] node {error.node_name()} ({error.node_operator()}): {error.desc()}")
+        sys.exit(1)
+    _allow_decomposition(trt, network)
+    config = builder.create_builder_config()
+    cache = _configure(trt, builder, config, job)
+    config.progress_monitor = _monitor(trt, job["progress"])
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        sys.exit(1)
+    engine = Path(job["engine"])
+    write(engine, serialized)
+    if cache is not None:
+        write(Path(job["timing_cache"]), cache.serialize())
+    write(sidecar(engine), json.dumps(_described(trt, logger, network, serialized, job), indent=1).encode())
+
+
+def _take_plugins(trt: Any, job: Mapping[str, Any]) -> None:
+    if job["plugins"] == "python":
+        from adaattn.plugins.tensorrt import register
+
+        register()
+    elif job["plugins"] == "native" and trt.get_plugin_registry().load_library(job["plugin_library"]) is None:
+        raise TargetError(
+            f"TensorRT does not load {job['plugin_library']}; was it built for the headers of its version?"
+        )
+
+
+def _network_flags(trt: Any) -> int:
+    """Types as the graph has them, which from TensorRT 11 on needs no flag; kernels embedded, not called back."""
+    names = ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")
+    flags = [getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in names]
+    return sum(1 << int(flag) for flag in flags if flag is not None)
+
+
+def _configure(trt: Any, builder: Any, config: Any, job: Mapping[str, Any]) -> Any:
+    """Set what the job asks for; the timing cache, or None."""
+
+    def known(holder: Any, name: str, option: str) -> Any:
+        found = getattr(holder, name, None)
+        if found is None:
+            raise TargetError(f"this version has no {name}: {option} cannot be had")
+        return found
+
+    # On by default, and then a float32 head would have errors near 3e-4.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers keep the names of their nodes
+    if job["compute_capabilities"]:
+        config.num_compute_capabilities = len(job["compute_capabilities"])
+        for index, capability in enumerate(job["compute_capabilities"]):
+            name = "SM" + capability.replace(".", "")
+            if not hasattr(trt.ComputeCapability, name):
+                raise TargetError(f"compute capability {capability} is unknown to {PACKAGES[job['target']]}")
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    for each in job["profiles"]:
+        profile = builder.create_optimization_profile()
+        for name, shapes in each.items():
+            profile.set_shape(name, *shapes)
+        config.add_optimization_profile(profile)
+    if job["workspace"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"] << 20)
+    if job["optimization_level"] is not None:
+        config.builder_optimization_level = job["optimization_level"]
+    for option, names in (
+        ("version_compatible", ("VERSION_COMPATIBLE",)),
+        ("weight_streaming", ("WEIGHT_STREAMING",)),
+        ("strip_weights", ("STRIP_PLAN", "REFIT_IDENTICAL")),
+    ):
+        if job[option]:
+            for name in names:
+                config.set_flag(known(trt.BuilderFlag, name, option))
+    if job["hardware_compatible"]:
+        levels = known(trt, "HardwareCompatibilityLevel", "hardware_compatible")
+        config.hardware_compatibility_level = levels.AMPERE_PLUS
+    if job["timing_cache"] is None:
+        return None
+    file = Path(job["timing_cache"])
+    cache = known(config, "create_timing_cache", "timing_cache")(file.read_bytes() if file.exists() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _monitor(trt: Any, pipe: int) -> Any:
+    """Writes the builder's progress into a pipe: a line of JSON for each step, its phase and the share that is done."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.phases: dict[str, tuple[int, int, str | None]] = {}  # steps done, of how many, of a step of which
+            self.most = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.phases[phase_name] = (0, num_steps, parent_phase)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            _, steps, parent = self.phases.get(phase_name, (0, 1, None))
+            self.phases[phase_name] = (step + 1, steps, parent)
+            share, at = 0.0, phase_name
+            while at in self.phases:
+                done, steps, parent = self.phases[at]
+                share = min(1.0, (done + share) / max(1, steps))
+                at = parent or ""
+            self.tell(phase_name, share)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            _, _, parent = self.phases.pop(phase_name, (0, 1, ""))
+            if parent is None:
+                self.tell(phase_name, 1.0)
+
+        def tell(self, phase_name: str, share: float) -> None:
+            self.most = max(self.most, share)  # phases side by side take turns
+            os.write(pipe, f"{json.dumps([phase_name, self.most])}\n".encode())
+
+    return Monitor()
+
+
+def _described(trt: Any, logger: Any, network: Any, serialized: Any, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The sidecar."""
+
+    def tensor(x: Any) -> dict[str, Any]:
+        return {"name": x.name, "type": x.dtype.name, "shape": list(x.shape)}
+
+    package, here = PACKAGES[job["target"]], driver.capability()
+    options = {name: job[name] for name in BuildOptions.__dataclass_fields__ if name != "compute_capabilities"}
+    for name in ("plugin_library", "timing_cache"):  # their names alone: the file is for other machines too
+        options[name] = None if options[name] is None else Path(options[name]).name
+    return {
+        "target": job["target"],
+        "package": package,
+        "versions": {package: trt.__version__, "adaattn": importlib.metadata.version("adaattn")},
+        "compute_capabilities": job["compute_capabilities"] or ["unknown" if here is None else str(here / 10)],
+        "options": options,
+        "model": os.path.relpath(job["model"], Path(job["engine"]).parent),
+        "inputs": [tensor(network.get_input(i)) for i in range(network.num_inputs)],
+        "outputs": [tensor(network.get_output(i)) for i in range(network.num_outputs)],
+        "profiles": job["profiles"],
+        "ops": _ops(trt, logger, serialized, job["model"]),
+    }
+
+
+def _ops(trt: Any, logger: Any, serialized: Any, model: str) -> dict[str, str]:
+    """For each node of ours "plugin", "body" or "unknown", by the layers that the engine itself lists."""
+    import onnx
+
+    graph = onnx.load(model, load_external_data=False).graph
+    names = [node.name for node in graph.node if node.domain == NAMESPACE]
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = True  # what a version-compatible engine carries, which was built just now
+    opened = runtime.deserialize_cuda_engine(serialized) if names else None
+    if opened is None:  # there is no GPU for it here
+        return dict.fromkeys(names, "unknown")
+    listed = opened.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return which_became_plugins(names, json.loads(listed)["Layers"])
+
+
+def which_became_plugins(names: Sequence[str], layers: Sequence[Any]) -> dict[str, str]:
+    """For each node "plugin" or "body", from the layers of an engine's inspector.
+
+    Example:
+        >>> which_became_plugins(["a", "b"], [{"Name": "a", "LayerType": "PluginV3"}, {"Name": "b/MatMul"}])
+        {'a': 'plugin', 'b': 'body'}
+    """
+    plugins = [json.dumps(layer) for layer in layers if "plugin" in str(_field(layer, "LayerType")).lower()]
+    return {
+        name: "plugin" if any(re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", said) for said in plugins) else "body"
+        for name in names
+    }
+
+
+def _field(layer: Any, name: str) -> Any:
+    return layer.get(name) if isinstance(layer, dict) else None  # a name alone, of an engine that keeps no details
+
+
+def _allow_decomposition(trt: Any, network: Any) -> None:
+    """Let standard Attention nodes that no fused kernel takes (float32, say) be built from simpler ones."""
+    attention = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # since 10.14
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if attention is not None and layer.type == attention:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+
+
+def _run(job: Mapping[str, Any]) -> None:
+    # Polygraphy's switch for the whole process, read when it is imported.
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if job["target"] == "tensorrt-rtx" else "0"
+    from polygraphy.backend.trt import TrtRunner
+
+    from adaattn.export.engines.description import profile_of
+    from adaattn.export.engines.load import open_engine
+
+    library = job["plugin_library"]
+    opened = open_engine(Path(job["engine"]), None if library is None else Path(library))
+    types = {x["name"]: x["type"] for x in opened.about["inputs"]}
+    with np.load(job["inputs"]) as archive:
+        inputs = {name: _as(types[name], archive[name]) for name in archive.files}
+    shapes = {name: tuple(x.shape) for name, x in inputs.items()}
+    with TrtRunner(opened.engine, optimization_profile=profile_of(opened.about["profiles"], shapes)) as runner:
+        outputs = runner.infer(inputs)
+        save_arrays(Path(job["outputs"]), {name: np.asarray(_wide(x)) for name, x in outputs.items()})
+
+
+def _as(kind: str, x: Any) -> Any:
+    """An input in the engine's type; numpy has no word for bfloat16."""
+    if kind != "BF16":
+        return x
+    import torch
+
+    return torch.from_numpy(x).bfloat16()
+
+
+def _wide(x: Any) -> Any:
+    return x.float() if str(x.dtype) == "torch.bfloat16" else x
+
+
+if __name__ == "__main__":
+    end_with_parent(signal.SIGKILL)
+    work(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,74 @@
+"""What the values inside a graph are in eager PyTorch, on one small case: `bisect` finds a fault's node by them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from adaattn.export.golden.cases import Case
+from adaattn.export.golden.eager import Reference, Rung, array, rounding_of
+from adaattn.export.golden.plan_mode import PlanMode, run, to_double
+from adaattn.export.onnx.lower import Lowered
+from adaattn.export.parity.golden_case import Golden, Layer
+
+
+def record(reference: Reference, lowered: Lowered, case: Case, layers: Sequence[str]) -> list[Golden]:
+    """Return goldens whose outputs are the values of a graph by their names, each with a limit of its own.
+
+    The exporter names values after the nodes of the program; those that it adds or fuses have no counterpart.
+
+    Args:
+        layers: names of the planned attentions, in the order of their calls.
+
+    Returns:
+        One with all plans forced to fp32 at full rank, where the program plans, and one with its own plans.
+    """
+    natural = PlanMode(measure=True)
+    found = [_golden(reference, lowered, case, natural)]
+    if natural.plans and len(natural.plans) == len(layers):
+        exact = PlanMode(measure=True, plans=Rung().plans(natural))
+        found.insert(0, _golden(reference, lowered, case, exact, Rung(), layers))
+    return found
+
+
+def _golden(
+    reference: Reference,
+    lowered: Lowered,
+    case: Case,
+    mode: PlanMode,
+    forced: Rung | None = None,
+    layers: Sequence[str] = (),
+) -> Golden:
+    eager = _values(lowered, case, mode)
+    exact = _values(lowered, case, reference.double_mode(plans=mode.plans))
+    rounding = rounding_of(mode)
+    outputs = {name: reference.output(x, exact[name], rounding) for name, x in eager.items()}
+    plans = zip(layers, mode.plans, strict=True) if layers else ()
+    of_layers = {name: Layer(array(plan[0]), array(plan[1]), np.zeros(plan[0].shape, bool)) for name, plan in plans}
+    return reference.assembled(case, forced, outputs, of_layers)
+
+
+def _values(lowered: Lowered, case: Case, mode: PlanMode) -> dict[str, Tensor]:
+    """Run the program node by node under a mode, in float64 where it asks for that."""
+    known = {value.name for node in lowered.graph.graph for value in node.outputs}
+    module, inputs = lowered.program.module(), case.inputs
+    if mode.double:
+        module, inputs = copy.deepcopy(module).double(), {name: to_double(x) for name, x in inputs.items()}
+    values: dict[str, Tensor] = {}
+
+    class Recorder(Interpreter):
+        def run_node(self, node: Node) -> Any:
+            result = super().run_node(node)
+            if isinstance(result, Tensor) and node.op == "call_function" and node.name in known:
+                values[node.name] = result
+            return result
+
+    found = run(lambda **given: Recorder(module).run(*given.values()), inputs, mode, tuple(lowered.written))
+    # Outputs have names of their own in the graph.
+    names = [str(output.name) for output in lowered.graph.graph.outputs]
+    return values | dict(zip(names, found, strict=False))

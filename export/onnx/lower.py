@@ -1,0 +1,297 @@
+"""A captured program as an ONNX model: our ops stay nodes of their own, each with its body attached."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+from torch.export.graph_signature import OutputKind
+
+import adaattn.ops  # registers the ops that the program calls
+from adaattn.errors import AdaAttnError, ExportError
+from adaattn.export.onnx import sdpa
+from adaattn.export.onnx.functions import ADAPTIVE_ATTENTION, DOMAIN, DOMAIN_VERSION, PLAN, TOKEN_MOMENTS, body
+from adaattn.plugins import NAMESPACE, VERSION
+
+OLDEST_OPSET, NEWEST_OPSET = 18, 24
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An ONNX graph and the program that torch made it from, whose values have the names of the graph's.
+
+    Args:
+        written: for each input that the model writes into, the output that holds what becomes of it.
+    """
+
+    graph: ir.Model
+    program: torch.export.ExportedProgram
+    written: Mapping[str, str] = field(default_factory=dict)
+
+
+def lower(
+    program: torch.export.ExportedProgram,
+    opset: int,
+    dim_names: Mapping[str, str],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    emit_plan: bool = False,
+) -> Lowered:
+    """The ONNX model of a captured program.
+
+    Args:
+        program: what torch.export captured.
+        opset: 18 to 24.
+        dim_names: for each symbol of the program the name that it gets.
+        input_names, output_names: of the graph.
+        emit_plan: add precision and rank of each planned attention as outputs, `LAYER.precision` and `LAYER.rank`.
+
+    Raises:
+        ExportError: torch.onnx cannot translate the program, or it keeps something from one call to the next.
+    """
+    _register_schemas()
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            output_names=list(output_names),
+            custom_translation_table={**_translations(), **sdpa.translations(opset)},
+            verbose=False,
+            optimize=False,  # it would remove what is written into inputs, which is no output yet
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = innermost_cause(error)
+        if isinstance(cause, AdaAttnError):
+            raise cause from error
+        raise ExportError(f"torch.onnx cannot translate the program: {first_line(cause)}") from error
+    assert exported is not None  # torch.onnx.export returns None only for TorchScript models
+    assert exported.exported_program is not None
+    _refuse_state(exported.exported_program)
+    written = _return_written(exported.model.graph, exported.exported_program, output_names)
+    exported.optimize()
+    model = exported.model
+    for graph_input, name in zip(model.graph.inputs, input_names, strict=True):
+        graph_input.name = name  # torch renames an input that is an output too
+    _name_dims(model.graph, dim_names)
+    planned = planned_nodes(model)
+    for layer, node in planned.items():
+        node.name = layer
+    if emit_plan:
+        for layer, node in planned.items():
+            for label, value in zip(("precision", "rank"), node.inputs[5:7], strict=True):
+                assert value is not None  # the schema has no optional inputs
+                named = ir.node("Identity", [value], name=f"{layer}.{label}")
+                named.outputs[0].name, named.outputs[0].type = f"{layer}.{label}", value.type
+                named.outputs[0].shape = value.shape
+                model.graph.append(named)
+                model.graph.outputs.append(named.outputs[0])
+    within = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
+    taken = set(planned)
+    for node in within:  # in branches of torch.cond too
+        if node.op_type in ADAPTIVE_ATTENTION and node not in planned.values():
+            node.name = _unused(_module_path(node) or "attention", taken)
+    used = {node.op_type for node in within}
+    for name in sorted(used):
+        function = ir.serde.deserialize_function(body(name, model.opset_imports[""]))
+        model.functions[function.identifier()] = function
+    if used:
+        model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    _forget_paths(model)
+    model.producer_name, model.producer_version = "adaattn", adaattn.__version__
+    return Lowered(model, exported.exported_program, written)
+
+
+def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
+    """Attention nodes of ours, in order, by the path of the module that they come from.
+
+    Those in branches of torch.cond are not among them: their plans are known only where a branch is taken.
+    """
+    nodes: dict[str, ir.Node] = {}
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type in ADAPTIVE_ATTENTION:
+            layer = _module_path(node)
+            nodes[layer if layer and layer not in nodes else f"attention_{len(nodes)}"] = node
+    return nodes
+
+
+def _forget_paths(model: ir.Model) -> None:
+    """Torch writes into each node where in which file it comes from: the file is not for this machine."""
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+
+
+def _refuse_state(program: torch.export.ExportedProgram) -> None:
+    """Raises ExportError where a call leaves something for the next one: an artifact has nothing to keep it in."""
+    changed = [
+        str(item.target)
+        for item in program.graph_signature.output_specs
+        if item.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+    ]
+    if changed:
+        raise ExportError(
+            f"the model changes {', '.join(changed)} when it is called, and an artifact keeps nothing between calls; "
+            "take it as an input and return it"
+        )
+
+
+def _return_written(
+    graph: ir.Graph, program: torch.export.ExportedProgram, output_names: Sequence[str]
+) -> dict[str, str]:
+    """Add an output for each input that the model writes into, such as a cache of keys, and return their names."""
+    specs = program.graph_signature.output_specs
+    returned = {item.arg.name for item in specs if item.kind is OutputKind.USER_OUTPUT and hasattr(item.arg, "name")}
+    values = {value.name: value for node in graph for value in node.outputs} | {x.name: x for x in graph.inputs}
+    nodes = {node.name: node for node in program.graph.nodes}
+    written: dict[str, str] = {}
+    for item in specs:
+        if item.kind is not OutputKind.USER_INPUT_MUTATION or item.arg.name in returned:
+            continue
+        made = nodes[item.arg.name]
+        while made.name not in values and made.target is torch.ops.aten.copy.default:
+            made = made.args[1]  # what is copied: torch.onnx makes no node of the copy
+        name, value = f"{item.target}_out", values.get(made.name)
+        if value is None or name in output_names:
+            raise ExportError(f"the model writes into its input {item.target}; return it as an output instead")
+        node = ir.node("Identity", [value], name=name)
+        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
+        graph.append(node)
+        graph.outputs.append(node.outputs[0])
+        written[str(item.target)] = name
+    return written
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    domain = onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION)
+    plugin = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+
+    def token_moments(x: Any, key_mask: Any, center: bool, impl: str = "auto") -> Any:
+        inputs = (x,) if key_mask is None else (x, key_mask)
+        name = "token_moments" if key_mask is None else "token_moments_masked"
+        return getattr(domain, name)(*inputs, center=int(center), **plugin)
+
+    def adaptive_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        key_mean: Any,
+        value_peak: Any,
+        precision: Any,
+        rank: Any,
+        attn_mask: Any,
+        scale: float,
+        is_causal: bool,
+        impl: str = "auto",
+    ) -> Any:  # `impl` says who computes in eager mode
+        inputs: tuple[Any, ...] = (query, key, value, key_mean, value_peak, precision, rank)
+        name = "adaptive_attention"
+        if attn_mask is not None:
+            inputs += (attn_mask,)
+            name += "_masked" if attn_mask.dtype == ir.DataType.BOOL else "_biased"
+        return getattr(domain, name)(*inputs, scale=scale, is_causal=int(is_causal), **plugin)
+
+    def plan(*inputs: Any) -> Any:
+        tensors, (scale, limit) = inputs[:10], inputs[10:12]
+        return domain.plan(*tensors, scale=scale, limit=limit, **plugin)
+
+    def square_root(self: Any) -> Any:  # of a size, as in math.sqrt(x.shape[-1])
+        return onnxscript.opset18.Sqrt(onnxscript.opset18.Cast(self, to=ir.DataType.FLOAT))
+
+    ops = torch.ops.adaattn
+    return {
+        torch._sym_sqrt: square_root,  # type: ignore[attr-defined]
+        ops.plan.default: plan,
+        ops.token_moments.default: token_moments,
+        ops.adaptive_attention.default: adaptive_attention,
+    }
+
+
+@functools.cache
+def _register_schemas() -> None:
+    """Tell onnx the ops' signatures, so that the exporter emits nodes instead of inlining the bodies."""
+    schema = onnx.defs.OpSchema
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+    for name in (PLAN, *TOKEN_MOMENTS, *ADAPTIVE_ATTENTION):
+        function = body(name, NEWEST_OPSET)
+        types = dict.fromkeys(function.input, "tensor(float)" if name == PLAN else "T")
+        types.update({n: t for n, t in _INPUT_TYPES.items() if n in types})
+        if name == "adaptive_attention_masked":
+            types["attn_mask"] = "tensor(bool)"
+        outputs = [_OUTPUT_TYPES.get(output, "tensor(float)") for output in function.output]
+        onnx.defs.register_schema(
+            schema(
+                name,
+                DOMAIN,
+                DOMAIN_VERSION,
+                inputs=[schema.FormalParameter(n, t) for n, t in types.items()],
+                outputs=[schema.FormalParameter(n, t) for n, t in zip(function.output, outputs, strict=True)],
+                type_constraints=[("T", floats, "floating point"), ("M", floats, "floating point")],
+                attributes=[schema.Attribute(attribute.name, attribute) for attribute in function.attribute_proto],
+            )
+        )
+
+
+_INPUT_TYPES = {
+    "key_mask": "tensor(bool)",
+    "key_mean": "tensor(float)",
+    "value_peak": "tensor(float)",
+    "precision": "tensor(int32)",
+    "rank": "tensor(int32)",
+    "attn_mask": "M",
+    "ladder": "tensor(int64)",
+}
+_OUTPUT_TYPES = {"output": "T", "precision": "tensor(int32)", "rank": "tensor(int32)"}
+
+
+def _name_dims(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Give symbols of torch the names that the user gave, in expressions of them too."""
+    if not names:
+        return
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    nodes = ir.traversal.RecursiveGraphIterator(graph)
+    values = [*graph.inputs, *graph.outputs, *(value for node in nodes for value in node.outputs)]
+    for value in values:
+        if value.shape is None:
+            continue
+        value.shape = ir.Shape(
+            ir.SymbolicDim(symbol.sub(lambda match: names[match[0]], dim.value))
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+            else dim
+            for dim in value.shape
+        )
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """A name that is not taken yet, and now is."""
+    unused, count = name, 1
+    while unused in taken:
+        count += 1
+        unused = f"{name}_{count}"
+    taken.add(unused)
+    return unused
+
+
+def _module_path(node: ir.Node) -> str:
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+    return scopes[-2] if len(scopes) > 1 else ""
+
+
+def innermost_cause(error: BaseException) -> BaseException:
+    """The innermost cause of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,113 @@
+"""Choose what an export makes: targets, opset, types, engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaattn.checks import (
+    as_bool,
+    as_choice,
+    as_int,
+    as_path,
+    as_sequence,
+    check_instance,
+    check_mapping,
+    described,
+)
+from adaattn.errors import ConfigError
+from adaattn.export.engines import options as engine_options
+from adaattn.export.onnx import lower
+from adaattn.input_spec import Dimension
+from adaattn.planning.budget import Budget
+
+TARGETS = ("onnx", "tensorrt-rtx", "tensorrt", "triton")
+# TensorRT builds torch's opset-23 Attention only where a fused kernel takes its types and shapes, and TensorRT-RTX 1.7
+# crashes on self-attention of a tensor with itself; up to 22 torch writes MatMul and Softmax.
+NEWEST_OPSET = {"onnx": lower.NEWEST_OPSET, "tensorrt-rtx": 22, "tensorrt": 22, "triton": lower.NEWEST_OPSET}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make of a model.
+
+    Args:
+        targets: of TARGETS; None for onnx and every TensorRT target whose package is here. "triton" serves the
+            tensorrt engine where that is a target too, else the ONNX file.
+        opset: 18 to 24; None for the newest that all targets take.
+        dtype: float32, float16 or bfloat16, to convert the model to; None leaves it.
+        tolerance: of every adaptive module; None leaves them.
+        emit_plan: add each layer's precision and rank to the graph's outputs.
+        verify: run golden inputs and compare.
+        external_data_threshold: bytes above which a tensor goes to the external file.
+        build: how engines are built.
+        profiles: of engines: for each profile the sizes of dimensions, "min:opt:max", that are narrower in it; none for
+            one profile of all sizes.
+        calibrate: batches of sample data, as of `adaattn.calibrate`, that a copy of the model is calibrated with.
+        calibration_state: a file that keeps the statistics, so that a calibration that was interrupted goes on.
+        force: replace an output folder that exists.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    targets: tuple[str, ...] | None = None
+    opset: int | None = None
+    dtype: str | None = None
+    tolerance: float | None = None
+    emit_plan: bool = False
+    verify: bool = True
+    external_data_threshold: int | None = None
+    build: engine_options.BuildOptions = field(default_factory=engine_options.BuildOptions)
+    profiles: tuple[Mapping[str, str], ...] = ()
+    calibrate: Iterable[Any] | None = None
+    calibration_state: Path | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.targets is not None:
+            object.__setattr__(self, "targets", as_sequence("targets", self.targets))
+        unknown = [each for each in self.targets or () if not isinstance(each, str) or each not in TARGETS]
+        if unknown:
+            raise ConfigError(f"target {described(unknown[0])} is unknown; choose of {', '.join(TARGETS)}")
+        wanted = f"{lower.OLDEST_OPSET} to {lower.NEWEST_OPSET}"
+        if self.opset is not None and as_int("opset", self.opset, wanted, lower.OLDEST_OPSET) > lower.NEWEST_OPSET:
+            raise ConfigError(f"opset is {described(self.opset)}; choose {wanted}")
+        if self.dtype is not None:
+            as_choice("dtype", self.dtype, DTYPES)
+        if self.tolerance is not None:
+            object.__setattr__(self, "tolerance", Budget(self.tolerance).tolerance)
+        if self.external_data_threshold is not None:
+            as_int("external_data_threshold", self.external_data_threshold, "bytes, 0 or more", least=0)
+        for name in ("emit_plan", "verify", "force"):
+            as_bool(name, getattr(self, name))
+        check_instance("build", self.build, engine_options.BuildOptions, "BuildOptions")
+        for profile in as_sequence("profiles", self.profiles):
+            check_mapping("profiles", profile, (str,), "sizes such as '1:128:4096'")
+        if self.calibration_state is not None:
+            as_path("calibration_state", self.calibration_state)
+        targets = self.chosen_targets()
+        self.build.check(targets)
+        for profile in self.profiles:
+            for name, text in profile.items():
+                Dimension.parse(name, text)  # refuses what is none
+        if self.profiles and not set(engine_options.PACKAGES) & set(targets):
+            raise ConfigError(f"profiles have nothing to act on: they are of engines, not of {', '.join(targets)}")
+        if self.calibration_state is not None and self.calibrate is None:
+            raise ConfigError("calibration_state has nothing to act on: there is no sample data to calibrate with")
+        if self.build.strip_weights and "triton" in targets:
+            raise ConfigError("strip_weights does not go with triton: the server puts no weights into engines")
+
+    def chosen_targets(self) -> tuple[str, ...]:
+        """The targets, the ONNX file first: all others are made from it."""
+        if self.targets is None:
+            return ("onnx", *(target for target in engine_options.PACKAGES if engine_options.installed(target)))
+        return tuple(target for target in TARGETS if target == "onnx" or target in self.targets)
+
+    def chosen_opset(self) -> int:
+        return self.opset or min(NEWEST_OPSET[target] for target in self.chosen_targets())

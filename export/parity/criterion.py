@@ -1,0 +1,143 @@
+"""TODO adaattn.export.parity.criterion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from adaattn.errors import ConfigError
+from adaattn.export.artifacts.arrays import Array
+from adaattn.export.parity.golden_case import Golden
+
+FACTOR = 2.0  # two summation orders of equal merit differ by about this
+# The most that a limit may have beside eager's error: a few ulps of the type after a handful of layers.
+FLOOR = {"float64": 1e-14, "float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
+# Where an operand is between two integers of int8, or numbers of bf16, the last bit of a sum decides: some 1e-4 of them
+# may round the other way, and noise of √1e-4 steps is this share of the rounding error that the plan has anyway.
+FLIPS = 0.05
+# A head may choose another plan where its moments, moved by so much, make eager do so: sums of thousands of terms.
+NUDGE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
+# Twice by how much q and k differ (rms, relative) where a projection sums in another order: 1e-7 was measured for a
+# width of 32 in float32; the others round such a sum, which is a quarter of their last place.
+SHAKE = {"float64": 4e-16, "float32": 2e-7, "float16": 5e-4, "bfloat16": 4e-3}
+# What every result of an operator may be off by, to see which integers that come of it hang on a rounding.
+NOISE = {dtype: 2 * share for dtype, share in SHAKE.items()}
+# Half a unit in the last place: an output that eager has exactly right may be rounded once more.
+HALF_ULP = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# One number's error in one run may be this much smaller than in another; that of n numbers a √n-th of it.
+LUCK = 8.0
+# The mean share of an output's elements, over all cases but the trivial one, that a verdict "passed" needs.
+MIN_SHARE = 0.25
+# Moments of a probe are those of a case, times these: the query's alone, then the query's and the value's.
+PROBE_SCALES = np.geomspace(1e-3, 1e3, 121)
+PROBE_POWERS = {"mean": 1, "second_moment": 2, "channel_peak": 1, "token_peak": 2}
+# Plans of a probe may differ where they do so within limits that differ by this share: sums in float32.
+PROBE_EDGE = 1e-4
+# A larger limit would pass zeros, or nearly: eager PyTorch does not know the answer itself.
+USELESS = 0.5
+LOOSE = 0.1  # and one above this is worth a word
+OPERAND = "operand."  # begins the name of an input of a probe that is an operand of the attention, not of the model
+NOTHING_SHOWS = "nothing of the graph shows in them"
+EXACT = "fp32"  # the name of plans that are forced to fp32 at full rank
+DIGITS = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}  # of the mantissa
+LARGEST = {"float64": math.inf, "float32": 3.4028235e38, "float16": 65504.0, "bfloat16": 3.3895314e38}
+SMALLEST = {"float64": -1022, "float32": -126, "float16": -14, "bfloat16": -126}  # exponent of a normal number
+
+PlanPair = tuple[Array, Array]  # precision and rank, (B, H) each
+
+
+def limit_of(
+    eager_error: float,
+    dtype: str,
+    rounding: float = 0.0,
+    shaken: Sequence[float] = (),
+    inner: str | None = None,
+    count: int = 1 << 30,
+) -> float:
+    """The error that a backend may have.
+
+    Args:
+        eager_error: of eager PyTorch in the model's type.
+        dtype: of the output.
+        rounding: largest predicted rounding error of a head.
+        shaken: errors of float64 with q and k off by SHAKE, each way. What lies on an edge (two keys that nearly tie
+            for a row, a number between two integers of int8) falls to the other side in one of them.
+        inner: the type of the weights, whose floor counts as far as eager's error shows that it matters.
+
+        count: how many numbers the error is of.
+
+    Where nothing is rounded the limit of an output of many numbers is three times eager's error: a change by four times
+    that fails. The fewer numbers there are, the less their error in one run says of that in another.
+    """
+    luck = 1 + LUCK / math.sqrt(max(1, count))
+    floor = min(max(FLOOR[dtype], FLOOR[inner or dtype]), luck * max(eager_error, HALF_ULP[dtype]))
+    return max(FACTOR * eager_error, math.hypot(*shaken)) + floor + FLIPS * rounding
+
+
+def within(exact: Array, dtype: str) -> Array:
+    """Finite numbers of float64 as far as the type goes: the least number of a type is often written for -inf."""
+    if dtype not in LARGEST:
+        return exact
+    return np.where(np.isinf(exact), exact, np.clip(exact, -LARGEST[dtype], LARGEST[dtype]))
+
+
+def judged(exact: Array, lost: Array | None) -> tuple[Array, Array]:
+    """Which elements of an output the error is of, and which must be there one by one: infinities and fill values.
+
+    An error over the output would be that of its fill values, such as -1e9 behind a mask, and of nothing else. They are
+    the largest numbers, where these are at least 1000 and 100 times all that are less than half of them; and so on with
+    the others, for there may be several.
+
+    Args:
+        lost: elements that are not compared.
+    """
+    there = np.ones(exact.shape, bool) if lost is None else ~lost
+    finite = there & np.isfinite(exact)
+    size = np.abs(np.where(finite, exact, 0.0))
+    rest = finite
+    while True:
+        peak = float(size[rest].max(initial=0.0))
+        below = rest & (size < peak / 2)
+        if peak < 1000 or not below.any() or float(size[below].max()) > peak / 100:
+            return rest, there & ~rest & ~np.isnan(exact)
+        rest = below
+
+
+def farthest(got: Array, exact: Array) -> float:
+    """The largest relative error of finite fill values."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        errors = np.abs(got.astype(np.float64) - exact) / np.abs(exact)
+    return float(errors[np.isfinite(exact)].max(initial=0.0))
+
+
+def probe_inputs(golden: Golden) -> dict[str, Array]:
+    """Return the moments that a probe gives to the op `plan`, by the names of its arguments.
+
+    Args:
+        golden: a probe; its inputs are the moments of one sequence, (1, H, ...) each.
+
+    Returns:
+        Twice PROBE_SCALES as many sequences: the moments with the query's scaled, and with the query's and the value's.
+
+    Raises:
+        ConfigError: the golden has an input that is not a moment.
+    """
+    once = np.ones_like(PROBE_SCALES)
+    scales = {"query": np.tile(PROBE_SCALES, 2), "key": np.tile(once, 2), "value": np.append(once, PROBE_SCALES)}
+    found = {}
+    for name, x in golden.inputs.items():
+        of, _, kind = name.partition("_")
+        if of not in scales or kind not in PROBE_POWERS:
+            raise ConfigError(f"{golden.name} has an input {name!r}, which is not a moment")
+        factors = (scales[of] ** PROBE_POWERS[kind]).astype(np.float32)
+        found[name] = factors.reshape(-1, *(1,) * (x.ndim - 1)) * x
+    return found
+
+
+def stands(got: Array, exact: Array, limit: float | Array) -> Array:
+    """Where infinities are the same, and other numbers within a relative limit."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        near = np.abs(got.astype(np.float64) - exact) <= limit * np.abs(exact)
+    return np.where(np.isinf(exact), got == exact, near)

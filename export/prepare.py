@@ -1,0 +1,135 @@
+"""Prepare a model for its export: calibrate it, capture it, set its tolerance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from adaattn.attention.base import PlannedAttention
+from adaattn.calibration.procedure import Calibration, calibrate
+from adaattn.errors import AdaAttnError, ConfigError
+from adaattn.export.capture.captured import Captured
+from adaattn.export.capture.module import capture_module, default_inputs, with_specs
+from adaattn.export.capture.saved_program import capture_program
+from adaattn.export.engines import child, description
+from adaattn.export.options import DTYPES, Options
+from adaattn.input_spec import Dimension, InputSpec
+from adaattn.integrations import transformers as integration
+from adaattn.planning.budget import Budget
+
+
+def calibrate_copy(
+    model: nn.Module | ExportedProgram, options: Options, on_progress: child.Progress
+) -> tuple[nn.Module, Calibration]:
+    """A copy of the model in a better basis."""
+    if isinstance(model, ExportedProgram):
+        raise ConfigError("--calibrate cannot change a program that is captured already; calibrate its model")
+    assert options.calibrate is not None
+    model = copy.deepcopy(model).eval().cpu()
+
+    def on_batch(done: int) -> None:
+        on_progress(f"{done} batches", 0.0)  # of how many only the data knows
+
+    try:
+        found = calibrate(model, options.calibrate, resume=options.calibration_state, on_batch=on_batch)
+    except AdaAttnError:
+        raise
+    except Exception as error:  # the user's own code
+        raise ConfigError(f"the model fails on the sample data: {type(error).__name__}: {error}") from error
+    if not found.layers:
+        reasons = (
+            "; ".join(dict.fromkeys(found.refused.values())) or "the model has no attention that calibration knows"
+        )
+        raise ConfigError(f"--calibrate has nothing to act on: {reasons}")
+    return model, found
+
+
+def split_inputs(inputs: Mapping[str, str | Tensor]) -> tuple[list[InputSpec], dict[str, Tensor]]:
+    specs, examples = [], {}
+    for name, given in inputs.items():
+        if isinstance(given, str):
+            specs.append(InputSpec.parse(name, given))
+        elif isinstance(given, Tensor):
+            specs.append(InputSpec(name, tuple(given.shape), str(given.dtype).removeprefix("torch.")))
+            examples[name] = given.detach().cpu().clone()
+        else:
+            raise ConfigError(f"input {name!r} is a {type(given).__name__}; give a specification or a tensor")
+    if examples and len(examples) < len(specs):
+        raise ConfigError("some inputs are tensors and some specifications; give all of one kind")
+    return specs, examples
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    specs: list[InputSpec],
+    examples: dict[str, Tensor],
+    sizes: dict[str, Dimension],
+    options: Options,
+    notes: list[str],
+) -> tuple[Captured, nn.Module | None]:
+    """The captured program, and the module that it is of, where there is one."""
+    if isinstance(model, ExportedProgram):
+        if examples:
+            raise ConfigError("a program has its own example inputs; give specifications, such as ids=B,S:int64<30522")
+        for name, given in (("--dtype", options.dtype), ("--tolerance", options.tolerance)):
+            if given:
+                raise ConfigError(f"{name} cannot change a program that is captured already; capture it anew with it")
+        _warn_of_weights({**model.state_dict, **model.constants}, notes)
+        return with_specs(capture_program(model, sizes), specs), None
+    elsewhere = any(x.device.type != "cpu" for x in model.state_dict().values() if isinstance(x, Tensor))
+    if options.dtype is not None or options.tolerance is not None or model.training or elsewhere:
+        model = copy.deepcopy(model).eval().cpu()  # the caller's stays as it is
+    if options.dtype is not None:
+        model = model.to(DTYPES[options.dtype])
+    if options.tolerance is not None:
+        _set_tolerance(model, options.tolerance, notes)
+    _warn_of_weights(model.state_dict(), notes)
+    return capture_module(model, specs or default_inputs(model), sizes, examples or None), model
+
+
+def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None:
+    Budget(tolerance)  # refuses what is out of range
+    changed = len(integration.configs_of(model))
+    if changed:
+        integration.set_tolerance(model, tolerance)
+    for name, module in model.named_modules():
+        if isinstance(module, PlannedAttention):
+            try:
+                module.set_tolerance(tolerance)
+                changed += 1
+            except ConfigError as error:
+                notes.append(f"{name or type(module).__name__} keeps its plan: {error}")
+    if not changed:
+        raise ConfigError("--tolerance has nothing to act on: the model has no adaptive attention of this package")
+
+
+def _warn_of_weights(state: Mapping[str, Any], notes: list[str]) -> None:
+    for name, x in state.items():
+        if not isinstance(x, Tensor) or x.dtype not in (torch.float64, *DTYPES.values()) or not x.numel():
+            continue  # of float8 torch counts nothing
+        if not all(end.isfinite() for end in x.aminmax()):  # NaN if x has one; without a tensor of booleans
+            count = int((~x.isfinite()).sum())
+            notes.append(f"weight {name} has {count} NaN or Inf of {x.numel()} numbers")
+
+
+def engine_profile(captured: Captured, narrower: Mapping[str, str]) -> description.Profile:
+    """Shapes of the inputs at the least, usual and largest sizes of the dimensions."""
+    dims = dict(captured.dims)
+    symbols = {dim.name: symbol for symbol, dim in dims.items()}
+    for name, text in narrower.items():
+        if name not in symbols:
+            known = ", ".join(symbols) or "none"
+            raise ConfigError(f"the profile {name}={text} names no dynamic dimension of the model; it has {known}")
+        dim, whole = Dimension.parse(name, text), dims[symbols[name]]
+        if dim.min < whole.min or dim.max > whole.max:
+            raise ConfigError(f"the profile {name}={text} is not within {name}={whole}; widen --dim")
+        dims[symbols[name]] = dim
+    points = [{symbol: getattr(dim, at) for symbol, dim in dims.items()} for at in ("min", "opt", "max")]
+    return {
+        item.name: (item.sizes(points[0]), item.sizes(points[1]), item.sizes(points[2])) for item in captured.inputs
+    }

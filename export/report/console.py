@@ -1,0 +1,73 @@
+"""The report on the console."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from adaattn.command_line import one_line, printable
+from adaattn.export.parity.compare import coverage_text
+
+
+def show(report: Mapping[str, Any], where: str) -> None:
+    """Print a table of the targets, and why they are not all passed.
+
+    Names and reasons come from files and from other packages: none of their characters is markup or a control code.
+
+    Args:
+        where: the rest of the report can be read.
+    """
+    console = Console(markup=False, emoji=False, highlight=False)
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    for column in ("target", "verdict", "error", "eager's", "limit", "size", "time"):
+        table.add_column(column, justify="left" if column in ("target", "verdict") else "right")
+    colors = {"passed": "green", "failed": "red", "not run": "yellow"}
+    for target in report["targets"]:
+        measured = [row for row in target["outputs"] if row["error"] is not None]
+        worst = max(measured, key=_share, default=None)
+        numbers = ["" if worst is None else _number(worst[key]) for key in ("error", "eager_error", "limit")]
+        size = sum(artifact["bytes"] for artifact in target["artifacts"]) / 2**20
+        color = colors[target["verdict"]]
+        table.add_row(
+            Text(printable(target["name"])),
+            Text(target["verdict"], style=color),
+            *numbers,
+            f"{size:.1f} MiB",
+            f"{target['seconds']:.1f} s",
+        )
+    console.print(table)
+    for target in report["targets"]:
+        if target["reason"]:
+            console.print(one_line(f"{target['name']}: {target['reason']}"), style="dim", soft_wrap=True)
+        if target["compared"]:
+            compared = f"{target['name']}: compared {coverage_text(target['compared'])}"
+            console.print(one_line(compared), style="dim", soft_wrap=True)
+        ops = list((target["ops"] or {}).values())
+        if "plugin" in ops or "body" in ops:
+            console.print(
+                f"{target['name']}: {ops.count('plugin')} ops became plugins, {ops.count('body')} compiled bodies"
+            )
+        plans = target["plans"]
+        if plans and plans["differ"]:
+            console.print(
+                f"{target['name']}: {plans['differ']} of {plans['heads']} plans differ from eager's, "
+                f"{plans['excused']} of them on the edge of their limit"
+            )
+    for warning in report["warnings"]:
+        console.print(one_line(f"warning: {warning}"), style="yellow")
+    console.print(Text.assemble((report["verdict"], "bold"), f"  {printable(where)}"), soft_wrap=True)
+
+
+def _share(row: Mapping[str, Any]) -> float:
+    """How much of its limit an error takes; a limit that is not finite is None in a report."""
+    limit = math.inf if row["limit"] is None else row["limit"]
+    return float(row["error"] / max(limit, 1e-300))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}"

@@ -1,0 +1,189 @@
+"""Run the artifacts of an export and compare them with its golden results: in the export itself, and where they went.
+
+Nothing here needs torch, or the model: `check` gives on the machine of deployment the verdict that the export gave.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaattn.errors import ConfigError, TargetError
+from adaattn.export.artifacts import manifest
+from adaattn.export.artifacts.files import plain, read_checked
+from adaattn.export.artifacts.manifest import MARKER, as_exported, changed_files, versions
+from adaattn.export.engines import description
+from adaattn.export.engines.description import profile_of, read_description
+from adaattn.export.parity import compare, criterion, golden_case
+from adaattn.export.parity.golden_case import Golden
+from adaattn.export.runtime import session
+from adaattn.export.verification import backends
+from adaattn.plugins import onnx_file
+from adaattn.system.atomic_file import scratch_folder
+
+
+def verify_target(
+    entry: dict[str, Any],
+    backend: str,
+    folder: Path,
+    goldens: Sequence[Golden],
+    exact_at: compare.ExactAt | None = None,
+    plugin_library: Path | None = None,
+) -> None:
+    """Give a target's entry of the report its verdict.
+
+    Args:
+        backend: of `backends.BACKENDS`.
+        folder: of the export.
+        exact_at: float64 outputs at other plans than eager's, where the model is at hand.
+        plugin_library: for an engine that was built with plugins="native".
+    """
+    try:
+        with scratch_folder() as scratch:
+            run = backends.open_backend(backend, folder, scratch / "run.log", plugin_library)
+            served, others = _served(folder / f"{backend}.engine", goldens)
+            if not served:
+                raise session.CannotRun(f"built, not run: no profile takes the golden inputs {', '.join(others)}")
+            notes = [f"not run on the golden inputs {', '.join(others)}, which no profile takes"] if others else []
+            if isinstance(run, backends.EngineBackend) and any(golden.forced for golden in served):
+                try:
+                    run.build_exact(Path(scratch))
+                except TargetError as error:
+                    notes.append(f"not run with all plans at fp32, whose engine cannot be built: {error}")
+                    served = [golden for golden in served if not golden.forced]
+            entry.update(compare.compare(served, run, exact_at))
+            shows = not (entry["verdict"] == "not run" and criterion.NOTHING_SHOWS in (entry["reason"] or ""))
+            if not shows and isinstance(run, backends.OnnxRuntimeBackend):
+                entry.update(_inside(folder, run, entry["reason"]))
+        if notes and entry["reason"] is None:
+            entry["reason"] = "; ".join(notes)
+    except session.CannotRun as error:
+        entry["reason"] = str(error)
+    except TargetError as error:
+        entry.update(verdict="failed", reason=str(error))
+
+
+def compare_inside(path: Path, run: backends.OnnxRuntimeBackend, trace: Golden) -> dict[str, dict[str, Any]]:
+    """Return the verdict on each value inside a graph that a trace knows, by its name."""
+    names = [name for node in onnx_file.load(path).graph.node for name in node.output if name in trace.outputs]
+    found = run.values(trace, names)
+    return {name: compare.compare_output(trace, name, trace.outputs[name], found[name]) for name in names}
+
+
+def _inside(folder: Path, run: backends.OnnxRuntimeBackend, reason: str) -> dict[str, Any]:
+    """The verdict of the values inside the graph on the small case, where the outputs say nothing."""
+    file = as_exported(folder, "trace.npz") if (folder / MARKER).is_file() else folder / "trace.npz"
+    if not file.is_file():
+        return {}
+    count = 0
+    for trace in golden_case.load(file, "trace of eager PyTorch"):
+        for name, row in compare_inside(folder / "model.onnx", run, trace).items():
+            if row["verdict"] == "failed":
+                return {"verdict": "failed", "reason": f"{name}, inside the graph ({trace.name}): {row['reason']}"}
+            count += row["verdict"] == "passed"
+    return {"verdict": "passed", "reason": f"{reason}; {count} values inside it agree on the small case instead"}
+
+
+def target_entry(
+    name: str, folder: Path, files: Sequence[Path], verdict: str = "not run", reason: str | None = None
+) -> dict[str, Any]:
+    """A target's entry of the report, before anything has been compared."""
+    return {
+        "name": name,
+        "verdict": verdict,
+        "reason": reason,
+        "artifacts": [{"path": file.relative_to(folder).as_posix(), "bytes": file.stat().st_size} for file in files],
+        "seconds": 0.0,
+        "ops": None,
+        "outputs": [],
+        "heads": [],
+        "histogram": None,
+        "plans": None,
+        "compared": None,
+    }
+
+
+def verify_export(
+    folder: Path,
+    names: Sequence[str] | None = None,
+    on_backend: Callable[[str], None] = lambda name: None,
+    plugin_library: Path | None = None,
+) -> dict[str, Any]:
+    """The report of an export's artifacts as they run on this machine.
+
+    Args:
+        folder: that `adaattn-export` made; its golden.npz says what is right.
+        names: of `backends.BACKENDS`; None for all that have an artifact.
+        on_backend: called with the name of each backend as it begins.
+        plugin_library: for an engine that was built with plugins="native".
+
+    Returns:
+        What `report.json` holds, a target a backend; it fails where one failed or none could run.
+
+    Example:
+        >>> check(Path("model-export"), ["ort-cpu"])["verdict"]  # doctest: +SKIP
+        'passed'
+
+    Raises:
+        ConfigError: no such backend, or the folder does not have the golden results that were exported.
+    """
+    for name in names or ():
+        if name not in backends.BACKENDS:
+            raise ConfigError(f"backend {name!r} is unknown; choose of {', '.join(backends.BACKENDS)}")
+    goldens = golden_case.load(as_exported(folder, "golden.npz"))
+    report = read_checked(folder / "report.json", manifest.REPORT)
+    targets = []
+    for name in names or backends.BACKENDS:
+        files = [folder / "model.onnx" if name in session.PROVIDERS else folder / f"{name}.engine"]
+        if names is None and not files[0].exists():
+            continue
+        on_backend(name)
+        start = time.perf_counter()
+        targets.append(target_entry(name, folder, [file for file in files if file.exists()]))
+        verify_target(targets[-1], name, folder, goldens, plugin_library=plugin_library)
+        targets[-1]["seconds"] = time.perf_counter() - start
+    if not targets:
+        raise ConfigError(f"{folder} has neither a model.onnx nor an engine")
+    withhold(targets, report.get("unproven", []))
+    verdicts = {each["verdict"] for each in targets}
+    found: dict[str, Any] = plain(
+        report
+        | {
+            "targets": targets,
+            "verdict": "passed" if "passed" in verdicts and "failed" not in verdicts else "failed",
+            "warnings": changed_files(folder),
+            "versions": versions(),
+            "seconds": {},
+        }
+    )
+    return found
+
+
+def withhold(targets: Sequence[dict[str, Any]], unproven: Sequence[str]) -> None:
+    """Take back each "passed" where an export has lines about what its inputs do not prove."""
+    for entry in targets:
+        if unproven and entry["verdict"] == "passed":
+            entry.update(verdict="not run", reason=unproven[0])
+
+
+def _served(path: Path, goldens: Sequence[Golden]) -> tuple[list[Golden], list[str]]:
+    """The cases that a backend takes, and the names of the others; only engines are choosy.
+
+    Each forced plan takes another engine: only that of fp32, where the rule is sharp, is worth it.
+    """
+    if not description.sidecar(path).exists():
+        return list(goldens), []
+    profiles = read_description(path)["profiles"]
+    served, others = [], []
+    for each in goldens:
+        if not each.whole and each.forced != criterion.EXACT:
+            continue
+        try:
+            profile_of(profiles, each.shapes)
+        except ConfigError:
+            others.append(each.name)
+        else:
+            served.append(each)
+    return served, others
