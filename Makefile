@@ -67,7 +67,7 @@ gpu:
 	cd build/gpu && PYTHONPATH=. $(PYTHON) -m pytest -p no:cacheprovider --numprocesses auto --backend triton,ort-cuda $(GPU_TESTS)
 	cd build/gpu && PYTHONPATH=. $(PYTHON) -m benchmarks.attention
 
-GPU_TESTS := tests/test_triton.py tests/plugins tests/parity tests/test_engine.py
+GPU_TESTS := tests/ops/test_triton.py tests/plugins tests/parity tests/export/engines/test_build.py
 GPU_PYTHON ?= 3.12
 
 gpu-wheels:

@@ -35,7 +35,8 @@ def assert_parity(
         model: a module, or a folder that `adaattn-export` made.
         inputs, dims: as of `adaattn.export.export`.
         options: of the export; by default it makes the ONNX file alone.
-        backends: those that must pass, of `adaattn.export.verification.backends.BACKENDS`; None for all that can run, one at least.
+        backends: those that must pass, of `adaattn.export.verification.backends.BACKENDS`; None for all that can run,
+            one at least.
         folder: where to export to; by default a folder that is deleted.
 
     Returns:

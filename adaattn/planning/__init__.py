@@ -1,1 +1,1 @@
-"""TODO adaattn/planning."""
+"""Plan precision and rank within an error budget: precisions, budget, error model, ladder, rank rules."""

@@ -1,1 +1,1 @@
-"""TODO adaattn/system."""
+"""Use the operating system safely: files that appear whole, signals, child processes."""

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adaattn.errors import ConfigError
-from adaattn.export.artifacts import manifest
 from adaattn.export.artifacts.files import read_checked, sha256
 
 NUMBER = (int, float, None)  # None for NaN and Inf, which JSON lacks
@@ -102,7 +101,7 @@ def as_exported(folder: Path, name: str) -> Path:
     Raises:
         ConfigError: it is not the file that was exported.
     """
-    files, path = manifest.manifest_files(folder), folder / name
+    files, path = manifest_files(folder), folder / name
     if path.is_file() and sha256(path) != files.get(name, {}).get("sha256"):
         raise ConfigError(f"{path} is not the file that was exported; export the model again, or restore the file")
     return path
@@ -111,7 +110,7 @@ def as_exported(folder: Path, name: str) -> Path:
 def changed_files(folder: Path) -> list[str]:
     """A line for each file that is not the one which was exported."""
     lines = []
-    for name, about in manifest.manifest_files(folder).items():
+    for name, about in manifest_files(folder).items():
         if not (folder / name).is_file():
             lines.append(f"{name} is missing")
         elif sha256(folder / name) != about["sha256"]:

@@ -1,1 +1,1 @@
-"""TODO export/capture."""
+"""Capture a model with torch.export, with names and sizes for its dimensions."""

@@ -1,1 +1,1 @@
-"""TODO export/engines."""
+"""Build, describe and load engines of TensorRT and TensorRT-RTX. Only the child process imports them."""

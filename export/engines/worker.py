@@ -1,4 +1,4 @@
-"""The child process that builds and runs engines: `python -m adaattn.export.engines.worker JOB.json`, which `engine` writes."""
+"""The child process that builds and runs engines: `python -m adaattn.export.engines.worker JOB.json`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""TODO export/onnx."""
+"""Lower a captured program to an ONNX model, and save it."""

@@ -1,1 +1,1 @@
-"""TODO export/parity."""
+"""The parity rule: when an artifact agrees with eager PyTorch. Nothing here needs torch."""

@@ -1,1 +1,1 @@
-"""TODO export/report."""
+"""Report what an export made and measured: report.json, terminal, HTML, JUnit."""

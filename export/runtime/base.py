@@ -1,11 +1,4 @@
-"""Run what an export made, in ONNX Runtime, TensorRT or TensorRT-RTX, with one interface.
-
-    with open_runtime("model-export") as model:
-        outputs = model(query=q, key=k, value=v)
-
-Arrays of numpy give arrays; tensors of torch give tensors on their device, and on CUDA nothing is copied. It imports
-neither models nor the exporter, and torch only where tensors or engines ask for it.
-"""
+"""The interface that all runtimes share."""
 
 from __future__ import annotations
 

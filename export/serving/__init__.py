@@ -1,1 +1,1 @@
-"""TODO export/serving."""
+"""Package artifacts for ONNX Runtime's TensorRT provider and for Triton Inference Server."""

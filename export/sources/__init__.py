@@ -1,1 +1,1 @@
-"""TODO export/sources."""
+"""Load models from files, factories and Hugging Face folders, and sample data for calibration."""

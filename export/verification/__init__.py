@@ -1,1 +1,1 @@
-"""TODO export/verification."""
+"""Run the artifacts of an export and compare them with its golden cases. Nothing here needs torch."""

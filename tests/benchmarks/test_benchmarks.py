@@ -15,8 +15,7 @@ from benchmarks import attention, error_model, export, optimum
 from benchmarks.attention import Result
 from benchmarks.contenders import CONTENDERS, DENSE, INT8_FP8, STATISTICS, settings
 from benchmarks.roofline import GPUS, roofline
-
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
 
 
 def test_attention_runs_in_a_tiny_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 # A process of its own: this one may interpret kernels, and what is interpreted does not compile.
 COMPILE = """
 import ast, json, sys

@@ -42,9 +42,9 @@ from adaattn.system import atomic_file, children
 from tests.support import models
 from tests.support.cli import alive, refused, run, start
 from tests.support.engine_files import described
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
-LINEAR = ("foreign:linear", "--input", "input=B,16", "--target", "onnx", "-q")
+LINEAR = ("tests.support.models:linear", "--input", "input=B,16", "--target", "onnx", "-q")
 QUICK = (*LINEAR, "--no-verify")
 
 
@@ -104,7 +104,10 @@ TRAPS = ("numpy", "torch", "click", "json", "pickle", "onnx", "onnxruntime", "ad
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
-        ("adaattn-export", ("foreign:linear", "--input", "input=B,16", "--target", "tensorrt-rtx", "--no-verify")),
+        (
+            "adaattn-export",
+            ("tests.support.models:linear", "--input", "input=B,16", "--target", "tensorrt-rtx", "--no-verify"),
+        ),
         pytest.param("adaattn-parity", ("out",), marks=pytest.mark.thorough),
         pytest.param("adaattn-run", ("out", "--input", "input=2,16"), marks=pytest.mark.thorough),
         pytest.param("adaattn-plugins", ("build", "--arch", "80", "--output", "x.so"), marks=pytest.mark.thorough),
@@ -150,7 +153,7 @@ def test_pythonpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert children.run([*children.python(), "-c", "import mine"]) == (0, "from PYTHONPATH\n")
     monkeypatch.delenv("PYTHONPATH")
     assert children.run([*children.python(), "-c", "import mine"])[0] == 1
-    isolated = [sys.executable, "-I", "-c", "from adaattn import children; print(*children.python())"]
+    isolated = [sys.executable, "-I", "-c", "from adaattn.system import children; print(*children.python())"]
     said = subprocess.run(isolated, capture_output=True, text=True, check=True).stdout
     assert said.split()[1:] == ["-P", "-E", "-s"]  # what holds for the command holds for its processes
     assert not_sprung()
@@ -186,7 +189,7 @@ def test_network(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_signals(tmp_path: Path) -> None:
-    """`tests/test_signals.py` has all moments; here a scratch folder of a process that was killed."""
+    """`tests/export/cli/test_signals.py` has all moments; here a scratch folder of a process that was killed."""
     code = "import os; from adaattn.system.atomic_file import scratch_folder as s\nwith s(): os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
     assert (done.returncode, len(os.listdir(tmp_path))) == (-9, 1)
@@ -360,7 +363,7 @@ def test_force_inputs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_atomic(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`tests/test_signals.py` kills exports at random moments; here DIR is looked at all the way through one."""
+    """`cli/test_signals.py` kills exports at random moments; here DIR is looked at all the way through one."""
     before = (copied / "manifest.json").stat().st_ino
     seen = []
     for name in ("exchange", "remove", "sync"):
@@ -441,7 +444,7 @@ def test_arrays(copied: Path) -> None:
 
 
 def test_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`tests/test_engine_file.py` tries all types in all places."""
+    """`tests/export/engines/test_load.py` tries all types in all places."""
     Path("planted.py").write_text(SPRING)
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "tensorrt.engine"
@@ -569,7 +572,7 @@ def test_load() -> None:
     adaattn.save(models.tiny(), "model.pt")
     payload = torch.load("model.pt", weights_only=True)
     Path("planted.py").write_text(SPRING)
-    for name in ("os:system", "planted:Model", "foreign:Add", "adaattn.errors:ConfigError"):
+    for name in ("os:system", "planted:Model", "tests.support.models:Add", "adaattn.errors:ConfigError"):
         torch.save(payload | {"class": name}, "bad.pt")
         with pytest.raises(CheckpointError, match="no class of this package"):
             adaattn.load("bad.pt")

@@ -18,11 +18,10 @@ from adaattn.planning.error_model import Moments, plan_of
 from adaattn.planning.ladder import ladder_table, rank_classes
 from adaattn.planning.precision import FP32, INT8, PRECISIONS
 from tests.support import oracle
+from tests.support.triton_interpreter import DEVICE, GPU
 
 # Numbers that leave their range become inf, as on a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 ON_A_GPU = pytest.mark.skipif(not GPU, reason="torch sees no GPU on this machine")
 PAIRS = len(PRECISIONS) * 4
 """Heads of a case: one for each precision and class of rank."""

@@ -10,11 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import player
 import pytest
 import torch
-from player import DataType
-from test_triton import DEVICE, GPU
 from torch import Tensor
 
 import adaattn.plugins.tensorrt as plugins
@@ -27,7 +24,10 @@ from adaattn.planning.ladder import ladder_table
 from adaattn.planning.precision import FP32
 from adaattn.plugins import ptx
 from adaattn.plugins.variants import VARIANTS, Launch
+from tests.plugins import player
+from tests.plugins.player import DataType
 from tests.support import oracle
+from tests.support.triton_interpreter import DEVICE, GPU
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:RuntimeWarning"),  # numbers that leave their range, in the interpreter

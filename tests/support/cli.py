@@ -15,8 +15,7 @@ from click.testing import CliRunner, Result
 
 from adaattn.export.cli import export as export_command
 from adaattn.system.interrupts import SIGNALS
-
-TESTS = Path(__file__).parent
+from tests.support.paths import ROOT
 
 
 def run(*arguments: object) -> Result:
@@ -56,7 +55,7 @@ def start(
     """
     words = [str(Path(sysconfig.get_path("scripts"), command)), *(str(argument) for argument in arguments)]
     token = secrets.token_hex(8)
-    modules = os.pathsep.join(str(place) for place in (path, TESTS) if place)
+    modules = os.pathsep.join(str(place) for place in (path, ROOT) if place)
     process = subprocess.Popen(
         [sys.executable, *words],
         cwd=folder,

@@ -1,4 +1,4 @@
-"""Models that know nothing of this project, and some that misbehave, where `adaattn-export foreign:NAME` finds them."""
+"""Models that do not use this project, and factories that misbehave, for `adaattn-export tests.support.models:NAME`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before its module is imported
 
 
@@ -84,5 +86,5 @@ def install() -> None:
     interpreter._patch_lang = patch_once
 
 
-if not torch.cuda.is_available():
+if not GPU:
     install()

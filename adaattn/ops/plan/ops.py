@@ -1,4 +1,4 @@
-"""Registration of `adaattn::plan`: `adaattn.ops.plan.impl.reference.choose` as one node of a program, and one kernel of a GPU."""
+"""Register `adaattn::plan`: one node of a program, and one kernel on a GPU."""
 
 from __future__ import annotations
 

@@ -304,8 +304,8 @@ def test_an_old_folder_that_cannot_be_deleted_is_a_warning_and_is_swept_later(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from adaattn import atomic_file
-from adaattn.export import folder
+from adaattn.system import atomic_file
+from adaattn.export.artifacts import folder
 
 def no_renameat2(*arguments):
     raise OSError(22, "no such flag here")

@@ -166,7 +166,7 @@ def test_paths_that_are_no_files(
 ) -> None:
     path = tmp_path_factory.mktemp("odd") / f"a\n\x1b[31m.{ending}"
     make(path)
-    source = ["foreign:linear", "--weights", path] if ending == "safetensors" else [path, "--allow-pickle"]
+    source = ["tests.support.models:linear", "--weights", path] if ending == "safetensors" else [path, "--allow-pickle"]
     refused(run(*source, *QUICK), f"a \\x1b[31m.{ending}", *words)
 
 
@@ -179,10 +179,13 @@ def test_permission_to_unpickle_makes_no_model_of_noise(name: str, shelf: Path) 
     ("weights", "words"),
     [
         ("none.safetensors", ["does not exist", "state dict"]),
-        ("no_bias.safetensors", ["does not fit foreign:linear", 'Missing key(s) in state_dict: "bias"']),
+        ("no_bias.safetensors", ["does not fit tests.support.models:linear", 'Missing key(s) in state_dict: "bias"']),
         ("more.safetensors", ['Unexpected key(s) in state_dict: "more"']),
         ("prefix.safetensors", ['Missing key(s) in state_dict: "weight", "bias"', '"module.bias", "module.weight"']),
-        ("narrow.safetensors", ["does not fit foreign:linear", "size mismatch for weight", "[8, 15]", "[8, 16]"]),
+        (
+            "narrow.safetensors",
+            ["does not fit tests.support.models:linear", "size mismatch for weight", "[8, 15]", "[8, 16]"],
+        ),
         ("noise.safetensors", ["damaged or of another kind", "state dict"]),
         ("noise.pt", ["damaged or of another kind", "state dict"]),
         ("empty.pt", ["damaged or of another kind", "state dict"]),
@@ -190,86 +193,132 @@ def test_permission_to_unpickle_makes_no_model_of_noise(name: str, shelf: Path) 
         ("module.pt", ["holds objects that only code can make, not weights alone", "state dict"]),
         ("list.pt", ["holds a list, not weights by name", "state dict"]),
         ("numbered.pt", ["keys are no names"]),
-        ("texts.pt", ["does not fit foreign:linear", "<class 'str'>"]),
+        ("texts.pt", ["does not fit tests.support.models:linear", "<class 'str'>"]),
         ("training.pt", ['Unexpected key(s) in state_dict: "state_dict", "epoch"']),
     ],
 )
 def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], shelf: Path) -> None:
-    refused(run("foreign:linear", "--weights", shelf / weights, "--input", "input=B,16", *QUICK), weights, *words)
+    refused(
+        run("tests.support.models:linear", "--weights", shelf / weights, "--input", "input=B,16", *QUICK),
+        weights,
+        *words,
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("no_such_module:f", ["no module named 'no_such_module'", "install it"]),
-        ("foreign.part:f", ["no module named 'foreign.part'"]),
-        ("foreign:no_such_name", ["module 'foreign' has no attribute 'no_such_name'"]),
-        ("foreign:", ["no file that exists", "package.module:factory"]),
+        ("tests.support.models.part:f", ["no module named 'tests.support.models.part'"]),
+        ("tests.support.models:no_such_name", ["module 'tests.support.models' has no attribute 'no_such_name'"]),
+        ("tests.support.models:", ["no file that exists", "package.module:factory"]),
         (":tiny", ["no file that exists", "package.module:factory"]),
-        ("..foreign:tiny", ["package.module:factory"]),
+        ("..models:tiny", ["package.module:factory"]),
         ("models/foreign.py:tiny", ["no file that exists", "package.module:factory"]),
-        ("foreign:fails", ["foreign:fails raised RuntimeError: the shop is closed"]),
-        ("foreign:leaves", ["foreign:leaves raised SystemExit: 3"]),
-        ("foreign:lacks_a_package", ["it imports what is missing: no module named 'no_such_package'"]),
-        ("foreign:lacks_something", ["foreign:lacks_something raised ModuleNotFoundError: install the shop first"]),
-        ("foreign:errs", ["foreign:errs raised AttributeError: 'int' object has no attribute 'shape'"]),
-        ("foreign:number", ["returned a int", "must return an nn.Module"]),
-        ("foreign:wants_an_argument", ["TypeError", "missing 1 required positional argument: 'width'"]),
-        ("foreign:an_instance", ["is a Linear; name a function that returns it"]),
-        ("foreign:Add", ["inputs of Add are not described", "forward takes (x, y)", '--input "x=B,S,512:float32"']),
-        ("foreign:Add --input z=B,S,16", ["no input 'z'", "Add.forward takes (x, y)"]),
-        ("foreign:Add --input x=B,S,16", ["input 'y' is not described", "Add.forward takes (x, y)"]),
-        ("foreign:Options --input x=B,16 --input y=B,16", ["no input 'y'", "takes (x, **options)"]),
-        ("foreign:Flat --input x=B,4,15", ["x (B=3, 4, 15:float32)", "(3x60 and 64x8)", "correct the inputs"]),
-        ("foreign:Flat --input x=B,S,16 --dim S=4:4:8", ["fixes dimension S to 4; write 4 in its place in --input"]),
-        ("foreign:Flat --input x=B,S,16", ["fixes dimension S to 4; write 4 in its place in --input"]),
-        ("foreign:Flat --input x=B,S,8", ["fixes dimension S to 8; write 8 in its place in --input"]),
-        ("foreign:Flat --input x=B,S,7", ["(3x28 and 64x8)", "x (B=3, S=4, 7:float32)", "fixes is a number"]),
+        ("tests.support.models:fails", ["tests.support.models:fails raised RuntimeError: the shop is closed"]),
+        ("tests.support.models:leaves", ["tests.support.models:leaves raised SystemExit: 3"]),
+        ("tests.support.models:lacks_a_package", ["it imports what is missing: no module named 'no_such_package'"]),
         (
-            "foreign:Rows --input x=B,S,7 --dim S=3:5:7",
+            "tests.support.models:lacks_something",
+            ["tests.support.models:lacks_something raised ModuleNotFoundError: install the shop first"],
+        ),
+        (
+            "tests.support.models:errs",
+            ["tests.support.models:errs raised AttributeError: 'int' object has no attribute 'shape'"],
+        ),
+        ("tests.support.models:number", ["returned a int", "must return an nn.Module"]),
+        ("tests.support.models:wants_an_argument", ["TypeError", "missing 1 required positional argument: 'width'"]),
+        ("tests.support.models:an_instance", ["is a Linear; name a function that returns it"]),
+        (
+            "tests.support.models:Add",
+            ["inputs of Add are not described", "forward takes (x, y)", '--input "x=B,S,512:float32"'],
+        ),
+        ("tests.support.models:Add --input z=B,S,16", ["no input 'z'", "Add.forward takes (x, y)"]),
+        ("tests.support.models:Add --input x=B,S,16", ["input 'y' is not described", "Add.forward takes (x, y)"]),
+        ("tests.support.models:Options --input x=B,16 --input y=B,16", ["no input 'y'", "takes (x, **options)"]),
+        (
+            "tests.support.models:Flat --input x=B,4,15",
+            ["x (B=3, 4, 15:float32)", "(3x60 and 64x8)", "correct the inputs"],
+        ),
+        (
+            "tests.support.models:Flat --input x=B,S,16 --dim S=4:4:8",
+            ["fixes dimension S to 4; write 4 in its place in --input"],
+        ),
+        ("tests.support.models:Flat --input x=B,S,16", ["fixes dimension S to 4; write 4 in its place in --input"]),
+        ("tests.support.models:Flat --input x=B,S,8", ["fixes dimension S to 8; write 8 in its place in --input"]),
+        (
+            "tests.support.models:Flat --input x=B,S,7",
+            ["(3x28 and 64x8)", "x (B=3, S=4, 7:float32)", "fixes is a number"],
+        ),
+        (
+            "tests.support.models:Rows --input x=B,S,7 --dim S=3:5:7",
             ["'[-1, 64]' is invalid for input of size", "fixes is a number"],
         ),
-        ("foreign:Pairs --input x=B,S,8 --dim S=1:4:9", ["takes S from 2 to 9, not 1:4:9", "--dim S=2:4:9"]),
         (
-            "foreign:Tagger --input ids=B,S:int64<100 --dim S=1:128:512",
+            "tests.support.models:Pairs --input x=B,S,8 --dim S=1:4:9",
+            ["takes S from 2 to 9, not 1:4:9", "--dim S=2:4:9"],
+        ),
+        (
+            "tests.support.models:Tagger --input ids=B,S:int64<100 --dim S=1:128:512",
             ["takes S from 1 to 16, not 1:128:512", "--dim S=1:16:16"],
         ),
-        ("foreign:Add --input x=B,S,8 --input y=B,T,8", ["y (B=3, T=5, 8:float32)", "that must agree share a name"]),
         (
-            "foreign:Next --input x=B,S,8 --input y=B,T,8 --dim S=4:4:9 --dim T=5:5:12",
+            "tests.support.models:Add --input x=B,S,8 --input y=B,T,8",
+            ["y (B=3, T=5, 8:float32)", "that must agree share a name"],
+        ),
+        (
+            "tests.support.models:Next --input x=B,S,8 --input y=B,T,8 --dim S=4:4:9 --dim T=5:5:12",
             ["takes T from 5 to 10 where S is 4:4:9", "--dim T=5:5:10"],
         ),
-        ("foreign:Lookup --input x=B,S", ["the model does not run", "KeyError: 'b'"]),
-        ("foreign:scripted --input input=B,16", ["is a TorchScript module", "give the module that it was made from"]),
-        ("foreign:traced --input input=B,16", ["is a TorchScript module", "give the module that it was made from"]),
+        ("tests.support.models:Lookup --input x=B,S", ["the model does not run", "KeyError: 'b'"]),
         (
-            "foreign:on_meta --input input=B,16",
+            "tests.support.models:scripted --input input=B,16",
+            ["is a TorchScript module", "give the module that it was made from"],
+        ),
+        (
+            "tests.support.models:traced --input input=B,16",
+            ["is a TorchScript module", "give the module that it was made from"],
+        ),
+        (
+            "tests.support.models:on_meta --input input=B,16",
             ["is a tensor without numbers, of the meta device", "load its weights first"],
         ),
         (
-            "foreign:lazy --input input=B,16",
+            "tests.support.models:lazy --input input=B,16",
             ["is a parameter without a shape, of a lazy module", "run the module once"],
         ),
-        ("foreign:Dropping --input x=B,S,16", ["dropout_p=0.5 in evaluation mode", "unless self.training is true"]),
-        ("foreign:Halves --input x=B,S,16", ["at one size of dimension S alone", "write the size that you need"]),
-        ("foreign:Branch --input x=B,S", ["cannot capture", "data-dependent", "foreign.py:"]),
-        ("foreign:Nothing --input x=B,S", ["the model returns no tensor"]),
-        ("foreign:tiny --input x=B,S", ["x (B=3, S=4:float32)", "correct the inputs"]),
         (
-            "foreign:tiny --input x=B,S,16:int64",
+            "tests.support.models:Dropping --input x=B,S,16",
+            ["dropout_p=0.5 in evaluation mode", "unless self.training is true"],
+        ),
+        (
+            "tests.support.models:Halves --input x=B,S,16",
+            ["at one size of dimension S alone", "write the size that you need"],
+        ),
+        ("tests.support.models:Branch --input x=B,S", ["cannot capture", "data-dependent", "foreign.py:"]),
+        ("tests.support.models:Nothing --input x=B,S", ["the model returns no tensor"]),
+        ("tests.support.models:tiny --input x=B,S", ["x (B=3, S=4:float32)", "correct the inputs"]),
+        (
+            "tests.support.models:tiny --input x=B,S,16:int64",
             ["x (B=3, S=4, 16:int64)", "expected a floating-point tensor", "correct the inputs"],
         ),
-        ("foreign:tiny --input x=B,S,16:float16", ["x is torch.float16 and the module torch.float32"]),
-        ("foreign:tiny --input x=B,S,16 --input attention_mask=B,T", ["mask has shape (3, 5); expected (batch, keys)"]),
-        ("foreign:tiny --input x=B,S,0", ["a size is 0", "x=B,S,0"]),
-        ("foreign:tiny --input x=B,S,16:float99", ["'float99' is unknown", "float32"]),
-        ("foreign:tiny --dim S=5:3:9", ["S=5:3:9", "in order"]),
-        ("foreign:tiny --dim S=1:2", ["S=1:2", "write NAME=min:opt:max"]),
-        ("foreign:tiny --dim Z=1:2:3", ["no input has a dimension 'Z'", "are B, S"]),
-        ("foreign:tiny --tolerance 0", ["tolerance is 0.0", "above 0"]),
-        ("foreign:tiny --tolerance -0.1", ["tolerance is -0.1", "above 0"]),
-        ("foreign:tiny --tolerance nan", ["tolerance is nan", "above 0"]),
-        ("foreign:Add --input x=B,16 --input y=B,16 --tolerance 0.1", ["--tolerance has nothing to act on"]),
+        ("tests.support.models:tiny --input x=B,S,16:float16", ["x is torch.float16 and the module torch.float32"]),
+        (
+            "tests.support.models:tiny --input x=B,S,16 --input attention_mask=B,T",
+            ["mask has shape (3, 5); expected (batch, keys)"],
+        ),
+        ("tests.support.models:tiny --input x=B,S,0", ["a size is 0", "x=B,S,0"]),
+        ("tests.support.models:tiny --input x=B,S,16:float99", ["'float99' is unknown", "float32"]),
+        ("tests.support.models:tiny --dim S=5:3:9", ["S=5:3:9", "in order"]),
+        ("tests.support.models:tiny --dim S=1:2", ["S=1:2", "write NAME=min:opt:max"]),
+        ("tests.support.models:tiny --dim Z=1:2:3", ["no input has a dimension 'Z'", "are B, S"]),
+        ("tests.support.models:tiny --tolerance 0", ["tolerance is 0.0", "above 0"]),
+        ("tests.support.models:tiny --tolerance -0.1", ["tolerance is -0.1", "above 0"]),
+        ("tests.support.models:tiny --tolerance nan", ["tolerance is nan", "above 0"]),
+        (
+            "tests.support.models:Add --input x=B,16 --input y=B,16 --tolerance 0.1",
+            ["--tolerance has nothing to act on"],
+        ),
         ("SHELF/good.pt --weights SHELF/weights.pt", ["--weights goes with package.module:factory"]),
         ("SHELF/good.pt2 --allow-pickle", ["no upper bound", "input=s", "--dim s"]),
         ("SHELF/good.pt2 --allow-pickle --dim width=1:2:3", ["no input has a dimension 'width'", "input=s"]),
@@ -284,13 +333,13 @@ def test_arguments_that_do_not_go_together(arguments: str, words: list[str], she
 
 # What of a command to replace by what, as its error says.
 ADVICE = {
-    "foreign:Flat --input x=B,S,16": ("x=B,S,16", "x=B,4,16"),
-    "foreign:Halves --input x=B,S,16": ("x=B,S,16", "x=B,6,16"),
-    "foreign:Pairs --input x=B,S,8 --dim S=1:4:9": ("S=1:4:9", "S=2:4:9"),
-    "foreign:Tagger --input ids=B,S:int64<100 --dim S=1:128:512": ("S=1:128:512", "S=1:16:16"),
-    "foreign:Next --input x=B,S,8 --input y=B,T,8 --dim S=4:4:9 --dim T=5:5:12": ("T=5:5:12", "T=5:5:10"),
-    "foreign:Add --input x=B,S,8 --input y=B,T,8": ("y=B,T,8", "y=B,S,8"),
-    "foreign:tiny --input x=B,S,16:int64": ("S,16:int64", "S,16:float32"),
+    "tests.support.models:Flat --input x=B,S,16": ("x=B,S,16", "x=B,4,16"),
+    "tests.support.models:Halves --input x=B,S,16": ("x=B,S,16", "x=B,6,16"),
+    "tests.support.models:Pairs --input x=B,S,8 --dim S=1:4:9": ("S=1:4:9", "S=2:4:9"),
+    "tests.support.models:Tagger --input ids=B,S:int64<100 --dim S=1:128:512": ("S=1:128:512", "S=1:16:16"),
+    "tests.support.models:Next --input x=B,S,8 --input y=B,T,8 --dim S=4:4:9 --dim T=5:5:12": ("T=5:5:12", "T=5:5:10"),
+    "tests.support.models:Add --input x=B,S,8 --input y=B,T,8": ("y=B,T,8", "y=B,S,8"),
+    "tests.support.models:tiny --input x=B,S,16:int64": ("S,16:int64", "S,16:float32"),
 }
 
 
@@ -339,20 +388,23 @@ def test_inputs_are_blamed_only_where_shapes_or_types_are_the_trouble(error: Exc
     ("arguments", "words"),
     [
         ("", "Missing argument 'MODEL'"),
-        ("foreign:tiny more", "unexpected extra argument (more)"),
-        ("foreign:tiny --targets onnx", "No such option '--targets'. Did you mean"),
-        ("foreign:tiny --target tensorflow", "'tensorflow' is not one of 'onnx', 'tensorrt-rtx', 'tensorrt'"),
-        ("foreign:tiny --opset 17", "17 is not in the range 18<=x<=24"),
-        ("foreign:tiny --opset 25", "25 is not in the range 18<=x<=24"),
-        ("foreign:tiny --dtype int8", "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
-        ("foreign:tiny --external-data-threshold -1", "-1 is not in the range x>=0"),
-        ("foreign:tiny --compute-capability ,", "write one or more, such as 8.9,12.0"),
-        ("foreign:tiny --tolerance little", "'little' is not a valid float"),
-        ("foreign:tiny --input B,S,16", "'B,S,16' has no name; write NAME=..."),
-        ("foreign:tiny --input =B,S,16", "'=B,S,16' has no name"),
-        ("foreign:tiny --input x=B,S,16 --input x=B,S,16", "x is given twice"),
-        ("foreign:tiny --dim 1:2:3", "'1:2:3' has no name"),
-        ("foreign:tiny --dim S=1:2:3 --dim S=1:2:3", "S is given twice"),
+        ("tests.support.models:tiny more", "unexpected extra argument (more)"),
+        ("tests.support.models:tiny --targets onnx", "No such option '--targets'. Did you mean"),
+        (
+            "tests.support.models:tiny --target tensorflow",
+            "'tensorflow' is not one of 'onnx', 'tensorrt-rtx', 'tensorrt'",
+        ),
+        ("tests.support.models:tiny --opset 17", "17 is not in the range 18<=x<=24"),
+        ("tests.support.models:tiny --opset 25", "25 is not in the range 18<=x<=24"),
+        ("tests.support.models:tiny --dtype int8", "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
+        ("tests.support.models:tiny --external-data-threshold -1", "-1 is not in the range x>=0"),
+        ("tests.support.models:tiny --compute-capability ,", "write one or more, such as 8.9,12.0"),
+        ("tests.support.models:tiny --tolerance little", "'little' is not a valid float"),
+        ("tests.support.models:tiny --input B,S,16", "'B,S,16' has no name; write NAME=..."),
+        ("tests.support.models:tiny --input =B,S,16", "'=B,S,16' has no name"),
+        ("tests.support.models:tiny --input x=B,S,16 --input x=B,S,16", "x is given twice"),
+        ("tests.support.models:tiny --dim 1:2:3", "'1:2:3' has no name"),
+        ("tests.support.models:tiny --dim S=1:2:3 --dim S=1:2:3", "S is given twice"),
     ],
 )
 def test_options_that_there_are_not(arguments: str, words: str) -> None:
@@ -375,7 +427,7 @@ def test_a_pickle_with_permission_is_exported(name: str, shelf: Path, tmp_path_f
 
 def test_weights_that_are_no_numbers_are_reported(tmp_path_factory: pytest.TempPathFactory) -> None:
     out = tmp_path_factory.mktemp("out")
-    result = run("foreign:Broken", "--input", "x=B,16", "--target", "onnx", "-o", out)
+    result = run("tests.support.models:Broken", "--input", "x=B,16", "--target", "onnx", "-o", out)
     assert result.exit_code == 0, result.stderr
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     assert report["warnings"] == [

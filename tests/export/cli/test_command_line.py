@@ -250,7 +250,15 @@ def test_names_are_text_in_the_configuration_of_a_server(tmp_path: Path) -> None
 def test_an_output_folder_may_have_any_name(tmp_path: Path) -> None:
     name = "[/x]\x1b[31m"
     done = call(
-        "adaattn-export", "foreign:linear", "--input", "input=B,16", "--target", "onnx", "--no-verify", "-o", name
+        "adaattn-export",
+        "tests.support.models:linear",
+        "--input",
+        "input=B,16",
+        "--target",
+        "onnx",
+        "--no-verify",
+        "-o",
+        name,
     )
     assert done.exit_code == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "not run  [/x]\\x1b[31m/report.html"
@@ -261,7 +269,7 @@ def test_quiet_says_why_a_target_failed(monkeypatch: pytest.MonkeyPatch) -> None
     from adaattn.export.engines import options as engine_options
 
     monkeypatch.setattr(engine_options, "installed", lambda target: False)
-    arguments = ("foreign:linear", "--input", "input=B,16", "--target", "tensorrt", "--no-verify", "-q")
+    arguments = ("tests.support.models:linear", "--input", "input=B,16", "--target", "tensorrt", "--no-verify", "-q")
     done = call("adaattn-export", *arguments)
     assert (done.exit_code, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()

@@ -22,7 +22,7 @@ from adaattn.export.engines import options as engine_options
 from tests.support import models
 from tests.support.cli import alive, refused, run, start
 
-LINEAR = ("foreign:linear", "--input", "input=B,16")
+LINEAR = ("tests.support.models:linear", "--input", "input=B,16")
 QUICK = ("-q", "--target", "onnx", "--no-verify")
 INTERRUPTED = "adaattn-export: interrupted; nothing was written"
 
@@ -91,7 +91,7 @@ def ended(process: subprocess.Popen[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param("Interrupted", marks=pytest.mark.thorough), "Terminated"])
 def test_a_signal_while_the_model_is_captured(name: str, tmp_path: Path) -> None:
-    ended(start(f"foreign:{name}", "--input", "x=B,S", "--target", "onnx", folder=tmp_path), tmp_path)
+    ended(start(f"tests.support.models:{name}", "--input", "x=B,S", "--target", "onnx", folder=tmp_path), tmp_path)
 
 
 def test_ctrl_c_while_parts_of_torch_are_still_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_a_signal_while_an_engine_is_built(send: str, tmp_path: Path) -> None:
 
 
 def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
-    result = run("foreign:talkative", "--input", "input=B,16", "--target", "onnx", "--json", "-o", "out")
+    result = run("tests.support.models:talkative", "--input", "input=B,16", "--target", "onnx", "--json", "-o", "out")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout) == json.loads((tmp_path / "out" / "report.json").read_text())
     assert result.stderr == "a factory may print\n"
@@ -236,7 +236,7 @@ def test_an_export_replaces_an_earlier_one_only_by_force_and_only_when_done(tmp_
     assert run(*LINEAR, *QUICK, "-o", "out").exit_code == 0
     before = (tmp_path / "out" / "manifest.json").read_text()
     refused(run(*LINEAR, *QUICK, "-o", "out"), "out exists", "--force")
-    refused(run("foreign:Nothing", "--input", "x=B", *QUICK, "-o", "out", "--force"), "returns no tensor")
+    refused(run("tests.support.models:Nothing", "--input", "x=B", *QUICK, "-o", "out", "--force"), "returns no tensor")
     assert (tmp_path / "out" / "manifest.json").read_text() == before
     (tmp_path / "out" / "mine").touch()
     refused(run(*LINEAR, *QUICK, "-o", "out", "--force"), "out holds mine, which no export wrote there")

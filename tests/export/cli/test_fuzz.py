@@ -35,6 +35,7 @@ from adaattn.export.cli import parity as parity_command
 from adaattn.export.cli import run as run_command
 from adaattn.plugins.native import cli as plugins
 from tests.support import models
+from tests.support.paths import ROOT
 
 SEED = 15
 COUNTS = {"arguments": 46, "folder": 44, "array": 22, "model": 24, "payload": 14, "program": 10}
@@ -59,11 +60,11 @@ class Worker:
                 "XDG_CACHE_HOME": str(where.parent / "cache"),
             }
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("fuzz_worker.py"))],
+                [sys.executable, "-m", "tests.support.fuzz_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=environment | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+                env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
             )
         process = self._process
         assert process.stdin is not None

@@ -18,17 +18,16 @@ from click.testing import CliRunner
 
 from adaattn.errors import ConfigError
 from adaattn.export import pipeline
-from adaattn.export.artifacts import folder
+from adaattn.export.artifacts import folder, manifest
 from adaattn.export.cli import parity as parity_command
 from adaattn.export.cli import run as run_command
-from adaattn.export.report import summary
 from adaattn.export.runtime import session
 from adaattn.plugins.native import build as builder
 from adaattn.system import atomic_file, children
 from adaattn.system.interrupts import SIGNALS, held, raise_on_signals
 from tests.support.cli import alive, run, start
 
-LINEAR = ("foreign:linear", "--input", "input=B,16", "--target", "onnx")
+LINEAR = ("tests.support.models:linear", "--input", "input=B,16", "--target", "onnx")
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +56,9 @@ def wait_until(condition: Callable[[], object]) -> None:
 SWAPS = """
 import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
-from adaattn import atomic_file
+from adaattn.system import atomic_file
 from adaattn.errors import ConfigError
-from adaattn.export import folder
+from adaattn.export.artifacts import folder
 from adaattn.system.interrupts import SIGNALS, raise_on_signals
 
 seed, rounds, steps = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -170,7 +169,7 @@ def test_exports_that_race_for_one_folder_leave_one_of_them_whole() -> None:
 def at(where: str, monkeypatch: pytest.MonkeyPatch, signals: tuple[int, ...]) -> None:
     """Send signals to this process before or after a function is called, for the first time only."""
     moment, _, name = where.partition(" ")
-    module: Any = {"atomic_file": atomic_file, "folder": folder, "summary": summary}[name.split(".")[0]]
+    module: Any = {"atomic_file": atomic_file, "folder": folder, "manifest": manifest}[name.split(".")[0]]
     name = name.split(".")[1]
     function, sent = getattr(module, name), []
 
@@ -194,7 +193,7 @@ def at(where: str, monkeypatch: pytest.MonkeyPatch, signals: tuple[int, ...]) ->
 POINTS = [
     f"{moment} {name}"
     for name in (
-        *("atomic_file._make", "folder.check", "summary.write_manifest", "atomic_file.sync", "folder.snapshot"),
+        *("atomic_file._make", "folder.check", "manifest.write_manifest", "atomic_file.sync", "folder.snapshot"),
         *("atomic_file.exchange", "atomic_file._renameat2", "atomic_file.remove", "atomic_file._remove"),
     )
     for moment in ("before", "after")
@@ -277,7 +276,7 @@ def test_a_signal_to_the_other_commands_leaves_nothing(
         os.kill(os.getpid(), number)
         return opened(*arguments)
 
-    for module in ("backends", "runtime"):
+    for module in ("verification.backends", "runtime.onnxruntime"):
         monkeypatch.setattr(f"adaattn.export.{module}.session_of", interrupted)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = {kind: signal.getsignal(kind) for kind in SIGNALS}

@@ -330,7 +330,8 @@ def test_style_of_the_process_is_neither_used_nor_changed(report: dict[str, Any]
 
 
 def test_import_is_light() -> None:
-    heavy = "import sys, adaattn.export.report.html; print([m for m in ('torch', 'onnx', 'matplotlib') if m in sys.modules])"
+    heavy = "import sys, adaattn.export.report.html; "
+    heavy += "print([m for m in ('torch', 'onnx', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -114,7 +114,9 @@ def test_a_classifier_of_images() -> None:
 def test_a_real_sentence_encoder(minilm: Path) -> None:
     """MiniLM-L6's embeddings of sentences are those of its recipe, computed by transformers alone."""
     folder = minilm
-    result = run(f"hf:{folder}", "--target", "onnx", "--no-verify", "-o", "out")  # tests/test_minilm.py verifies
+    result = run(
+        f"hf:{folder}", "--target", "onnx", "--no-verify", "-o", "out"
+    )  # tests/benchmarks/test_minilm.py verifies
     assert result.exit_code == 0, result.output
     assert [output.name for output in session().get_outputs()] == ["sentence_embedding"]
     words = hf.AutoTokenizer.from_pretrained(folder)(

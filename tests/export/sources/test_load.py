@@ -90,12 +90,20 @@ def program_without_an_end() -> list[object]:
 
 def factory_and_safetensors() -> list[object]:
     save_file(models.tiny().state_dict(), "weights.safetensors")
-    return ["foreign:tiny", "--weights", "weights.safetensors", "--dim", "S=1:9:17"]
+    return ["tests.support.models:tiny", "--weights", "weights.safetensors", "--dim", "S=1:9:17"]
 
 
 def factory_and_pt() -> list[object]:
     torch.save(models.transformer_layer().state_dict(), "weights.pt")
-    return ["foreign:transformer_layer", "--weights", "weights.pt", "--input", "src=B,S,16", "--dim", "S=1:9:17"]
+    return [
+        "tests.support.models:transformer_layer",
+        "--weights",
+        "weights.pt",
+        "--input",
+        "src=B,S,16",
+        "--dim",
+        "S=1:9:17",
+    ]
 
 
 def factory_of_ones_own() -> list[object]:
@@ -108,17 +116,17 @@ def tied_weights() -> list[object]:
     """safetensors keeps one of two names of a tensor."""
     save_model(models.Tagger(), "weights.safetensors")
     ids = ["--input", "ids=B,S:int64<100", "--input", "mask=B,S", "--dim", "S=1:8:16"]
-    return ["foreign:Tagger", "--weights", "weights.safetensors", *ids]
+    return ["tests.support.models:Tagger", "--weights", "weights.safetensors", *ids]
 
 
 def weights_of_a_wrapper() -> list[object]:
     """Its names begin with those of the wrappers; the module itself waits for them on the meta device."""
     torch.save(torch.compile(nn.DataParallel(nn.Linear(16, 8))).state_dict(), "weights.pt")
-    return ["foreign:distributed", "--weights", "weights.pt", "--input", "input=B,16"]
+    return ["tests.support.models:distributed", "--weights", "weights.pt", "--input", "input=B,16"]
 
 
 def compiled() -> list[object]:
-    return ["foreign:compiled", "--input", "input=B,16"]
+    return ["tests.support.models:compiled", "--input", "input=B,16"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +152,7 @@ def test_a_model_from_everywhere_passes(source: Callable[[], list[object]]) -> N
 def test_the_weights_are_those_of_the_file() -> None:
     weights = {"weight": torch.randn(8, 16), "bias": torch.randn(8)}
     save_file(weights, "weights.safetensors")
-    exported("foreign:linear", "--weights", "weights.safetensors", "--input", "input=B,16")
+    exported("tests.support.models:linear", "--weights", "weights.safetensors", "--input", "input=B,16")
     session = onnxruntime.InferenceSession("out/model.onnx", providers=["CPUExecutionProvider"])
     x = torch.randn(3, 16)
     (got,) = session.run(None, {"input": x.numpy()})
@@ -155,7 +163,7 @@ def test_the_weights_are_those_of_the_file() -> None:
 def test_tied_weights_stay_tied(save: Callable[[nn.Module, str], None]) -> None:
     name = "weights.safetensors" if save is save_model else "weights.pt"
     save(models.Tagger(), name)
-    model = sources.load("foreign:Tagger", name).model
+    model = sources.load("tests.support.models:Tagger", name).model
     assert isinstance(model, models.Tagger)
     assert model.scores.weight is model.words.weight
     assert name not in Path("/proc/self/maps").read_text()  # mapped, a truncated file would crash the process
@@ -165,7 +173,7 @@ def test_tied_weights_that_differ_are_named() -> None:
     state = models.Tagger().state_dict()
     save_file(state | {"scores.weight": torch.zeros(100, 8)}, "weights.safetensors")
     refused(
-        run("foreign:Tagger", "--weights", "weights.safetensors", "-q"),
+        run("tests.support.models:Tagger", "--weights", "weights.safetensors", "-q"),
         "words.weight and scores.weight are one tensor there, and two that differ in the file",
     )
 
@@ -218,14 +226,14 @@ def test_weights_that_are_computed(norm: Callable[[nn.Module], nn.Module]) -> No
 
 @pytest.mark.parametrize("opset", [18, 24])
 def test_opset(opset: int) -> None:
-    report = exported("foreign:tiny", "--opset", opset, "--dim", "S=1:9:17")
+    report = exported("tests.support.models:tiny", "--opset", opset, "--dim", "S=1:9:17")
     passed(report)
     versions = {item.domain: item.version for item in onnx.load("out/model.onnx").opset_import}
     assert (report["opset"], versions[""]) == (opset, opset)
 
 
 def test_plans_become_outputs() -> None:
-    report = exported("foreign:tiny", "--emit-plan", "--dim", "S=1:9:17")
+    report = exported("tests.support.models:tiny", "--emit-plan", "--dim", "S=1:9:17")
     passed(report)
     assert [layer["name"] for layer in report["layers"]] == ["stack.0.attention"]
     outputs = [output.name for output in onnx.load("out/model.onnx").graph.output]
@@ -233,7 +241,7 @@ def test_plans_become_outputs() -> None:
 
 
 def test_large_tensors_go_to_a_file_of_their_own() -> None:
-    passed(exported("foreign:tiny", "--external-data-threshold", "1000", "--dim", "S=1:9:17"))
+    passed(exported("tests.support.models:tiny", "--external-data-threshold", "1000", "--dim", "S=1:9:17"))
     graph = onnx.load("out/model.onnx", load_external_data=False).graph
     outside = [item for item in graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
     assert outside
@@ -243,7 +251,7 @@ def test_large_tensors_go_to_a_file_of_their_own() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype(dtype: str) -> None:
-    report = exported("foreign:tiny", "--dtype", dtype, "--dim", "S=1:9:17")
+    report = exported("tests.support.models:tiny", "--dtype", dtype, "--dim", "S=1:9:17")
     assert report["model"]["dtype"] == dtype
     assert report["inputs"] == {"x": f"B,S,16:{dtype}"}
     (target,) = report["targets"]
@@ -255,13 +263,13 @@ def test_dtype(dtype: str) -> None:
 
 
 def test_a_tolerance_reaches_every_layer() -> None:
-    report = exported("foreign:tiny", "--tolerance", "0.25", "--dim", "S=1:9:17")
+    report = exported("tests.support.models:tiny", "--tolerance", "0.25", "--dim", "S=1:9:17")
     passed(report)
     assert [layer["tolerance"] for layer in report["layers"]] == [0.25]
 
 
 def test_golden_inputs_lie_where_they_were_said_to() -> None:
-    exported("foreign:Tagger", "--input", "ids=B,S:int64<100", "--dim", "S=2:8:16", "--dim", "B=1:3:4")
+    exported("tests.support.models:Tagger", "--input", "ids=B,S:int64<100", "--dim", "S=2:8:16", "--dim", "B=1:3:4")
     with np.load("out/golden.npz") as golden:
         ids = {name.split("/")[0]: golden[name] for name in golden if name.endswith("/input/ids")}
     assert ids["shortest"].shape == (1, 2)

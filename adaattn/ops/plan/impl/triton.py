@@ -1,4 +1,4 @@
-"""The plan of all heads in one launch: `adaattn.ops.plan.impl.reference.choose`, which as torch arithmetic is dozens of small kernels.
+"""Plan all heads in one launch: the reference, as torch arithmetic, is dozens of small kernels.
 
 A program serves one head. Each step of the ladder costs it a sum over the dimensions that the step leaves out.
 """
