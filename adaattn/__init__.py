@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from adaattn.attention.adaptive_precision import AdaptivePrecisionAttention
     from adaattn.attention.adaptive_rank import AdaptiveRankAttention
     from adaattn.attention.dense import DenseAttention
-    from adaattn.calibration.procedure import calibrate
+    from adaattn.calibration import calibrate
     from adaattn.checkpoint import load, save
     from adaattn.conversion import Conversion, convert
     from adaattn.encoder import Encoder

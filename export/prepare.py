@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaattn.attention.base import PlannedAttention
-from adaattn.calibration.procedure import Calibration, calibrate
+from adaattn.calibration import Calibration, calibrate
 from adaattn.errors import AdaAttnError, ConfigError
 from adaattn.export.capture.captured import Captured
 from adaattn.export.capture.module import capture_module, default_inputs, with_specs

@@ -93,7 +93,9 @@ def check(
         report = run(folder, names or None, lambda name: status.update(name), plugin_library)
     report["command"] = shlex.join([NAME, *sys.argv[1:]])
     if junit is not None:
-        write(junit, junit(report))
+        from adaattn.export.report.junit import junit_xml
+
+        write(junit, junit_xml(report))
     if html is not None:
         from adaattn.export.report.html import render
 

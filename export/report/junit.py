@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from adaattn.command_line import printable
 
 
-def junit(report: Mapping[str, Any]) -> bytes:
+def junit_xml(report: Mapping[str, Any]) -> bytes:
     """The report in the form that CI servers read. XML knows no control characters: they are written as escapes."""
     root = ElementTree.Element("testsuites", name="adaattn-parity")
     for target in report["targets"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaattn.calibration.procedure import Calibration
+from adaattn.calibration import Calibration
 from adaattn.export.artifacts.manifest import versions
 from adaattn.export.capture.captured import Captured
 

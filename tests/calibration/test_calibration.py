@@ -17,9 +17,9 @@ from torch.nn.utils import prune
 
 import adaattn
 from adaattn.attention.base import AttentionBase
+from adaattn.calibration import calibrate
 from adaattn.calibration import projections as pairs_module
 from adaattn.calibration.balancing import FLOOR, SecondMoments, balance, energies
-from adaattn.calibration.procedure import calibrate
 from adaattn.calibration.projections import Pair, pairs, register_finder
 from adaattn.conversion import Conversion, convert
 from adaattn.errors import CheckpointError, ConfigError

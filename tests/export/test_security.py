@@ -33,7 +33,7 @@ from adaattn.export.engines import options as engine_options
 from adaattn.export.engines.description import read_description
 from adaattn.export.engines.load import open_engine
 from adaattn.export.parity import golden_case
-from adaattn.export.runtime.open import open_runtime
+from adaattn.export.runtime import open_runtime
 from adaattn.plugins import driver
 from adaattn.plugins.native import build as builder
 from adaattn.plugins.native.cli import main as plugins_command

@@ -175,8 +175,7 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def python(name: str) -> str:
-    module = {"adaattn-plugins": "plugins.native.cli"}.get(name, f"export.{name.removeprefix('adaattn-')}")
-    module = {"export.export": "export.cli", "export.parity": "export.check"}.get(module, module)
+    module = {"adaattn-plugins": "plugins.native.cli"}.get(name, f"export.cli.{name.removeprefix('adaattn-')}")
     return f"{sys.executable} -m adaattn.{module}"
 
 
@@ -229,7 +228,7 @@ def test_names_are_text_on_the_console(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_names_are_text_in_junit() -> None:
-    root = ElementTree.fromstring(junit.junit(report()))
+    root = ElementTree.fromstring(junit.junit_xml(report()))
     (case,) = root[0]
     assert case.get("name") == printable(HOSTILE)
     assert case[0].get("message") == printable(HOSTILE)

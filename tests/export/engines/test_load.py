@@ -21,7 +21,7 @@ from adaattn.export.engines import description
 from adaattn.export.engines.description import profile_of, read_description
 from adaattn.export.engines.load import open_engine
 from adaattn.export.parity.golden_case import Golden
-from adaattn.export.runtime.open import open_runtime
+from adaattn.export.runtime import open_runtime
 from adaattn.export.verification import backends, verify
 from adaattn.plugins import driver
 from tests.support.engine_files import described

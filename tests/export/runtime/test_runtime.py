@@ -22,7 +22,7 @@ from adaattn.export.engines import description
 from adaattn.export.engines import options as engine_options
 from adaattn.export.engines.description import profile_of
 from adaattn.export.engines.load import open_engine
-from adaattn.export.runtime.open import open_runtime
+from adaattn.export.runtime import open_runtime
 from adaattn.plugins import driver
 from tests.support.engine_files import described
 

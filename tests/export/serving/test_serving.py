@@ -23,7 +23,7 @@ from adaattn.export.cli.export import main
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import description
 from adaattn.export.engines import options as engine_options
-from adaattn.export.runtime.open import open_runtime
+from adaattn.export.runtime import open_runtime
 from adaattn.export.serving import ep_context, triton_server
 from tests.support.wheels import unpacked
 
