@@ -132,7 +132,7 @@ def measure_runtime(tokens: int, width: int, heads: int, runs: int) -> dict[str,
 
 def help_over_import(rounds: int) -> float:
     """Time of `adaattn-export --help` over that of `import torch`, whole processes."""
-    commands = [[sys.executable, "-m", "adaattn.export.cli", "--help"], [sys.executable, "-c", "import torch"]]
+    commands = [[sys.executable, "-m", "adaattn.export.cli.export", "--help"], [sys.executable, "-c", "import torch"]]
     times: list[list[float]] = [[], []]
     for _ in range(rounds):
         for command, spent in zip(commands, times, strict=True):

@@ -73,7 +73,7 @@ COLUMNS = {"export": "s", "peak memory": "MiB", "file": "MiB"} | dict.fromkeys(T
 def commands(folder: Path, out: Path, optimum: Path) -> dict[str, list[str]]:
     """For each row of the table the export that it is of; each writes to a folder of its own in `out`."""
     python = [sys.executable, "-W", "ignore"]
-    ours = [*python, "-m", "adaattn.export.cli", f"hf:{folder}", "--target", "onnx", "--quiet"]
+    ours = [*python, "-m", "adaattn.export.cli.export", f"hf:{folder}", "--target", "onnx", "--quiet"]
     dense = f"from benchmarks.optimum import export_dense\nexport_dense({str(folder)!r}, {str(out / 'dense')!r})"
     return {
         OPTIMUM: [

@@ -22,6 +22,7 @@ from adaattn.attention.base import AttentionBase, PlannedAttention
 from adaattn.attention.multihead import MultiheadAttention
 from adaattn.conversion import Conversion, convert, replacement
 from adaattn.errors import ConfigError, DtypeError, ShapeError
+from adaattn.planning.budget import Budget
 
 WIDTH, HEADS = 24, 4
 ROUNDING = 5e-6  # of float32 through projections of this width, relative; torch's own is measured beside it
@@ -458,7 +459,7 @@ def test_the_config_reaches_the_modules() -> None:
     for module in model.modules():
         if isinstance(module, AttentionBase):
             assert isinstance(module, adaattn.AdaptiveAttention)
-            assert module.budget == adaattn.config.Budget(5e-2, 2.0, ("fp16", "fp32"))
+            assert module.budget == Budget(5e-2, 2.0, ("fp16", "fp32"))
     rank = replacement(torch_attention(), Conversion("adaptive_rank")).attention
     assert isinstance(rank, PlannedAttention)
     assert rank.budget is not None  # never a rule that promises nothing

@@ -134,7 +134,11 @@ def test_imports(command: str, arguments: tuple[str, ...], copied: Path, tmp_pat
         assert str(tmp_path) not in log.replace(str(packages), "")
         assert "''" not in log
     # And there is no other way to start a process than `children`, which sees to it, and workers that are forked.
-    allowed = {"adaattn/children.py": {"subprocess"}, "adaattn/supervisor.py": {"os"}, "plugins/native/build.py": set()}
+    allowed = {
+        "adaattn/system/children.py": {"subprocess"},
+        "adaattn/system/supervisor.py": {"os"},
+        "plugins/native/build.py": set(),
+    }
     for file in (path for home in ("adaattn", "export", "plugins") for path in (ROOT / home).rglob("*.py")):
         name, text = file.relative_to(ROOT).as_posix(), file.read_text()
         found = re.findall(

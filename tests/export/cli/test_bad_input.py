@@ -295,7 +295,7 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
             "tests.support.models:Halves --input x=B,S,16",
             ["at one size of dimension S alone", "write the size that you need"],
         ),
-        ("tests.support.models:Branch --input x=B,S", ["cannot capture", "data-dependent", "foreign.py:"]),
+        ("tests.support.models:Branch --input x=B,S", ["cannot capture", "data-dependent", "models.py:"]),
         ("tests.support.models:Nothing --input x=B,S", ["the model returns no tensor"]),
         ("tests.support.models:tiny --input x=B,S", ["x (B=3, S=4:float32)", "correct the inputs"]),
         (

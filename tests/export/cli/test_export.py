@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_option_and_imports_nothing_heavy() -> None:
     code = f"""if True:
         import sys
-        from adaattn.export.cli import main
+        from adaattn.export.cli.export import main
         status = main({["--help"]!r}, standalone_mode=False)
         heavy = {{"torch", "numpy", "onnx", "onnxruntime", "rich", "jinja2", "matplotlib", "sympy"}}
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
