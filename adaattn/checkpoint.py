@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import threading
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+import adaattn
 from adaattn.archive import SavedFile
 from adaattn.attention.base import AttentionBase
 from adaattn.checks import as_path, check_instance, check_mapping, described
@@ -24,6 +24,14 @@ from adaattn.input_spec import INT_MAX, Dimension, InputSpec
 from adaattn.system.atomic_file import replacing
 
 FORMAT, VERSION = "adaattn", 1
+# Format 1.1 names classes as users do, `adaattn:Encoder`, so that modules can move; 1.0 named these modules.
+CLASSES_OF_1_0 = {
+    "adaattn.attention.adaptive:AdaptiveAttention": "adaattn:AdaptiveAttention",
+    "adaattn.attention.adaptive_precision:AdaptivePrecisionAttention": "adaattn:AdaptivePrecisionAttention",
+    "adaattn.attention.adaptive_rank:AdaptiveRankAttention": "adaattn:AdaptiveRankAttention",
+    "adaattn.attention.dense:DenseAttention": "adaattn:DenseAttention",
+    "adaattn.encoder:Encoder": "adaattn:Encoder",
+}
 SPARE_COUNT, SPARE_NUMBERS = 1000, 2**22  # so that of small models `load_state_dict` says what does not fit
 TOO_LARGE = "its configuration asks for more weights than the file holds"
 OTHER = "is not a model saved by adaattn.save"
@@ -341,7 +349,12 @@ def _set_attention(module: nn.Module, saved: Any, classes: Sequence[type[nn.Modu
 
 
 def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}:{type(module).__qualname__}"
+    """Return the public name of a class of this package, and `module:qualname` of any other."""
+    kind = type(module)
+    public = f"adaattn:{kind.__qualname__}"
+    if public in CLASSES_OF_1_0.values() and getattr(adaattn, kind.__qualname__) is kind:
+        return public
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _plain(value: object) -> bool:
@@ -370,18 +383,14 @@ def _short(value: object) -> str:
 
 
 def _find_class(name: str, classes: Sequence[type[nn.Module]]) -> type[nn.Module]:
-    """A class by its name: one that the caller names, or one of this package. Nothing else is ever imported."""
+    """Return a class by its name: one that the caller names, or one of this package. Nothing else is imported."""
     for known in classes:
         if name == f"{known.__module__}:{known.__qualname__}":
             return known
-    module_name, _, qualname = name.partition(":")
-    if module_name.split(".")[0] == "adaattn" and qualname.isidentifier():
-        try:
-            found = getattr(importlib.import_module(module_name), qualname, None)
-        except ImportError:
-            found = None
-        if isinstance(found, type) and issubclass(found, nn.Module):
-            return found
+    public = CLASSES_OF_1_0.get(name, name)
+    if public in CLASSES_OF_1_0.values():
+        found: type[nn.Module] = getattr(adaattn, public.removeprefix("adaattn:"))
+        return found
     raise CheckpointError(
         f"holds a {name}, which is no class of this package; pass it to adaattn.load(classes=[…]), or export with "
         "package.module:factory and --weights"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from adaattn.checkpoint import read
 from adaattn.errors import CheckpointError, ConfigError
 from adaattn.export.sources import model as sources
 from tests.support.bad_files import Records, read_records, write_records
+from tests.support.paths import ROOT
 
 
 class Doubler(nn.Module):
@@ -94,7 +96,7 @@ def test_what_the_file_holds(tmp_path: Path) -> None:
     assert {key: held[key] for key in ("format", "version", "class", "training")} == {
         "format": "adaattn",
         "version": 1,
-        "class": "adaattn.attention.adaptive:AdaptiveAttention",
+        "class": "adaattn:AdaptiveAttention",
         "training": True,
     }
     assert held["config"]["tolerance"] == 3e-2
@@ -105,6 +107,18 @@ def test_what_the_file_holds(tmp_path: Path) -> None:
     assert [str(spec) for spec in checkpoint.inputs] == list(held["inputs"].values())
     assert [(d.name, d.min, d.opt, d.max) for d in checkpoint.dims] == [("S", 1, 128, 4096)]
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()  # as any file that the user writes
+
+
+@pytest.mark.parametrize("name", ["dense", "adaptive_rank", "encoder"])
+def test_files_of_format_1_0_load(name: str) -> None:
+    """Files that named classes by the modules that held them then."""
+    path = ROOT / "tests" / "data" / f"checkpoint-1.0-{name}.pt"
+    assert "." in torch.load(path, weights_only=True)["class"]
+    module, known = adaattn.load(path), np.load(path.with_name("checkpoint-1.0.npz"))
+    x = torch.from_numpy(known["x"])
+    with torch.no_grad():
+        found = module(x) if name == "encoder" else module(x, x, x)[0]
+    np.testing.assert_allclose(found.numpy(), known[name], rtol=0, atol=1e-6)
 
 
 def _umask() -> int:
@@ -130,7 +144,7 @@ def payload(**change: Any) -> dict[str, Any]:
     held = {
         "format": "adaattn",
         "version": 1,
-        "class": "adaattn.attention.dense:DenseAttention",
+        "class": "adaattn:DenseAttention",
         "config": {"embed_dim": 8, "num_heads": 2},
         "state": dict(module.state_dict()),
         "training": False,
@@ -159,7 +173,9 @@ def test_the_payload_below_is_sound(tmp_path: Path) -> None:
         (payload(**{"class": "adaattn.attention.dense:Sparse"}), "Sparse, which is no class"),
         (payload(**{"class": "adaattn.nowhere:Dense"}), "adaattn.nowhere:Dense, which is no class"),
         (payload(**{"class": "adaattn.errors:AdaAttnError"}), "no class of this package"),
-        (payload(**{"class": "adaattn.attention.base:AttentionBase"}), "does not fit together"),
+        (payload(**{"class": "adaattn.attention.base:AttentionBase"}), "no class of this package"),
+        (payload(**{"class": "adaattn:AdaAttnError"}), "no class of this package"),
+        (payload(**{"class": "adaattn:convert"}), "no class of this package"),
         (payload(**{"class": 3}), "is damaged: its 'class' is missing or of another type"),
         (payload(**{"class": None}), "is damaged: its 'class' is missing"),
         (payload(config={"embed_dim": 9, "num_heads": 2}), "9 is not a positive multiple of num_heads 2"),

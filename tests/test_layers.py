@@ -26,7 +26,7 @@ ARROWS = {
     "adaattn/ops": "checks errors planning tensor_checks",
     "adaattn/functional": "checks errors masks ops planning tensor_checks",
     "adaattn/attention": "checks errors functional masks ops planning tensor_checks",
-    "adaattn/checkpoint": "archive attention checks errors input_spec system",
+    "adaattn/checkpoint": "adaattn archive attention checks errors input_spec system",
     "adaattn/encoder": "attention checks planning",
     "adaattn/calibration": "attention checkpoint checks errors masks planning weights",
     "adaattn/conversion": "attention checks encoder errors planning weights",
@@ -45,7 +45,8 @@ ARROWS = {
     "export/prepare": "capture engines options",
     "export/verification": "artifacts engines parity runtime",
     "export/pipeline": (
-        "artifacts capture engines golden onnx options parity prepare report serving sources verification"
+        "artifacts capture engines golden onnx options parity prepare report serving sources "
+        "verification"
     ),
     "export/testing": "export verification",
     "export/cli": "artifacts engines options pipeline report runtime sources verification",
