@@ -19,13 +19,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from adaattn.attention.base import AttentionBase
-from adaattn.attention.multihead import MultiheadAttention
+from adaattn.attention.kinds import ATTENTION
+from adaattn.attention.torch_multihead import MultiheadAttention
 from adaattn.checks import as_choice, check_instance
-from adaattn.encoder import ATTENTION
 from adaattn.errors import ConfigError
+from adaattn.parameters import address, have_plain_parameters, parameter_owners
 from adaattn.planning.budget import POLICIES, Budget, resolve_tolerance
 from adaattn.planning.precision import PRECISIONS
-from adaattn.weights import address, are_plain, owners
 
 # What attention is made of in the code of a forward: a call, or two products around a softmax.
 CALL = re.compile(r"scaled_dot_product_attention|multi_head_attention_forward|flex_attention|flash_attn")
@@ -122,7 +122,7 @@ def convert(model: nn.Module, config: Conversion | None = None) -> list[Converte
             "the model is itself a torch.nn.MultiheadAttention and cannot be replaced within itself; use "
             "model = adaattn.conversion.replacement(model, config)"
         )
-    holders, handwritten = owners(model), _handwritten(model)
+    holders, handwritten = parameter_owners(model), _handwritten(model)
     records, made = [], {}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -196,7 +196,9 @@ def _complaint(model: nn.Module, records: Sequence[Converted], handwritten: Coll
         shown = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(5))
         advice = "call adaattn.adaptive_attention in its forward"
         if any(hasattr(module, "set_attn_implementation") for module in model.modules()):
-            advice = 'use adaattn.integrations.transformers.register() and set_attn_implementation("adaattn")'
+            advice = (
+                'use adaattn.integrations.transformers.registration.register() and set_attn_implementation("adaattn")'
+            )
         return f"convert left what looks like attention and is no torch.nn.MultiheadAttention: {shown}; {advice}"
     if any(record.reason is None for record in records):
         return None
@@ -257,7 +259,7 @@ def refusal(attention: nn.MultiheadAttention) -> str | None:
         return f"{type(attention).__name__} has modules of its own"
     if any(getattr(module, name) for module in (attention, out) for name in hooks):
         return "it has hooks, which would be lost; remove them first"
-    if type(out) not in (nn.Linear, NonDynamicallyQuantizableLinear) or not are_plain(attention):
+    if type(out) not in (nn.Linear, NonDynamicallyQuantizableLinear) or not have_plain_parameters(attention):
         return "its weights are quantised, or otherwise no plain tensors"
     if attention.bias_k is not None or attention.bias_v is not None:
         return "add_bias_kv adds a key that no input makes"

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from adaattn.attention.adaptive import AdaptiveAttention
-from adaattn.attention.adaptive_precision import AdaptivePrecisionAttention
-from adaattn.attention.adaptive_rank import AdaptiveRankAttention
 from adaattn.attention.base import AttentionBase, PlannedAttention, check_tokens
-from adaattn.attention.dense import DenseAttention
+from adaattn.attention.kinds import ATTENTION
 from adaattn.checks import as_bool, as_int, as_names
 from adaattn.planning.budget import Budget
-
-ATTENTION: dict[str, Callable[..., AttentionBase]] = {
-    "dense": DenseAttention,
-    "adaptive_precision": AdaptivePrecisionAttention,
-    "adaptive_rank": AdaptiveRankAttention,
-    "adaptive": AdaptiveAttention,
-}
 
 
 class EncoderLayer(nn.Module):

@@ -29,7 +29,7 @@ from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import child, description
 from adaattn.export.engines import options as engine_options
 from adaattn.export.golden import attention_statistics, cases, record_nodes
-from adaattn.export.golden.eager import Expected, Reference, disagreements
+from adaattn.export.golden.eager import EagerReference, Expected, disagreements
 from adaattn.export.onnx import lower, save
 from adaattn.export.options import Options
 from adaattn.export.parity import criterion, golden_case
@@ -152,7 +152,7 @@ def export(
         if options.verify:
             with clock.stage("eager"):
                 captured = cases.settle(captured, notes)
-                reference = Reference(captured)
+                reference = EagerReference(captured)
                 expected = [reference.expect(case) for case in cases.cases(captured)]
                 goldens = reference.goldens(expected, names)
                 if any(want.mode.plans for want in expected) and not any(
@@ -170,7 +170,7 @@ def export(
             unproven = [*cases.unproven(captured), *disagreements(goldens)]
             given = {want.case.name: want.case for want in expected}
 
-            def exact_at(of: golden_case.Golden, plans: Mapping[str, criterion.PlanPair]) -> Mapping[str, Array]:
+            def exact_at(of: golden_case.GoldenCase, plans: Mapping[str, criterion.PlanPair]) -> Mapping[str, Array]:
                 return reference.exact_at(given[of.name], [plans[name] for name in names])
 
             for name, entry in targets.items():

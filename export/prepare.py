@@ -19,7 +19,8 @@ from adaattn.export.capture.saved_program import capture_program
 from adaattn.export.engines import child, description
 from adaattn.export.options import DTYPES, Options
 from adaattn.input_spec import Dimension, InputSpec
-from adaattn.integrations import transformers as integration
+from adaattn.integrations.transformers import registration as integration
+from adaattn.integrations.transformers import registry
 from adaattn.planning.budget import Budget
 
 
@@ -94,7 +95,7 @@ def capture(
 
 def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None:
     Budget(tolerance)  # refuses what is out of range
-    changed = len(integration.configs_of(model))
+    changed = len(registry.configs_of(model))
     if changed:
         integration.set_tolerance(model, tolerance)
     for name, module in model.named_modules():

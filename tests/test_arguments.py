@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import adaattn
 from adaattn import ops
-from adaattn.attention.multihead import MultiheadAttention
+from adaattn.attention.torch_multihead import MultiheadAttention
 from adaattn.conversion import replacement
 from adaattn.errors import AdaAttnError
 from adaattn.export.engines.options import BuildOptions
 from adaattn.export.options import Options
 from adaattn.export.pipeline import export
-from adaattn.integrations import transformers as integration
+from adaattn.integrations.transformers import registration as integration
 from adaattn.planning.budget import Budget
 
 X = torch.randn(2, 5, 16)

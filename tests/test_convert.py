@@ -19,7 +19,7 @@ from torch.export import Dim
 
 import adaattn
 from adaattn.attention.base import AttentionBase, PlannedAttention
-from adaattn.attention.multihead import MultiheadAttention
+from adaattn.attention.torch_multihead import MultiheadAttention
 from adaattn.conversion import Conversion, convert, replacement
 from adaattn.errors import ConfigError, DtypeError, ShapeError
 from adaattn.planning.budget import Budget

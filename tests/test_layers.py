@@ -27,12 +27,12 @@ ARROWS = {
     "adaattn/functional": "checks errors masks ops planning tensor_checks",
     "adaattn/attention": "checks errors functional masks ops planning tensor_checks",
     "adaattn/checkpoint": "adaattn archive attention checks errors input_spec system",
+    "adaattn/conversion": "attention checks errors parameters planning",
     "adaattn/encoder": "attention checks planning",
-    "adaattn/calibration": "attention checkpoint checks errors masks planning weights",
-    "adaattn/conversion": "attention checks encoder errors planning weights",
+    "adaattn/calibration": "attention checkpoint checks errors masks parameters planning",
     "adaattn/integrations": "calibration checks errors functional masks planning",
-    "plugins/native": "driver onnx_file plugins ptx variants",
-    "plugins/tensorrt": "driver plugins ptx variants",
+    "plugins/native": "onnx_file op_variants plugins ptx",
+    "plugins/python": "op_variants plugins ptx",
     "export/engines": "artifacts",
     "export/onnx": "artifacts",
     "export/parity": "artifacts",
@@ -45,8 +45,7 @@ ARROWS = {
     "export/prepare": "capture engines options",
     "export/verification": "artifacts engines parity runtime",
     "export/pipeline": (
-        "artifacts capture engines golden onnx options parity prepare report serving sources "
-        "verification"
+        "artifacts capture engines golden onnx options parity prepare report serving sources verification"
     ),
     "export/testing": "export verification",
     "export/cli": "artifacts engines options pipeline report runtime sources verification",

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 import adaattn
 from adaattn.attention.base import AttentionBase, PlannedAttention
-from adaattn.attention.multihead import MultiheadAttention
+from adaattn.attention.torch_multihead import MultiheadAttention
 from adaattn.errors import DeviceError, DtypeError
 
 WIDTH = 24

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from adaattn.calibration.projections import Pair
+from adaattn.calibration.projections import QueryKeyProjections
 
 # Variances below this share of a head's largest count as this much, for data that are few or constant in a direction.
 # A·Aᵀ is the geometric mean of Lq⁻ᵀ·Lq⁻¹ and Lk·Lkᵀ, so the condition of A is at most FLOOR^-½. What it costs to round
@@ -38,7 +38,7 @@ class SecondMoments:
     key_power: Tensor  # (Hk,), of |k|², about no mean
 
     @classmethod
-    def zeros(cls, pair: Pair) -> SecondMoments:
+    def zeros(cls, pair: QueryKeyProjections) -> SecondMoments:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64)
 
@@ -114,7 +114,7 @@ def energies(moments: SecondMoments, scale: float, transform: Tensor, inverse: T
 
 
 @torch.no_grad()
-def fold(pair: Pair, transform: Tensor, inverse: Tensor) -> bool:
+def fold(pair: QueryKeyProjections, transform: Tensor, inverse: Tensor) -> bool:
     """Write the new basis into the projections: computed in float64, then rounded to the type of the weights.
 
     Returns:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from adaattn.calibration.balancing import fold
-from adaattn.calibration.projections import Pair
+from adaattn.calibration.projections import QueryKeyProjections
 from adaattn.planning.precision import FP32
 
 MOVED = 1e-3  # of what a basis for the queries alone does; an attention that a basis moves by more must keep its own
@@ -26,7 +26,9 @@ CLEAR = 1e-5  # and by less than this in float32's, which some code goes through
 UNTRIED = "no batch shows whether a basis of its queries and keys would change its output"
 
 
-def try_basis(pair: Pair, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bool, str | None]:
+def check_invariance(
+    pair: QueryKeyProjections, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[bool, str | None]:
     """Whether a call of the attention decides if a basis may be folded into it; and why not, or why not yet."""
     try:
         moved, control = _moved(pair, args, kwargs)
@@ -40,7 +42,7 @@ def try_basis(pair: Pair, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> t
     return True, f"{said}: more is made of them than products"
 
 
-def _moved(pair: Pair, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, float]:
+def _moved(pair: QueryKeyProjections, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, float]:
     """By how much, relatively, the output of a copy changes with a basis, and with one for the queries alone."""
     outputs = []
     basis, inverse, one = _random_basis(pair)
@@ -59,7 +61,7 @@ def _moved(pair: Pair, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tupl
     return _distance(after, before), _distance(wrong, before)
 
 
-def _random_basis(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+def _random_basis(pair: QueryKeyProjections) -> tuple[Tensor, Tensor, Tensor]:
     """A well-conditioned A of each key head, its inverse, and the identity; float64."""
     size, generator = (pair.num_kv_heads, pair.head_dim, pair.head_dim), torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(size, generator=generator, dtype=torch.float64))[0]

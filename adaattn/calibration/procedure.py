@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from adaattn.attention.base import PlannedAttention
 from adaattn.calibration.balancing import SecondMoments, balance, energies, fold
-from adaattn.calibration.invariance import UNTRIED, try_basis
-from adaattn.calibration.projections import Pair, pairs
+from adaattn.calibration.invariance import UNTRIED, check_invariance
+from adaattn.calibration.projections import QueryKeyProjections, find_projections
 from adaattn.calibration.state_file import fingerprint, read, write
 from adaattn.checks import as_int, as_path, check_function, check_instance, described
 from adaattn.errors import ConfigError
@@ -97,9 +97,9 @@ def calibrate(
     if resume is not None:
         resume = as_path("resume", resume)
     check_function("on_batch", on_batch)
-    found = pairs(model)
+    found = find_projections(model)
     refused = {name: reason for name, reason in found.items() if isinstance(reason, str)}
-    chosen = {name: pair for name, pair in found.items() if isinstance(pair, Pair)}
+    chosen = {name: pair for name, pair in found.items() if isinstance(pair, QueryKeyProjections)}
     sums = {name: SecondMoments.zeros(pair) for name, pair in chosen.items()}
     if not chosen:
         return Calibration(0, {}, refused)
@@ -177,12 +177,14 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _tried(chosen: Mapping[str, Pair], tried: dict[str, str | None], undecided: dict[str, str]) -> Iterator[None]:
+def _tried(
+    chosen: Mapping[str, QueryKeyProjections], tried: dict[str, str | None], undecided: dict[str, str]
+) -> Iterator[None]:
     """Try another basis at each call of an attention, until one decides."""
 
     def attempt(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in tried:
-            decides, reason = try_basis(chosen[name], args, kwargs)
+            decides, reason = check_invariance(chosen[name], args, kwargs)
             if decides:
                 tried[name] = reason
             elif reason is not None:
@@ -195,7 +197,7 @@ def _tried(chosen: Mapping[str, Pair], tried: dict[str, str | None], undecided: 
 
 
 @contextmanager
-def _observed(chosen: Mapping[str, Pair], sums: Mapping[str, SecondMoments]) -> Iterator[None]:
+def _observed(chosen: Mapping[str, QueryKeyProjections], sums: Mapping[str, SecondMoments]) -> Iterator[None]:
     """Add what the pairs project to their sums, as long as this lasts."""
     with ExitStack() as hooks:
         for name, pair in chosen.items():
@@ -212,7 +214,7 @@ def _keep(latest: dict[str, Tensor], key: str, module: nn.Module, args: Any, out
 
 
 def _count(
-    pair: Pair,
+    pair: QueryKeyProjections,
     moments: SecondMoments,
     latest: dict[str, Tensor],
     signature: inspect.Signature,

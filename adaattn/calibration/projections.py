@@ -16,13 +16,13 @@ from adaattn.attention.adaptive_rank import AdaptiveRankAttention
 from adaattn.attention.base import AttentionBase, PlannedAttention
 from adaattn.errors import ConfigError
 from adaattn.masks import attended_keys, expand_mask
-from adaattn.weights import address, are_plain, owners
+from adaattn.parameters import address, have_plain_parameters, parameter_owners
 
 Attended = Callable[[Mapping[str, Any], int, int, int], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class QueryKeyProjections:
     """The query and key projections of one attention, whose products alone its scores are made of.
 
     Nothing may come between projections and scores that does not commute with a linear map of a head's dimensions, as
@@ -60,11 +60,11 @@ class Pair:
                 )
 
 
-Finder = Callable[[nn.Module], Pair | str | None]
+AttentionMatcher = Callable[[nn.Module], QueryKeyProjections | str | None]
 """The pair of a module, or the reason why it cannot be calibrated, or None for a module that is no attention."""
 
 
-def find_ours(module: nn.Module) -> Pair | str | None:
+def match_adaattn(module: nn.Module) -> QueryKeyProjections | str | None:
     """The finder of this package's modules."""
     if not isinstance(module, AttentionBase):
         return None
@@ -78,36 +78,40 @@ def find_ours(module: nn.Module) -> Pair | str | None:
         mask = arguments.get("attention_mask")
         return None if mask is None else attended_keys(expand_mask(mask, batch, heads, queries, keys), kv_heads)
 
-    return Pair(module, module.q_proj, module.k_proj, heads, kv_heads, module.head_dim, module.scale, attended)
+    return QueryKeyProjections(
+        module, module.q_proj, module.k_proj, heads, kv_heads, module.head_dim, module.scale, attended
+    )
 
 
-_finders: list[Finder] = [find_ours]
+_matchers: list[AttentionMatcher] = [match_adaattn]
 
 
-def register_finder(finder: Finder) -> None:
+def register_matcher(finder: AttentionMatcher) -> None:
     """Let `calibrate` find attentions of another kind; those of this package are looked for first.
 
     Example:
         >>> register_finder(lambda module: "it is rotary" if type(module).__name__ == "LlamaAttention" else None)
     """
-    _finders.append(finder)
+    _matchers.append(finder)
 
 
-def pairs(model: nn.Module) -> dict[str, Pair | str]:
+def find_projections(model: nn.Module) -> dict[str, QueryKeyProjections | str]:
     """For each attention in a model, by its name, its pair or the reason why it cannot be calibrated.
 
     Example:
         >>> pairs(torch.nn.Sequential(DenseAttention(64, 4)))
         {'0': 'it never cuts the rank, so no basis makes it cheaper'}
     """
-    found: dict[str, Pair | str] = {}
+    found: dict[str, QueryKeyProjections | str] = {}
     for name, module in model.named_modules():
-        answers = (finder(module) for finder in _finders)
+        answers = (finder(module) for finder in _matchers)
         answer = next((answer for answer in answers if answer is not None), None)
         if answer is not None:
             found[name] = answer
-    holders = owners(model)
-    uses = Counter(weight for pair in found.values() if isinstance(pair, Pair) for weight in _weights(pair))
+    holders = parameter_owners(model)
+    uses = Counter(
+        weight for pair in found.values() if isinstance(pair, QueryKeyProjections) for weight in _weights(pair)
+    )
     for name, pair in found.items():
         if isinstance(pair, str):
             continue
@@ -118,11 +122,11 @@ def pairs(model: nn.Module) -> dict[str, Pair | str]:
     return found
 
 
-def _weights(pair: Pair) -> list[int]:
+def _weights(pair: QueryKeyProjections) -> list[int]:
     return [address(weight) for linear in (pair.query, pair.key) for weight in linear.parameters()]
 
 
 def _is_plain(linear: nn.Linear) -> bool:
     """Whether what it computes is made of its weight and bias, and these are what it holds."""
     names = {name for name, _ in linear.named_parameters()}
-    return are_plain(linear) and names <= {"weight", "bias"} and "forward" not in vars(linear)
+    return have_plain_parameters(linear) and names <= {"weight", "bias"} and "forward" not in vars(linear)

@@ -111,7 +111,7 @@ def fixes(name: str, size: int) -> str:
     return f"the model fixes dimension {name} to {size}; write {size} in its place in --input"
 
 
-def refusal(
+def explain_capture_error(
     error: Exception, model: nn.Module, specs: Sequence[InputSpec], inputs: Mapping[str, Tensor]
 ) -> AdaAttnError:
     """Return the error to raise where a model was not captured: its own, if it does not run on the inputs either."""

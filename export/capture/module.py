@@ -181,7 +181,7 @@ class _Tracer:
                     break
         else:
             assert first is not None
-            raise diagnostics.refusal(first, _copy(self.model), self.specs, tried) from first
+            raise diagnostics.explain_capture_error(first, _copy(self.model), self.specs, tried) from first
         self.deferred = True
         for strict in (False, True):
             sizes = dict(self.sizes)
@@ -205,7 +205,7 @@ class _Tracer:
         if isinstance(first, UserError):
             others = [name for name in self.sizes if self._runs_elsewhere(name)]
             raise ConfigError(diagnostics.explain_dimension_error(str(first), self.sizes, others)) from first
-        raise diagnostics.refusal(first, _copy(self.model), self.specs, tried) from first
+        raise diagnostics.explain_capture_error(first, _copy(self.model), self.specs, tried) from first
 
     def inputs(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """Inputs of these sizes; the user's own where there are some."""

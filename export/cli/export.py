@@ -214,9 +214,9 @@ def main(model: str, as_json: bool, quiet: bool, **arguments: Any) -> int:
     if as_json:
         click.echo(json.dumps(report, indent=1))
     elif not quiet:
-        from adaattn.export.report.console import show
+        from adaattn.export.report.console import print_report
 
-        show(report, f"{directory}/report.html")
+        print_report(report, f"{directory}/report.html")
     elif failed:
         reasons = [f"{each['name']}: {each['reason']}" for each in report["targets"] if each["verdict"] == "failed"]
         complain(NAME, "; ".join(reasons))

@@ -103,9 +103,9 @@ def check(
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
-        from adaattn.export.report.console import show
+        from adaattn.export.report.console import print_report
 
-        show(report, str(html or folder))
+        print_report(report, str(html or folder))
     return 0 if report["verdict"] == "passed" else 1
 
 

@@ -21,7 +21,7 @@ from adaattn.export.engines.options import (
     installed,
     versions_found,
 )
-from adaattn.plugins import driver
+from adaattn.system import cuda_driver
 from adaattn.system.atomic_file import scratch_folder
 
 
@@ -62,7 +62,7 @@ def engine_from_onnx(
     options.check([target])
     if not installed(target):
         raise TargetError(f"{PACKAGES[target]} is not installed: {INSTALL[target]}")
-    if target == "tensorrt" and driver.capability() is None:
+    if target == "tensorrt" and cuda_driver.capability() is None:
         found = versions_found(target)
         raise TargetError(f"tensorrt builds an engine on the GPU that runs it, and there is none here ({found})")
     rtx = target == "tensorrt-rtx"

@@ -12,7 +12,7 @@ from typing import Any
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export.engines.description import read_description, sidecar
 from adaattn.export.engines.options import INSTALL, PACKAGES, versions_found
-from adaattn.plugins import driver
+from adaattn.system import cuda_driver
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def open_engine(path: Path, plugin_library: Path | None = None) -> OpenEngine:
     package = PACKAGES[target]
     if importlib.util.find_spec(package) is None:
         raise TargetError(f"{package} is not installed: {INSTALL[target]}")
-    here = driver.capability()
+    here = cuda_driver.capability()
     built = ", ".join(about["compute_capabilities"])
     fits = here is not None and (str(here / 10) in about["compute_capabilities"] or options["hardware_compatible"])
     if not fits:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adaattn.checks import as_bool, as_choice, as_int, as_path, as_sequence, check_instance, described
 from adaattn.errors import ConfigError
-from adaattn.plugins import driver
+from adaattn.system import cuda_driver
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 INSTALL = {
@@ -145,7 +145,7 @@ def versions_found(target: str) -> str:
             break
         except importlib.metadata.PackageNotFoundError:
             continue
-    cuda, capability = driver.cuda_version(), driver.capability()
+    cuda, capability = cuda_driver.cuda_version(), cuda_driver.capability()
     if cuda is None or capability is None:
         return f"{package} {version}, no GPU that a CUDA driver finds"
     major, minor = cuda

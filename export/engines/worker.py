@@ -19,7 +19,8 @@ from adaattn.errors import AdaAttnError, TargetError
 from adaattn.export.artifacts.arrays import save_arrays
 from adaattn.export.engines.description import sidecar
 from adaattn.export.engines.options import PACKAGES, BuildOptions
-from adaattn.plugins import NAMESPACE, driver
+from adaattn.plugins import NAMESPACE
+from adaattn.system import cuda_driver
 from adaattn.system.atomic_file import write
 from adaattn.system.supervisor import end_with_parent
 
@@ -63,7 +64,7 @@ def _build(job: Mapping[str, Any]) -> None:
 
 def _take_plugins(trt: Any, job: Mapping[str, Any]) -> None:
     if job["plugins"] == "python":
-        from adaattn.plugins.tensorrt import register
+        from adaattn.plugins.python import register
 
         register()
     elif job["plugins"] == "native" and trt.get_plugin_registry().load_library(job["plugin_library"]) is None:
@@ -167,7 +168,7 @@ def _described(trt: Any, logger: Any, network: Any, serialized: Any, job: Mappin
     def tensor(x: Any) -> dict[str, Any]:
         return {"name": x.name, "type": x.dtype.name, "shape": list(x.shape)}
 
-    package, here = PACKAGES[job["target"]], driver.capability()
+    package, here = PACKAGES[job["target"]], cuda_driver.capability()
     options = {name: job[name] for name in BuildOptions.__dataclass_fields__ if name != "compute_capabilities"}
     for name in ("plugin_library", "timing_cache"):  # their names alone: the file is for other machines too
         options[name] = None if options[name] is None else Path(options[name]).name

@@ -30,13 +30,13 @@ from adaattn.export.parity.criterion import (
     PROBE_EDGE,
     SHAKE,
     PlanPair,
-    farthest,
-    judged,
+    largest_relative_error,
     limit_of,
     probe_inputs,
+    separate_fill_values,
     within,
 )
-from adaattn.export.parity.golden_case import Golden, Layer, Output
+from adaattn.export.parity.golden_case import ExpectedAttention, ExpectedOutput, GoldenCase
 from adaattn.export.parity.metrics import relative_error
 from adaattn.planning.precision import FP32, PRECISIONS
 
@@ -44,7 +44,7 @@ TRIVIAL = "shortest"
 
 
 @dataclass(frozen=True)
-class Rung:
+class ForcedPlan:
     """A plan that every attention of a model is forced to.
 
     Args:
@@ -79,10 +79,10 @@ class Expected:
     exact: dict[str, Tensor]
     mode: PlanMode
     double: PlanMode
-    forced: Rung | None = None
+    forced: ForcedPlan | None = None
 
 
-class Reference:
+class EagerReference:
     """Eager PyTorch in the model's type and in float64."""
 
     def __init__(self, captured: Captured) -> None:
@@ -93,7 +93,7 @@ class Reference:
         self._nudged: tuple[Case, list[PlanMode]] | None = None
         self._inputs: dict[str, tuple[Case, dict[str, Array]]] = {}
 
-    def goldens(self, expected: Sequence[Expected], layers: Sequence[str]) -> list[Golden]:
+    def goldens(self, expected: Sequence[Expected], layers: Sequence[str]) -> list[GoldenCase]:
         """Return all that a verdict needs: the cases, the same with forced plans, and probes of the plans.
 
         Every case runs once more with all plans forced to fp32 at full rank, where nothing is rounded and the rule is
@@ -106,12 +106,12 @@ class Reference:
         """
         found = [self.golden(want, layers) for want in expected]
         planned = [want for want in expected if want.mode.plans and len(want.mode.plans) == len(layers)]
-        exact = [self.expect(want.case, Rung(), want.mode) for want in planned if not _is_exact(want.mode)]
+        exact = [self.expect(want.case, ForcedPlan(), want.mode) for want in planned if not _is_exact(want.mode)]
         found += [self.golden(want, layers) for want in exact]
         if planned:
             usual, small = PlanMode(keep=True), min(planned, key=_size).case
             run(self._eager, small.inputs, usual)
-            steps = rungs(want.mode for want in planned)
+            steps = forced_plans(want.mode for want in planned)
             for layer, call, operands in zip(layers, usual.planned, usual.calls, strict=True):
                 if call is not None:
                     found.append(plan_probe(layer, call))
@@ -119,8 +119,8 @@ class Reference:
         return found
 
     def _attention_probes(
-        self, layer: str, operands: Sequence[Any], steps: Sequence[Rung], inputs: Mapping[str, Array]
-    ) -> list[Golden]:
+        self, layer: str, operands: Sequence[Any], steps: Sequence[ForcedPlan], inputs: Mapping[str, Array]
+    ) -> list[GoldenCase]:
         """Return what one attention makes of its operands at each of some plans.
 
         Args:
@@ -133,23 +133,23 @@ class Reference:
         inputs = {**inputs, **kept}
         wide = {name: x.double() if name in tokens else x for name, x in given.items()}
 
-        def at(operands: Mapping[str, Any], rung: Rung) -> Tensor:
+        def at(operands: Mapping[str, Any], rung: ForcedPlan) -> Tensor:
             precision, rank = rung.plan(given["precision"], given["query"].shape[3])
             output: Tensor = torch.ops.adaattn.adaptive_attention(**{**operands, "precision": precision, "rank": rank})
             return output
 
-        found, whole = [], at(wide, Rung())
+        found, whole = [], at(wide, ForcedPlan())
         for rung in steps:
             exact = at(wide, rung)
             # Of a rank that is cut nothing is rounded.
             rounding = 0.0 if rung.precision == FP32 else min(1.0, _error(array(exact), array(whole)))
             outputs = {f"{layer}.output": self.output(at(given, rung), exact, rounding)}
             precision, rank = (array(x) for x in rung.plan(given["precision"], given["query"].shape[3]))
-            forced = {layer: Layer(precision, rank, np.zeros(precision.shape, bool))}
-            found.append(Golden(f"{layer} at {rung}", inputs, outputs, forced, str(rung), layer))
+            forced = {layer: ExpectedAttention(precision, rank, np.zeros(precision.shape, bool))}
+            found.append(GoldenCase(f"{layer} at {rung}", inputs, outputs, forced, str(rung), layer))
         return found
 
-    def expect(self, case: Case, forced: Rung | None = None, like: PlanMode | None = None) -> Expected:
+    def expect(self, case: Case, forced: ForcedPlan | None = None, like: PlanMode | None = None) -> Expected:
         """Run a case.
 
         Args:
@@ -184,7 +184,7 @@ class Reference:
         inputs = {name: to_double(x) for name, x in case.inputs.items()}
         return self._named(run(self._double, inputs, mode, self.written)), mode
 
-    def golden(self, expected: Expected, layers: Sequence[str]) -> Golden:
+    def golden(self, expected: Expected, layers: Sequence[str]) -> GoldenCase:
         """What a verdict needs of a case.
 
         Args:
@@ -206,12 +206,18 @@ class Reference:
         return self.assembled(expected.case, expected.forced, outputs, kept)
 
     def assembled(
-        self, case: Case, forced: Rung | None, outputs: Mapping[str, Output], layers: Mapping[str, Layer]
-    ) -> Golden:
+        self,
+        case: Case,
+        forced: ForcedPlan | None,
+        outputs: Mapping[str, ExpectedOutput],
+        layers: Mapping[str, ExpectedAttention],
+    ) -> GoldenCase:
         """Return the golden of a case, whose name says what its plans are forced to."""
         name = case.name if forced is None else f"{case.name} at {forced}"
         trivial = case.name == TRIVIAL
-        return Golden(name, self._arrays(case), outputs, layers, "" if forced is None else str(forced), trivial=trivial)
+        return GoldenCase(
+            name, self._arrays(case), outputs, layers, "" if forced is None else str(forced), trivial=trivial
+        )
 
     def _arrays(self, case: Case) -> dict[str, Array]:
         """Return the inputs for numpy, one dictionary for all goldens of a case: their file holds it once."""
@@ -259,7 +265,7 @@ class Reference:
         rounding: float = 0.0,
         moved: Sequence[Tensor] = (),
         unsure: Array | None = None,
-    ) -> Output:
+    ) -> ExpectedOutput:
         """Return what a value should be and how far it may be off.
 
         Args:
@@ -272,19 +278,19 @@ class Reference:
         dtype = str(eager.dtype).removeprefix("torch.")
         if not eager.is_floating_point():
             lost = torch.stack([x != eager for x in (exact, *moved)]).any(0)
-            return Output(array(eager), dtype, 0.0, 0.0, lost=array(lost) if lost.any() else None)
+            return ExpectedOutput(array(eager), dtype, 0.0, 0.0, lost=array(lost) if lost.any() else None)
         got, wanted = array(eager.double()), within(array(exact), dtype)
         held = np.isfinite(array(exact)) & (np.isnan(got) | (np.abs(array(exact)) <= LARGEST[dtype]))
         lost_to_eager = ~((np.isfinite(got) & np.isfinite(wanted)) | (got == wanted))
         broken = int((lost_to_eager & held).sum())
         if unsure is not None:
             lost_to_eager |= unsure
-        usable, filled = judged(wanted, lost_to_eager)
+        usable, filled = separate_fill_values(wanted, lost_to_eager)
         known, runs = np.where(usable, wanted, 0), [got, *(within(array(x), dtype) for x in moved)]
         counts = (_distinct(wanted[usable]), _distinct(wanted[filled]))
         error, *others = (relative_error(np.abs(np.where(usable, x, 0) - known), known) for x in runs)
-        fill_error, *fill_others = (farthest(x[filled], wanted[filled]) for x in runs)
-        return Output(
+        fill_error, *fill_others = (largest_relative_error(x[filled], wanted[filled]) for x in runs)
+        return ExpectedOutput(
             array(exact),
             dtype,
             error,
@@ -294,7 +300,7 @@ class Reference:
             broken,
         )
 
-    def _layer(self, expected: Expected, place: int, rounding: float) -> Layer:
+    def _layer(self, expected: Expected, place: int, rounding: float) -> ExpectedAttention:
         precision, rank = expected.mode.plans[place]
         edge, predicted, predicted_limit = torch.zeros_like(precision, dtype=torch.bool), None, None
         if expected.forced is None:
@@ -306,10 +312,12 @@ class Reference:
                 predicted = array(call.predicted)
                 predicted_limit = _spread(predicted, moved) + 2 * FLIPS * rounding
                 predicted_limit = predicted_limit + _centring(call, expected.mode.key_means[place])
-        layer = Layer(array(precision), array(rank), array(edge), predicted=predicted, predicted_limit=predicted_limit)
+        layer = ExpectedAttention(
+            array(precision), array(rank), array(edge), predicted=predicted, predicted_limit=predicted_limit
+        )
         eager, exact = expected.mode.outputs[place], expected.double.outputs[place]
         # With all plans at fp32 the trace says where a fault is: outputs of heads would only fill the file.
-        if eager is None or exact is None or expected.forced == Rung():
+        if eager is None or exact is None or expected.forced == ForcedPlan():
             return layer
         difference = (eager.double() - exact).square().mean(dim=(0, 2, 3)).sqrt()
         size = exact.square().mean(dim=(0, 2, 3)).sqrt()
@@ -341,7 +349,7 @@ def rounding_of(mode: PlanMode) -> float:
 
 def _is_exact(mode: PlanMode) -> bool:
     """Whether every plan is fp32 at full rank."""
-    pairs = zip(mode.plans, Rung().plans(mode), strict=True)
+    pairs = zip(mode.plans, ForcedPlan().plans(mode), strict=True)
     return all(torch.equal(plan[0], exact[0]) and torch.equal(plan[1], exact[1]) for plan, exact in pairs)
 
 
@@ -350,7 +358,7 @@ def _size(expected: Expected) -> tuple[bool, int]:
     return expected.case.name == TRIVIAL, sum(x.numel() for x in expected.case.inputs.values())
 
 
-def rungs(modes: Iterable[PlanMode]) -> list[Rung]:
+def forced_plans(modes: Iterable[PlanMode]) -> list[ForcedPlan]:
     """Return the plans, other than fp32 at full rank, that models may choose: each precision, and each rank at fp32."""
     precisions, quarters = set[int](), set[int]()
     for mode in modes:
@@ -358,19 +366,21 @@ def rungs(modes: Iterable[PlanMode]) -> list[Rung]:
             codes, ranks = (precision, rank) if call is None else call.ladder.unbind(0)
             precisions |= set(codes.flatten().tolist())
             quarters |= {max(1, 4 * n // errors.head_dim) for n in ranks.flatten().tolist()}
-    return [Rung(code) for code in sorted(precisions - {FP32})] + [Rung(FP32, n) for n in sorted(quarters - {4})]
+    return [ForcedPlan(code) for code in sorted(precisions - {FP32})] + [
+        ForcedPlan(FP32, n) for n in sorted(quarters - {4})
+    ]
 
 
-def plan_probe(layer: str, call: PlanCall) -> Golden:
+def plan_probe(layer: str, call: PlanCall) -> GoldenCase:
     """Return the plans that the op `plan` makes of the moments of one sequence, scaled over decades."""
     moments = {name: array(x[-1:]) for name, x in zip(_PLAN_ARGUMENTS, call.moments, strict=False)}
-    golden = Golden(f"plan of {layer}", moments, {}, probes=layer)
+    golden = GoldenCase(f"plan of {layer}", moments, {}, probes=layer)
     scaled = tuple(torch.from_numpy(x) for x in probe_inputs(golden).values())
     whole = replace(call, moments=scaled)
     wanted, near = whole.within(0), [whole.within(share) for share in (PROBE_EDGE, -PROBE_EDGE)]
     edge = array(torch.stack([(a != b) for plan in near for a, b in zip(plan, wanted, strict=True)]).any(0))
     outputs = {
-        f"{layer}.{name}": Output(array(x), "int32", 0.0, 0.0, lost=edge if edge.any() else None)
+        f"{layer}.{name}": ExpectedOutput(array(x), "int32", 0.0, 0.0, lost=edge if edge.any() else None)
         for name, x in zip(("precision", "rank"), wanted, strict=True)
     }
     return replace(golden, outputs=outputs)
@@ -401,7 +411,7 @@ def _distinct(x: Array) -> int:
     return len(np.unique(x.ravel()[: 1 << 14].astype(np.float32)))
 
 
-def disagreements(goldens: Sequence[Golden]) -> list[str]:
+def disagreements(goldens: Sequence[GoldenCase]) -> list[str]:
     """Return a line for each output for which eager PyTorch and float64 are too far apart to prove anything."""
     return [
         f"{name} ({golden.name}): eager PyTorch differs from float64 by {output.eager_error:.0%} in the model's own "
@@ -419,7 +429,11 @@ def _unsure(exact: Tensor, noisy: Sequence[Tensor]) -> Array:
     much as a quarter of all numbers; and such as are moved by half of the size.
     """
     known = array(to_double(exact))
-    usable = judged(known, ~np.isfinite(known))[0] if exact.is_floating_point() else np.zeros(known.shape, bool)
+    usable = (
+        separate_fill_values(known, ~np.isfinite(known))[0]
+        if exact.is_floating_point()
+        else np.zeros(known.shape, bool)
+    )
     if not noisy or not usable.any():
         return np.zeros(known.shape, bool)
     moves = np.stack([np.abs(np.where(usable & np.isfinite(x), x - known, 0)) for x in map(array, noisy)]).max(0)

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from adaattn.export.golden.cases import Case
-from adaattn.export.golden.eager import Reference, Rung, array, rounding_of
+from adaattn.export.golden.eager import EagerReference, ForcedPlan, array, rounding_of
 from adaattn.export.golden.plan_mode import PlanMode, run, to_double
 from adaattn.export.onnx.lower import Lowered
-from adaattn.export.parity.golden_case import Golden, Layer
+from adaattn.export.parity.golden_case import ExpectedAttention, GoldenCase
 
 
-def record(reference: Reference, lowered: Lowered, case: Case, layers: Sequence[str]) -> list[Golden]:
+def record(reference: EagerReference, lowered: Lowered, case: Case, layers: Sequence[str]) -> list[GoldenCase]:
     """Return goldens whose outputs are the values of a graph by their names, each with a limit of its own.
 
     The exporter names values after the nodes of the program; those that it adds or fuses have no counterpart.
@@ -31,25 +31,27 @@ def record(reference: Reference, lowered: Lowered, case: Case, layers: Sequence[
     natural = PlanMode(measure=True)
     found = [_golden(reference, lowered, case, natural)]
     if natural.plans and len(natural.plans) == len(layers):
-        exact = PlanMode(measure=True, plans=Rung().plans(natural))
-        found.insert(0, _golden(reference, lowered, case, exact, Rung(), layers))
+        exact = PlanMode(measure=True, plans=ForcedPlan().plans(natural))
+        found.insert(0, _golden(reference, lowered, case, exact, ForcedPlan(), layers))
     return found
 
 
 def _golden(
-    reference: Reference,
+    reference: EagerReference,
     lowered: Lowered,
     case: Case,
     mode: PlanMode,
-    forced: Rung | None = None,
+    forced: ForcedPlan | None = None,
     layers: Sequence[str] = (),
-) -> Golden:
+) -> GoldenCase:
     eager = _values(lowered, case, mode)
     exact = _values(lowered, case, reference.double_mode(plans=mode.plans))
     rounding = rounding_of(mode)
     outputs = {name: reference.output(x, exact[name], rounding) for name, x in eager.items()}
     plans = zip(layers, mode.plans, strict=True) if layers else ()
-    of_layers = {name: Layer(array(plan[0]), array(plan[1]), np.zeros(plan[0].shape, bool)) for name, plan in plans}
+    of_layers = {
+        name: ExpectedAttention(array(plan[0]), array(plan[1]), np.zeros(plan[0].shape, bool)) for name, plan in plans
+    }
     return reference.assembled(case, forced, outputs, of_layers)
 
 

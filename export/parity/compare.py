@@ -21,16 +21,16 @@ from adaattn.export.parity.criterion import (
     NOTHING_SHOWS,
     USELESS,
     PlanPair,
-    judged,
-    stands,
+    agree,
+    separate_fill_values,
     within,
 )
-from adaattn.export.parity.golden_case import Golden, Layer, Output, integer_ranges
+from adaattn.export.parity.golden_case import ExpectedAttention, ExpectedOutput, GoldenCase, integer_ranges
 from adaattn.export.parity.metrics import HISTOGRAM_EDGES, histogram, metrics_of, root_mean_square
 
 
 @dataclass(frozen=True)
-class Ran:
+class BackendResult:
     """What a backend made of a case; bfloat16 as float32.
 
     Args:
@@ -45,12 +45,12 @@ class Ran:
     predicted: Mapping[str, Array] = field(default_factory=dict)
 
 
-Backend = Callable[[Golden], Ran]
-ExactAt = Callable[[Golden, Mapping[str, PlanPair]], Mapping[str, Array]]
+Backend = Callable[[GoldenCase], BackendResult]
+ExactAt = Callable[[GoldenCase, Mapping[str, PlanPair]], Mapping[str, Array]]
 """float64 outputs of a case at plans that are not eager's; it takes the model."""
 
 
-def compare(goldens: Sequence[Golden], backend: Backend, exact_at: ExactAt | None = None) -> dict[str, Any]:
+def compare(goldens: Sequence[GoldenCase], backend: Backend, exact_at: ExactAt | None = None) -> dict[str, Any]:
     """Run a backend on all cases.
 
     Args:
@@ -101,7 +101,7 @@ def compare(goldens: Sequence[Golden], backend: Backend, exact_at: ExactAt | Non
     }
 
 
-def _never_compared(goldens: Sequence[Golden], rows: Sequence[dict[str, Any]]) -> str | None:
+def _never_compared(goldens: Sequence[GoldenCase], rows: Sequence[dict[str, Any]]) -> str | None:
     """Return why the rows prove nothing, or None.
 
     Each output needs elements that were compared in every case, and MIN_SHARE of them on average. The trivial case, of
@@ -133,7 +133,7 @@ def _never_compared(goldens: Sequence[Golden], rows: Sequence[dict[str, Any]]) -
     return None
 
 
-def _coverage(goldens: Sequence[Golden], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _coverage(goldens: Sequence[GoldenCase], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what a verdict rests on: cases, elements, and the plans that were forced or came of a probe."""
     steps = [
         np.stack([golden.outputs[f"{golden.probes}.{name}"].exact for name in ("precision", "rank")], -1).reshape(-1, 2)
@@ -170,7 +170,7 @@ def coverage_text(compared: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _compare_plans(golden: Golden, ran: Ran) -> dict[str, Any]:
+def _compare_plans(golden: GoldenCase, ran: BackendResult) -> dict[str, Any]:
     """How many heads, how many whose plan differs, how many of them on the edge, and a line for each other."""
     heads = differ = excused = 0
     for name, layer in golden.layers.items():
@@ -183,7 +183,7 @@ def _compare_plans(golden: Golden, ran: Ran) -> dict[str, Any]:
     return {"heads": heads, "differ": differ, "excused": excused, "lines": lines}
 
 
-def plan_differences(golden: Golden, ran: Ran) -> list[tuple[str, str]]:
+def plan_differences(golden: GoldenCase, ran: BackendResult) -> list[tuple[str, str]]:
     """Return a layer and a line for each head whose plan, or the error that it predicts, is not eager's."""
     found = []
     for name, layer in golden.layers.items():
@@ -199,7 +199,7 @@ def plan_differences(golden: Golden, ran: Ran) -> list[tuple[str, str]]:
             found.append((name, line))
         if name in ran.predicted and layer.predicted is not None and layer.predicted_limit is not None:
             got, want = ran.predicted[name], layer.predicted
-            for batch, head in np.argwhere(~off & ~stands(got, want, layer.predicted_limit)):
+            for batch, head in np.argwhere(~off & ~agree(got, want, layer.predicted_limit)):
                 line = (
                     f"{name}, batch {batch}, head {head}: the plan predicts an error of {got[batch, head]:.3e}, that "
                     f"of eager {want[batch, head]:.3e}"
@@ -208,11 +208,11 @@ def plan_differences(golden: Golden, ran: Ran) -> list[tuple[str, str]]:
     return found
 
 
-def _other_plans(layer: Layer, plan: PlanPair) -> Array:
+def _other_plans(layer: ExpectedAttention, plan: PlanPair) -> Array:
     return np.asarray((layer.precision != plan[0]) | (layer.rank != plan[1]))
 
 
-def _row(golden: Golden, name: str) -> dict[str, Any]:
+def _row(golden: GoldenCase, name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "case": golden.name, "verdict": "failed", "reason": None}
     row |= {"compared": 0, "elements": int(golden.outputs[name].exact.size)}
     metrics = dict.fromkeys(("error", "eager_error", "limit", "max_abs", "cosine", "lost"))
@@ -220,7 +220,7 @@ def _row(golden: Golden, name: str) -> dict[str, Any]:
 
 
 def compare_output(
-    golden: Golden, name: str, output: Output, got: Array | None, exact: Array | None = None
+    golden: GoldenCase, name: str, output: ExpectedOutput, got: Array | None, exact: Array | None = None
 ) -> dict[str, Any]:
     """Return the verdict on one value with its metrics.
 
@@ -254,15 +254,15 @@ def compare_output(
     return row | found | (passed if found["verdict"] == "passed" and lost.any() else {})
 
 
-def _compare_numbers(output: Output, got: Array, exact: Array, lost: Array) -> dict[str, Any]:
+def _compare_numbers(output: ExpectedOutput, got: Array, exact: Array, lost: Array) -> dict[str, Any]:
     """Metrics, histogram and verdict of an output of floating-point numbers."""
-    usable, standing = judged(exact, lost)
+    usable, standing = separate_fill_values(exact, lost)
     metrics = metrics_of(got, exact, usable, output.dtype)
     row = metrics | {"verdict": "failed", "eager_error": output.eager_error, "limit": output.limit}
     gone = usable & ~np.isfinite(got)
     if gone.any():
         return row | _reason(gone, "are NaN or Inf where eager has numbers")
-    off = standing & ~stands(got, exact, output.fill_limit)
+    off = standing & ~agree(got, exact, output.fill_limit)
     if off.any():
         return row | _reason(off, "are not the infinities or fill values that eager has")
     if not output.limit <= USELESS:  # NaN is no limit either
@@ -288,7 +288,9 @@ def _reason(off: Array, what: str) -> dict[str, Any]:
     return {"reason": f"{off.sum()} of {off.size} elements {what}, first at {first}", "worst": first}
 
 
-def _compare_heads(found: dict[tuple[str, int], dict[str, Any]], golden: Golden, heads: Mapping[str, Array]) -> None:
+def _compare_heads(
+    found: dict[tuple[str, int], dict[str, Any]], golden: GoldenCase, heads: Mapping[str, Array]
+) -> None:
     """Keep for each head the case in which it is worst."""
     for name, layer in golden.layers.items():
         if layer.exact is None or layer.eager_error is None or name not in heads:

@@ -9,7 +9,7 @@ import numpy as np
 
 from adaattn.errors import ConfigError
 from adaattn.export.artifacts.arrays import Array
-from adaattn.export.parity.golden_case import Golden
+from adaattn.export.parity.golden_case import GoldenCase
 
 FACTOR = 2.0  # two summation orders of equal merit differ by about this
 # The most that a limit may have beside eager's error: a few ulps of the type after a handful of layers.
@@ -83,7 +83,7 @@ def within(exact: Array, dtype: str) -> Array:
     return np.where(np.isinf(exact), exact, np.clip(exact, -LARGEST[dtype], LARGEST[dtype]))
 
 
-def judged(exact: Array, lost: Array | None) -> tuple[Array, Array]:
+def separate_fill_values(exact: Array, lost: Array | None) -> tuple[Array, Array]:
     """Which elements of an output the error is of, and which must be there one by one: infinities and fill values.
 
     An error over the output would be that of its fill values, such as -1e9 behind a mask, and of nothing else. They are
@@ -105,14 +105,14 @@ def judged(exact: Array, lost: Array | None) -> tuple[Array, Array]:
         rest = below
 
 
-def farthest(got: Array, exact: Array) -> float:
+def largest_relative_error(got: Array, exact: Array) -> float:
     """The largest relative error of finite fill values."""
     with np.errstate(invalid="ignore", over="ignore"):
         errors = np.abs(got.astype(np.float64) - exact) / np.abs(exact)
     return float(errors[np.isfinite(exact)].max(initial=0.0))
 
 
-def probe_inputs(golden: Golden) -> dict[str, Array]:
+def probe_inputs(golden: GoldenCase) -> dict[str, Array]:
     """Return the moments that a probe gives to the op `plan`, by the names of its arguments.
 
     Args:
@@ -136,7 +136,7 @@ def probe_inputs(golden: Golden) -> dict[str, Array]:
     return found
 
 
-def stands(got: Array, exact: Array, limit: float | Array) -> Array:
+def agree(got: Array, exact: Array, limit: float | Array) -> Array:
     """Where infinities are the same, and other numbers within a relative limit."""
     with np.errstate(invalid="ignore", over="ignore"):
         near = np.abs(got.astype(np.float64) - exact) <= limit * np.abs(exact)

@@ -14,7 +14,7 @@ from adaattn.export.artifacts.arrays import Array, load_arrays, save_arrays
 
 
 @dataclass(frozen=True)
-class Output:
+class ExpectedOutput:
     """What an output should be.
 
     Args:
@@ -38,7 +38,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Layer:
+class ExpectedAttention:
     """What a planned attention should do.
 
     Args:
@@ -62,7 +62,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Golden:
+class GoldenCase:
     """A case, what should come of it, and of each planned attention by its name; bfloat16 inputs as float32.
 
     Args:
@@ -75,8 +75,8 @@ class Golden:
 
     name: str
     inputs: Mapping[str, Array]
-    outputs: Mapping[str, Output]
-    layers: Mapping[str, Layer] = field(default_factory=dict)
+    outputs: Mapping[str, ExpectedOutput]
+    layers: Mapping[str, ExpectedAttention] = field(default_factory=dict)
     forced: str = ""
     probes: str = ""
     trivial: bool = False
@@ -97,7 +97,7 @@ class Golden:
         return {name: x.shape for name, x in self.inputs.items()}
 
 
-def integer_ranges(goldens: Sequence[Golden]) -> dict[str, tuple[int, int]]:
+def integer_ranges(goldens: Sequence[GoldenCase]) -> dict[str, tuple[int, int]]:
     """Return for each input of integers the smallest and the largest value that is compared, over all cases."""
     found: dict[str, tuple[int, int]] = {}
     for golden in goldens:
@@ -109,7 +109,7 @@ def integer_ranges(goldens: Sequence[Golden]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def save(path: Path, goldens: Sequence[Golden]) -> None:
+def save(path: Path, goldens: Sequence[GoldenCase]) -> None:
     """Write `CASE/input/NAME`, `CASE/output/NAME` and the rest as arrays of one .npz."""
     arrays: dict[str, Array] = {}
     written: dict[int, str] = {}  # inputs that several cases share are written once
@@ -134,7 +134,7 @@ def save(path: Path, goldens: Sequence[Golden]) -> None:
     save_arrays(path, arrays)
 
 
-def load(path: Path, what: str = "golden results") -> list[Golden]:
+def load(path: Path, what: str = "golden results") -> list[GoldenCase]:
     """Read what `save` wrote.
 
     Args:
@@ -157,13 +157,13 @@ def load(path: Path, what: str = "golden results") -> list[Golden]:
         raise ConfigError(f"{path} holds no {what}: {error}") from error
 
 
-def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:
+def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> GoldenCase:
     outputs = {name: _output(name, exact, kinds) for name, exact in kinds["output"].items()}
     of_layers: dict[str, dict[str, Any]] = {}
     for kind, arrays in kinds.items():
         for name, x in arrays.items() if kind.startswith("layer.") else ():
             of_layers.setdefault(name, {})[kind.removeprefix("layer.")] = str(x) if kind == "layer.dtype" else x
-    layers = {name: Layer(**fields) for name, fields in of_layers.items()}
+    layers = {name: ExpectedAttention(**fields) for name, fields in of_layers.items()}
     for name, layer in layers.items():
         _check_layer(name, layer)
     forced, probes, trivial = (str(x) for x in kinds["about"]["fields"].tolist())
@@ -172,10 +172,10 @@ def _golden(case: str, kinds: Mapping[str, Mapping[str, Array]]) -> Golden:
     for name, x in kinds["input"].items() if probes and not forced else ():
         if x.dtype != np.float32 or x.ndim < 2:
             raise ValueError(f"the moment {name} of {case} is {x.dtype}{x.shape}")
-    return Golden(case, kinds["input"], outputs, layers, forced, probes, trivial == "True")
+    return GoldenCase(case, kinds["input"], outputs, layers, forced, probes, trivial == "True")
 
 
-def _check_layer(name: str, layer: Layer) -> None:
+def _check_layer(name: str, layer: ExpectedAttention) -> None:
     heads = layer.precision.shape[1:]
     wanted = {"exact": None, "eager_error": heads, "dtype": None}
     for field_name, x in vars(layer).items():
@@ -190,7 +190,7 @@ def _check_layer(name: str, layer: Layer) -> None:
         raise ValueError(f"a limit of {name} is {layer.predicted_limit.min()}")
 
 
-def _output(name: str, exact: Array, kinds: Mapping[str, Mapping[str, Array]]) -> Output:
+def _output(name: str, exact: Array, kinds: Mapping[str, Mapping[str, Array]]) -> ExpectedOutput:
     dtype, numbers, lost = str(kinds["dtype"][name]), kinds["limit"][name], kinds.get("lost", {}).get(name)
     if numbers.shape != (4,) or numbers.dtype.kind != "f" or not (numbers >= 0).all():
         raise ValueError(f"the limits of {name} are {numbers.tolist()}")
@@ -198,4 +198,4 @@ def _output(name: str, exact: Array, kinds: Mapping[str, Mapping[str, Array]]) -
     if str(exact.dtype) != kept or (lost is not None and (lost.shape, lost.dtype) != (exact.shape, np.bool_)):
         raise ValueError(f"{name} is {exact.dtype}{exact.shape}, of {dtype}")
     eager_error, limit, fill_limit, broken = numbers.tolist()
-    return Output(exact, dtype, eager_error, limit, fill_limit, lost, int(broken))
+    return ExpectedOutput(exact, dtype, eager_error, limit, fill_limit, lost, int(broken))

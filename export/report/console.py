@@ -14,7 +14,7 @@ from adaattn.command_line import one_line, printable
 from adaattn.export.parity.compare import coverage_text
 
 
-def show(report: Mapping[str, Any], where: str) -> None:
+def print_report(report: Mapping[str, Any], where: str) -> None:
     """Print a table of the targets, and why they are not all passed.
 
     Names and reasons come from files and from other packages: none of their characters is markup or a control code.

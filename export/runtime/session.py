@@ -11,7 +11,7 @@ import numpy as np
 from adaattn.errors import TargetError
 from adaattn.export.artifacts.arrays import Array
 from adaattn.export.artifacts.files import utf8
-from adaattn.plugins import driver
+from adaattn.system import cuda_driver
 
 if TYPE_CHECKING:
     pass
@@ -43,7 +43,7 @@ def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
         raise CannotRun(
             f"onnxruntime {onnxruntime.__version__} has no {provider} here: pip install onnxruntime-gpu, and CUDA"
         )
-    if provider != "CPUExecutionProvider" and driver.capability() is None:
+    if provider != "CPUExecutionProvider" and cuda_driver.capability() is None:
         raise CannotRun(f"{provider} needs a GPU, and a CUDA driver finds none on this machine")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it logs of an error, in colours, stands in the error too

@@ -18,7 +18,7 @@ from adaattn.errors import CheckpointError
 from adaattn.export.sources import sentence_pooling
 from adaattn.export.sources.source import EXPERTS, Source, loops_over_experts
 from adaattn.input_spec import Dimension, InputSpec
-from adaattn.integrations import transformers as integration
+from adaattn.integrations.transformers import registration as integration
 
 # Of its own, for the process may have registered another; dense never, for a program has one road for all lengths.
 IMPLEMENTATION = "adaattn-export"

@@ -13,10 +13,11 @@ from adaattn.export.engines import child, description
 from adaattn.export.engines import options as engine_options
 from adaattn.export.engines.description import read_description
 from adaattn.export.engines.load import check_plugin_library
-from adaattn.export.parity.compare import Backend, Ran
+from adaattn.export.parity.compare import Backend, BackendResult
 from adaattn.export.parity.criterion import OPERAND, probe_inputs
-from adaattn.export.parity.golden_case import Golden
-from adaattn.plugins import driver, onnx_file
+from adaattn.export.parity.golden_case import GoldenCase
+from adaattn.plugins import onnx_file
+from adaattn.system import cuda_driver
 
 if TYPE_CHECKING:
     pass
@@ -76,31 +77,31 @@ class OnnxRuntimeBackend:
         self._names = [output.name for output in self._sessions[""].get_outputs()]
         self._layers = planned_layers(path)
 
-    def __call__(self, golden: Golden) -> Ran:
+    def __call__(self, golden: GoldenCase) -> BackendResult:
         wanted = [*golden.layers, golden.probes] if golden.forced or golden.probes else []
         unknown = [name for name in wanted if name and name not in self._layers]
         if unknown:
             raise TargetError(f"{self._path.name} has no planned attention {unknown[0]!r}, which the export had")
         if golden.probes:
-            return Ran(self._attention(golden) if golden.forced else self._plan(golden), {}, {})
+            return BackendResult(self._attention(golden) if golden.forced else self._plan(golden), {}, {})
         if golden.forced:
-            return Ran(self.values(golden, self._names), {}, {})
+            return BackendResult(self.values(golden, self._names), {}, {})
         outputs = self._call(self._sessions[""], self._names, golden.name, golden.inputs)
         layers = {name: self._layers[name] for name in golden.layers if name in self._layers}
         if not layers:
-            return Ran(outputs, {}, {})
+            return BackendResult(outputs, {}, {})
         # Heads only where there is something to hold them against: they can be large.
         shown = [name for layer in layers.values() for name in (layer.precision, layer.rank, layer.predicted) if name]
         held = {name: layer for name, layer in layers.items() if golden.layers[name].exact is not None}
         found = self.values(golden, list(dict.fromkeys([*shown, *(layer.output for layer in held.values())])))
-        return Ran(
+        return BackendResult(
             outputs,
             {name: (found[layer.precision], found[layer.rank]) for name, layer in layers.items()},
             {name: found[layer.output] for name, layer in held.items()},
             {name: found[layer.predicted] for name, layer in layers.items() if layer.predicted},
         )
 
-    def values(self, golden: Golden, names: Sequence[str]) -> dict[str, Array]:
+    def values(self, golden: GoldenCase, names: Sequence[str]) -> dict[str, Array]:
         """Return values inside the graph by their names, with the plans forced where the golden says so.
 
         Raises:
@@ -118,7 +119,7 @@ class OnnxRuntimeBackend:
             plans |= {forced_input(name, "precision"): layer.precision, forced_input(name, "rank"): layer.rank}
         return self._call(self._sessions[key], list(names), golden.name, {**golden.inputs, **plans})
 
-    def _plan(self, golden: Golden) -> dict[str, Array]:
+    def _plan(self, golden: GoldenCase) -> dict[str, Array]:
         """Run the nodes that make one plan, on moments of their own."""
         layer = self._layers[golden.probes]
         if layer.plan is None:
@@ -128,7 +129,7 @@ class OnnxRuntimeBackend:
         values = {f"{golden.probes}.precision": layer.precision, f"{golden.probes}.rank": layer.rank}
         return self._part(golden.name, layer.plan, feed, values)
 
-    def _attention(self, golden: Golden) -> dict[str, Array]:
+    def _attention(self, golden: GoldenCase) -> dict[str, Array]:
         """Run one attention and what it makes of its operands, with its plan as the golden forces it."""
         layer, forced = self._layers[golden.probes], golden.layers[golden.probes]
         feed = {input_alone("precision"): forced.precision, input_alone("rank"): forced.rank}
@@ -194,7 +195,7 @@ def engine_backend(path: Path, log: Path, plugin_library: Path | None = None) ->
             raise CannotRun(f"there is no {file.name}")
     about = read_description(path)
     library = plugin_library if about["options"]["plugins"] == "native" else None
-    capability = driver.capability()
+    capability = cuda_driver.capability()
     if capability is None:
         raise CannotRun("built, not run: a CUDA driver finds no GPU on this machine")
     if str(capability / 10) not in about["compute_capabilities"] and not about["options"]["hardware_compatible"]:
@@ -210,11 +211,11 @@ class EngineBackend:
         self._path, self._log, self._about, self._library = path, log, about, library
         self._exact: Path | None = None
 
-    def __call__(self, golden: Golden) -> Ran:
+    def __call__(self, golden: GoldenCase) -> BackendResult:
         path = self._path if golden.whole else self._exact
         if path is None:
             raise TargetError(f"no engine has plans that are forced to {golden.forced}")
-        return Ran(child.run(self._about["target"], path, self._log, golden.inputs, self._library), {}, {})
+        return BackendResult(child.run(self._about["target"], path, self._log, golden.inputs, self._library), {}, {})
 
     def build_exact(self, scratch: Path) -> None:
         """Build the engine with all plans at fp32 and full rank, as the engine itself was built.

@@ -12,7 +12,7 @@ import onnx
 from adaattn.errors import TargetError
 from adaattn.export.artifacts.manifest import as_exported
 from adaattn.export.parity import compare, criterion, golden_case
-from adaattn.export.parity.golden_case import Golden
+from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.verification import backends, graph_copies
 from adaattn.export.verification.verify import compare_inside
 from adaattn.plugins import NAMESPACE, onnx_file
@@ -66,7 +66,7 @@ def bisect(folder: Path, provider: str = "CPUExecutionProvider") -> Departure | 
     return _by_layer(path, backend, goldens, traces[0])
 
 
-def _departure(path: Path, backend: backends.OnnxRuntimeBackend, graph: Any, trace: Golden) -> Departure | None:
+def _departure(path: Path, backend: backends.OnnxRuntimeBackend, graph: Any, trace: GoldenCase) -> Departure | None:
     rows = compare_inside(path, backend, trace)
     departed = {name for name, row in rows.items() if row["verdict"] == "failed"}
     first = _first(graph, departed, set(rows))
@@ -75,12 +75,12 @@ def _departure(path: Path, backend: backends.OnnxRuntimeBackend, graph: Any, tra
     return _described(path, first, set(trace.outputs) | set(trace.inputs), rows, trace.forced, _types(trace))
 
 
-def _types(trace: Golden) -> dict[str, tuple[int, int]]:
+def _types(trace: GoldenCase) -> dict[str, tuple[int, int]]:
     return {name: (graph_copies.element_type(x.dtype), x.exact.ndim) for name, x in trace.outputs.items()}
 
 
 def _by_layer(
-    path: Path, backend: backends.OnnxRuntimeBackend, goldens: Sequence[Golden], trace: Golden
+    path: Path, backend: backends.OnnxRuntimeBackend, goldens: Sequence[GoldenCase], trace: GoldenCase
 ) -> Departure | None:
     """The first plan, or attention at a plan that is forced, that departs by itself."""
     layers, known = graph_copies.planned_layers(path), set(trace.outputs) | set(trace.inputs)
@@ -104,7 +104,7 @@ def _by_layer(
     return None
 
 
-def _agrees(backend: backends.OnnxRuntimeBackend, case: Golden) -> bool:
+def _agrees(backend: backends.OnnxRuntimeBackend, case: GoldenCase) -> bool:
     outputs = backend(case).outputs
     rows = (compare.compare_output(case, name, output, outputs.get(name)) for name, output in case.outputs.items())
     return all(row["verdict"] != "failed" for row in rows)

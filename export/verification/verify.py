@@ -17,7 +17,7 @@ from adaattn.export.artifacts.manifest import MARKER, as_exported, changed_files
 from adaattn.export.engines import description
 from adaattn.export.engines.description import profile_of, read_description
 from adaattn.export.parity import compare, criterion, golden_case
-from adaattn.export.parity.golden_case import Golden
+from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.runtime import session
 from adaattn.export.verification import backends
 from adaattn.plugins import onnx_file
@@ -28,7 +28,7 @@ def verify_target(
     entry: dict[str, Any],
     backend: str,
     folder: Path,
-    goldens: Sequence[Golden],
+    goldens: Sequence[GoldenCase],
     exact_at: compare.ExactAt | None = None,
     plugin_library: Path | None = None,
 ) -> None:
@@ -65,7 +65,7 @@ def verify_target(
         entry.update(verdict="failed", reason=str(error))
 
 
-def compare_inside(path: Path, run: backends.OnnxRuntimeBackend, trace: Golden) -> dict[str, dict[str, Any]]:
+def compare_inside(path: Path, run: backends.OnnxRuntimeBackend, trace: GoldenCase) -> dict[str, dict[str, Any]]:
     """Return the verdict on each value inside a graph that a trace knows, by its name."""
     names = [name for node in onnx_file.load(path).graph.node for name in node.output if name in trace.outputs]
     found = run.values(trace, names)
@@ -168,7 +168,7 @@ def withhold(targets: Sequence[dict[str, Any]], unproven: Sequence[str]) -> None
             entry.update(verdict="not run", reason=unproven[0])
 
 
-def _served(path: Path, goldens: Sequence[Golden]) -> tuple[list[Golden], list[str]]:
+def _served(path: Path, goldens: Sequence[GoldenCase]) -> tuple[list[GoldenCase], list[str]]:
     """The cases that a backend takes, and the names of the others; only engines are choosy.
 
     Each forced plan takes another engine: only that of fp32, where the rule is sharp, is worth it.

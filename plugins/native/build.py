@@ -13,49 +13,32 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import adaattn
 from adaattn.errors import TargetError
 from adaattn.ops.dispatch import OLDEST_ARCHITECTURE
-from adaattn.ops.kernel_spec import KernelSpec
-from adaattn.plugins import driver
-from adaattn.plugins.native.program import Kind, Program, Symbol, axes, program, text_of
-from adaattn.plugins.ptx import LEAST_PTX, Entry, entry
-from adaattn.plugins.variants import VARIANTS, Variant
-from adaattn.system import children
+from adaattn.plugins.native.codegen import (
+    Compiled,
+    Key,
+    image_declarations,
+    kernel_key,
+    kernels_assembly,
+    plugin_tables,
+)
+from adaattn.plugins.native.launch_program import Program, program
+from adaattn.plugins.native.node_kinds import Kind
+from adaattn.plugins.ptx import LEAST_PTX, entry
+from adaattn.system import children, cuda_driver
 from adaattn.system.atomic_file import replacing, scratch_folder, write
 from adaattn.system.interrupts import SIGNALS
 from adaattn.system.supervisor import end_with_parent
 
 SOURCES = Path(__file__).parent
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-# nvinfer1::DataType
-TYPES = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.int8: 2,
-    torch.int32: 3,
-    torch.bool: 4,
-    torch.bfloat16: 7,
-    torch.int64: 8,
-}
 
 
 OLDEST_PTX = 84  # of CUDA 12.4: drivers since 550 take it
-Key = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A kernel as the library carries it."""
-
-    entry: Entry
-    cubin: bytes
 
 
 def library(
@@ -86,7 +69,7 @@ def library(
         raise TargetError(f"{output} cannot be written: it is a folder or a device; give a file")
     programs = [program(kind, arch) for arch in sorted(architectures) for kind in kinds]
     places = {
-        _key(step.spec, each.capability): (each.kind, each.capability, number)
+        kernel_key(step.spec, each.capability): (each.kind, each.capability, number)
         for each in programs
         for number, step in enumerate(each.steps)
     }
@@ -126,7 +109,7 @@ def architectures(text: str) -> list[int]:
         TargetError: there is no GPU to ask, or an architecture that the kernels are not written for.
     """
     if not text:
-        found = driver.capability()
+        found = cuda_driver.capability()
         if found is None:
             raise TargetError(f"no GPU to build for: give --arch, such as {','.join(map(str, ARCHITECTURES))}")
         return [found]
@@ -303,9 +286,9 @@ def _make(
     trt: Path,
     cuda: Path,
 ) -> Path:
-    (folder / "plugins.inc").write_text(_generated(programs, kernels))
-    (folder / "images.inc").write_text(_declared(kernels))
-    (folder / "kernels.S").write_text(_embedded(folder, kernels))
+    (folder / "plugins.inc").write_text(plugin_tables(programs, kernels))
+    (folder / "images.inc").write_text(image_declarations(kernels))
+    (folder / "kernels.S").write_text(kernels_assembly(folder, kernels))
     made = folder / "libadaattn_plugins.so"
     if shutil.which("cmake"):
         definitions = {
@@ -335,105 +318,3 @@ def _run(*command: object, scratch: Path | None = None) -> str:
     if code:
         raise TargetError(f"{command[0]} failed:\n{said.strip()[-4000:]}")
     return said
-
-
-def _key(spec: KernelSpec, arch: int) -> Key:
-    """What makes one kernel of two launches."""
-    return (arch, spec.kernel.__name__, *(tuple(x.items()) for x in (spec.arguments, spec.constants, spec.known)))
-
-
-def _images(key: Key, kernel: Compiled) -> dict[str, bytes]:
-    images = {"cubin": kernel.cubin}
-    if key[0] < 90:  # later architectures take its PTX; from sm_90 on kernels use features of their own one
-        images["ptx"] = kernel.entry.ptx.encode() + b"\0"
-    return images
-
-
-def _embedded(folder: Path, kernels: Mapping[Key, Compiled]) -> str:
-    """kernels.S: the code of all kernels."""
-    lines = [".section .rodata"]
-    for place, (key, kernel) in enumerate(kernels.items()):
-        for kind, image in _images(key, kernel).items():
-            file = folder / f"{place}.{kind}"
-            file.write_bytes(image)
-            label = f"adaattn_{kind}_{place}"
-            lines += [f".global {label}", f".hidden {label}", ".balign 16", f"{label}:", f'.incbin "{file}"']
-    return "\n".join([*lines, '.section .note.GNU-stack,"",@progbits', ""])
-
-
-def _declared(kernels: Mapping[Key, Compiled]) -> str:
-    """images.inc: the names of kernels.S."""
-    return "".join(
-        f'extern "C" unsigned char const adaattn_{kind}_{place}[];\n'
-        for place, (key, kernel) in enumerate(kernels.items())
-        for kind in _images(key, kernel)
-    )
-
-
-def _generated(programs: Sequence[Program], kernels: Mapping[Key, Compiled]) -> str:
-    """plugins.inc: the ops, the kernels, and a function for each program."""
-    rows, functions, table = [], [], []
-    for place, (key, kernel) in enumerate(kernels.items()):
-        made = kernel.entry
-        ptx = f"adaattn_ptx_{place}" if "ptx" in _images(key, kernel) else "nullptr"
-        rows.append(f'    {{"{made.name}", {made.threads}, {made.shared_bytes}, adaattn_cubin_{place}, {ptx}}},')
-    places = {key: place for place, key in enumerate(kernels)}
-    for place, each in enumerate(programs):
-        used = [places[_key(step.spec, each.capability)] for step in each.steps]
-        functions.append(_function(place, used, each))
-        types = ", ".join(str(TYPES[dtype]) for dtype in each.kind.types)
-        ones = sum(1 << axis for axis, one in enumerate(each.kind.ones) if one)
-        kind = f"{{{{{types}}}}}, {each.kind.head_dim}, {each.kind.flag}, {ones}"
-        steps = f"{len(used)}, {{{{{', '.join(map(str, used))}}}}}"
-        table.append(f'    {{"{each.kind.op}", {each.capability}, {kind}, scratch_of_{place}, run_{place}, {steps}}},')
-    text = ["constexpr Op OPS[] = {", *map(_op, VARIANTS.values()), "};", "", "Kernel const KERNELS[] = {", *rows, "};"]
-    return "\n".join([*text, "", *functions, "Program const PROGRAMS[] = {", *table, "};", ""])
-
-
-def _function(place: int, kernels: Sequence[int], each: Program) -> str:
-    total = " + ".join(f"aligned({size})" for size in each.scratch_bytes) or "0"
-    unused = "" if each.scratch_bytes else "[[maybe_unused]] "
-    lines = [f"int64_t scratch_of_{place}({unused}Call const& call) {{ return {total}; }}", ""]
-    lines.append(f"int32_t run_{place}(Call const& call) {{")
-    offset = "call.workspace"
-    for index, size in enumerate(each.scratch_bytes):
-        lines.append(f"    [[maybe_unused]] char* const scratch_{index} = {offset};")
-        offset = f"scratch_{index} + aligned({size})"
-    for number, (step, kernel) in enumerate(zip(each.steps, kernels, strict=True)):
-        lines.append("    {")
-        for index, argument in enumerate(step.arguments):
-            lines.append(f"        auto a{index} = {argument};")
-        pointers = ", ".join(f"&a{index}" for index in range(len(step.arguments)))
-        lines.append(f"        void* arguments[] = {{{pointers}}};")
-        launch = f"call.launch({number}, KERNELS[{kernel}], {step.programs}, arguments)"
-        lines.append(f"        if ({launch} != 0) return -1;")
-        lines.append("    }")
-    return "\n".join([*lines, "    return 0;", "}", ""])
-
-
-def _op(variant: Variant) -> str:
-    """A row of OPS: shapes of outputs are read off by running them on symbols."""
-    names = list(variant.inputs)
-    ranks = [axes(name) for name in names]
-    shapes = {
-        name: [Symbol(f"{{{place}, {axis}}}") for axis in range(count)]
-        for place, (name, count) in enumerate(zip(names, ranks, strict=True))
-    }
-    picks = [[text_of(size) for size in shape] for shape in variant.output_shapes(shapes)]
-    types = [sum(1 << TYPES[dtype] for dtype in takes) for takes in variant.inputs.values()]
-    outputs = [-1 if dtype is None else TYPES[dtype] for dtype in variant.outputs.values()]
-    same = 3 if names[0] == "query" else 1
-    masks = [place for place, name in enumerate(names) if name.endswith("mask")]
-    of_mask = {"key_mask": "{{{0, 0}, {0, 1}, {0, 2}}}", "attn_mask": "{{{0, 0}, {0, 1}, {0, 2}, {1, 2}}}"}
-    sizes = of_mask[names[masks[0]]] if masks else "{}"
-    attributes = ", ".join(f'{{"{n}", {str(kind is float).lower()}}}' for n, kind in variant.attributes.items())
-
-    def listed(values: Sequence[object]) -> str:
-        return "{{" + ", ".join(map(str, values)) + "}}"
-
-    shown = "{{" + ", ".join("{{" + ", ".join(pick) + "}}" for pick in picks) + "}}"
-    return (
-        f'    {{"{variant.name}", {len(names)}, {listed(types)}, {listed(ranks)}, {len(outputs)}, {listed(outputs)}, '
-        f"{shown}, {listed([len(pick) for pick in picks])}, {same}, {masks[0] if masks else -1}, {sizes}, "
-        f"{{{{{attributes}}}}}, {len(variant.attributes)}}},"
-    )

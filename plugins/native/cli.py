@@ -52,7 +52,7 @@ def build(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from adaattn.plugins.native import build as builder
-    from adaattn.plugins.native.program import common_kinds, kinds
+    from adaattn.plugins.native.node_kinds import common_kinds, kinds
 
     wanted = list(dict.fromkeys(kind for model in models for kind in kinds(model))) if models else common_kinds()
     architectures = builder.architectures(arch)
@@ -82,7 +82,7 @@ def onnxruntime(model: Path) -> None:
     and runs with that provider alone, given the library as trt_extra_plugin_lib_paths and ADAATTN_REGISTER=1 in the
     environment.
     """
-    from adaattn.plugins.native.program import for_onnxruntime
+    from adaattn.plugins.native.onnxruntime_copy import for_onnxruntime
 
     click.echo(for_onnxruntime(model))
 

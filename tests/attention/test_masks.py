@@ -13,22 +13,22 @@ from adaattn.export.capture.captured import Captured
 from adaattn.export.capture.module import capture_module
 from adaattn.export.engines import options as engine_options
 from adaattn.export.golden.cases import cases
-from adaattn.export.golden.eager import Reference
+from adaattn.export.golden.eager import EagerReference
 from adaattn.export.onnx.lower import lower
 from adaattn.export.onnx.save import save
 from adaattn.export.parity import compare
-from adaattn.export.parity.golden_case import Golden
+from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.verification import backends
 from adaattn.input_spec import InputSpec
 from tests.support.attention_models import ORDINARY
 
 
 @functools.cache
-def captured(name: str, dtype: str = "float32") -> tuple[Captured, list[Golden]]:
+def captured(name: str, dtype: str = "float32") -> tuple[Captured, list[GoldenCase]]:
     kind = ORDINARY[name]
     model = kind.build().to(getattr(torch, dtype))
     found = capture_module(model, [InputSpec.parse(*item) for item in kind.inputs.items()], {})
-    reference = Reference(found)
+    reference = EagerReference(found)
     return found, [reference.golden(reference.expect(case), ()) for case in cases(found)]
 
 

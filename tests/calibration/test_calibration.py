@@ -20,7 +20,7 @@ from adaattn.attention.base import AttentionBase
 from adaattn.calibration import calibrate
 from adaattn.calibration import projections as pairs_module
 from adaattn.calibration.balancing import FLOOR, SecondMoments, balance, energies
-from adaattn.calibration.projections import Pair, pairs, register_finder
+from adaattn.calibration.projections import QueryKeyProjections, find_projections, register_matcher
 from adaattn.conversion import Conversion, convert
 from adaattn.errors import CheckpointError, ConfigError
 from tests.support import oracle
@@ -45,7 +45,7 @@ def heads_of(module: AttentionBase, query: Tensor, key: Tensor) -> tuple[Tensor,
 def moments(q: Tensor, k: Tensor, attended: Tensor | None = None) -> SecondMoments:
     heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
     linears = (nn.Linear(1, heads * dim), nn.Linear(1, kv_heads * dim))
-    sums = SecondMoments.zeros(Pair(nn.Identity(), *linears, heads, kv_heads, dim, 1.0, lambda *_: None))
+    sums = SecondMoments.zeros(QueryKeyProjections(nn.Identity(), *linears, heads, kv_heads, dim, 1.0, lambda *_: None))
     sums.add(q, k, attended)
     return sums
 
@@ -315,7 +315,7 @@ def test_shared_and_altered_projections_are_refused() -> None:
     model.embedding = nn.Module()
     model.embedding.table = model[2].k_proj.weight
     nn.utils.parametrizations.orthogonal(model[3].q_proj)
-    found = pairs(model)
+    found = find_projections(model)
     assert [isinstance(found[str(i)], str) for i in range(5)] == [True, True, True, True, False]
     assert "shares" in found["0"]
     assert "parametrized" in found["3"]
@@ -458,7 +458,7 @@ class Foreign(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, attention_mask).transpose(1, 2).flatten(2)
 
 
-def find_foreign(module: nn.Module) -> Pair | str | None:
+def find_foreign(module: nn.Module) -> QueryKeyProjections | str | None:
     if not isinstance(module, Foreign):
         return None
 
@@ -467,15 +467,15 @@ def find_foreign(module: nn.Module) -> Pair | str | None:
         return None if mask is None else (mask > -1e4).any(2)
 
     dim = WIDTH // module.heads
-    return Pair(module, module.query, module.key, module.heads, module.heads, dim, dim**-0.5, attended)
+    return QueryKeyProjections(module, module.query, module.key, module.heads, module.heads, dim, dim**-0.5, attended)
 
 
 def test_attention_of_another_library_is_found_by_its_finder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "_finders", list(pairs_module._finders))
+    monkeypatch.setattr(pairs_module, "_matchers", list(pairs_module._matchers))
     model = nn.Sequential(Foreign(), nn.LayerNorm(WIDTH), Foreign())
     x = correlated(2, 17, WIDTH)
     assert calibrate(model, [x]).layers == {}
-    register_finder(find_foreign)
+    register_matcher(find_foreign)
     want = model(x)
     result = calibrate(model, [x])
     assert list(result.layers) == ["0", "2"]
@@ -541,7 +541,7 @@ class Relative(Foreign):
 
 
 def test_code_that_makes_more_of_queries_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "_finders", [*pairs_module._finders, find_foreign])
+    monkeypatch.setattr(pairs_module, "_matchers", [*pairs_module._matchers, find_foreign])
     model = nn.Sequential(Foreign(), Relative(), Foreign()).half()
     x = correlated(2, 17, WIDTH).half()
     result = calibrate(model, [x])
@@ -576,7 +576,7 @@ def test_a_batch_that_shows_nothing_decides_nothing(
     kind: type[Foreign], shows_nothing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Softmax over one key, or over equal ones, does not depend on the queries."""
-    monkeypatch.setattr(pairs_module, "_finders", [*pairs_module._finders, find_foreign])
+    monkeypatch.setattr(pairs_module, "_matchers", [*pairs_module._matchers, find_foreign])
     x = correlated(2, 17, WIDTH)
     dull = x[:, :1] if shows_nothing == "one token" else x[:, :1].expand(2, 17, WIDTH)
     assert "changes its output (by" in calibrate(kind(), [dull, x]).refused[""]
@@ -603,6 +603,6 @@ def test_statistics_are_of_all_the_weights(tmp_path: Path) -> None:
 
 def test_a_pair_whose_sizes_do_not_fit_is_an_error() -> None:
     with pytest.raises(ConfigError, match="key has 30 features; expected 2 heads of 16"):
-        Pair(nn.Identity(), nn.Linear(8, 64), nn.Linear(8, 30), 4, 2, 16, 0.25, lambda *_: None)
+        QueryKeyProjections(nn.Identity(), nn.Linear(8, 64), nn.Linear(8, 30), 4, 2, 16, 0.25, lambda *_: None)
     with pytest.raises(ConfigError, match="num_heads 4 is not a multiple of num_kv_heads 3"):
-        Pair(nn.Identity(), nn.Linear(8, 64), nn.Linear(8, 48), 4, 3, 16, 0.25, lambda *_: None)
+        QueryKeyProjections(nn.Identity(), nn.Linear(8, 64), nn.Linear(8, 48), 4, 3, 16, 0.25, lambda *_: None)

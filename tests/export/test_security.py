@@ -34,11 +34,10 @@ from adaattn.export.engines.description import read_description
 from adaattn.export.engines.load import open_engine
 from adaattn.export.parity import golden_case
 from adaattn.export.runtime import open_runtime
-from adaattn.plugins import driver
 from adaattn.plugins.native import build as builder
 from adaattn.plugins.native.cli import main as plugins_command
-from adaattn.plugins.native.program import for_onnxruntime
-from adaattn.system import atomic_file, children
+from adaattn.plugins.native.onnxruntime_copy import for_onnxruntime
+from adaattn.system import atomic_file, children, cuda_driver
 from tests.support import models
 from tests.support.cli import alive, refused, run, start
 from tests.support.engine_files import described
@@ -495,7 +494,7 @@ def test_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module.__spec__ = type("Spec", (), {"name": "tensorrt"})()
     module.Runtime, module.Logger = Runtime, Logger
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(driver, "capability", lambda: 90)
+    monkeypatch.setattr(cuda_driver, "capability", lambda: 90)
     file = tmp_path / "tensorrt.engine"
     file.touch()
     for flag in (False, True):

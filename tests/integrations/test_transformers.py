@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import adaattn
-from adaattn.calibration.projections import pairs
+from adaattn.calibration.projections import find_projections
 from adaattn.errors import AdaAttnError, ConfigError
 from adaattn.export.golden.plan_mode import PlanMode, run
 from adaattn.export.options import Options
 from adaattn.export.parity.criterion import FACTOR, FLOOR
 from adaattn.export.parity.metrics import relative_error
 from adaattn.export.pipeline import export
-from adaattn.integrations import transformers as ours
+from adaattn.integrations.transformers import attention as attention_module
 from adaattn.integrations.transformers import register, set_tolerance, tolerance_of
 from tests.support import architectures
 from tests.support.architectures import build, inputs, shown
@@ -43,13 +43,13 @@ def registered() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What adaptive attention is asked for."""
     seen: list[dict[str, Any]] = []
-    function = ours.adaptive_attention
+    function = attention_module.adaptive_attention
 
     def spy(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool, **options: Any) -> Any:
         seen.append({"queries": query.shape[2], "keys": key.shape[2], "mask": mask, "causal": is_causal, **options})
         return function(query, key, value, mask, is_causal=is_causal, **options)
 
-    monkeypatch.setattr(ours, "adaptive_attention", spy)
+    monkeypatch.setattr(attention_module, "adaptive_attention", spy)
     return seen
 
 
@@ -325,7 +325,7 @@ def test_a_model_that_attends_by_itself_takes_no_tolerance() -> None:
     model = hf.AutoModel.from_config(config, attn_implementation="adaattn")
     with pytest.raises(ConfigError, match="DebertaV2Model computes attention by itself and calls no other"):
         set_tolerance(model, 1e-2)
-    assert set(pairs(model).values()) == {"it computes attention by itself, and calls no other"}
+    assert set(find_projections(model).values()) == {"it computes attention by itself, and calls no other"}
 
 
 def test_a_model_typed_into_a_shell_is_calibrated(tmp_path: Path) -> None:
@@ -409,11 +409,12 @@ def test_transformers_is_imported_by_register_alone() -> None:
     code = """
 import sys
 import adaattn.integrations.transformers as ours
+from adaattn import AdaAttnError
 assert "transformers" not in sys.modules
 sys.modules["transformers"] = None  # as if it were not installed
 try:
     ours.register()
-except ours.ConfigError as error:
+except AdaAttnError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

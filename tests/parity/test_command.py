@@ -232,13 +232,13 @@ def test_junit_fails_where_the_command_does(good: Path, tmp_path: Path) -> None:
 def test_a_provider_that_falls_back_to_the_cpu_has_not_run(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    from adaattn.plugins import driver
+    from adaattn.system import cuda_driver
 
-    if driver.capability() is not None:
+    if cuda_driver.capability() is not None:
         pytest.skip("for machines without a GPU")
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-    monkeypatch.setattr(driver, "capability", lambda: 90)
+    monkeypatch.setattr(cuda_driver, "capability", lambda: 90)
     result = run(good, "--backend", "ort-cuda")
     assert result.exit_code == 1
     assert "CUDAExecutionProvider does not load here" in result.stdout

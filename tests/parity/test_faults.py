@@ -126,7 +126,7 @@ def test_a_thousandth_of_any_number_fails_where_it_moves_the_output(
     assert moved >= 2
 
 
-def _outputs(folder: Path, case: golden_case.Golden) -> dict[str, np.ndarray]:
+def _outputs(folder: Path, case: golden_case.GoldenCase) -> dict[str, np.ndarray]:
     return dict(backends.onnxruntime_backend(folder / "model.onnx")(case).outputs)
 
 

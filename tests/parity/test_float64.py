@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adaattn.errors import ConfigError
 from adaattn.export.capture.module import capture_module
 from adaattn.export.golden import cases
-from adaattn.export.golden.eager import Reference, disagreements
+from adaattn.export.golden.eager import EagerReference, disagreements
 from adaattn.export.golden.plan_mode import PlanMode, run
 from adaattn.export.parity import criterion
 from adaattn.input_spec import InputSpec
@@ -247,9 +247,9 @@ class Applied(nn.Module):
         return self.then(self, x)
 
 
-def reference(then: Callable[..., Any]) -> tuple[Reference, cases.Case]:
+def reference(then: Callable[..., Any]) -> tuple[EagerReference, cases.Case]:
     captured = capture_module(Applied(then).eval(), [InputSpec("x", (2, 12, 16))], {})
-    return Reference(captured), cases.cases(captured)[0]
+    return EagerReference(captured), cases.cases(captured)[0]
 
 
 def counts(m: Any, x: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ def hides(fill: float | None) -> Callable[..., Any]:
 def test_what_a_rounding_decides_is_not_compared_and_the_rest_has_a_sharp_limit(dtype: str, fill: float | None) -> None:
     model = Applied(hides(fill)).eval().to(getattr(torch, dtype))
     captured = capture_module(model, [InputSpec("x", (2, 12, 16))], {})
-    made = Reference(captured)
+    made = EagerReference(captured)
     output = made.golden(made.expect(cases.cases(captured)[0]), []).outputs["output"]
     assert output.lost is not None
     assert output.lost[0].all()
@@ -328,7 +328,7 @@ def test_a_deep_model_hangs_on_no_rounding(dtype: str) -> None:
     captured = capture_module(
         nn.Sequential(*layers).eval().to(getattr(torch, dtype)), [InputSpec("input", (2, 12, 16))], {}
     )
-    made = Reference(captured)
+    made = EagerReference(captured)
     output = made.golden(made.expect(cases.cases(captured)[0]), []).outputs["output"]
     assert output.lost is None
 
@@ -337,7 +337,7 @@ def test_float64_has_the_attributes_of_an_onnx_file_and_no_more() -> None:
     def limit(module: nn.Module) -> float:
         name = "src" if isinstance(module, nn.TransformerEncoderLayer) else "input"
         captured = capture_module(module.double().eval(), [InputSpec(name, (2, 12, 16))], {})
-        made = Reference(captured)
+        made = EagerReference(captured)
         return made.golden(made.expect(cases.cases(captured)[0]), []).outputs["output"].limit
 
     assert limit(nn.Linear(16, 16)) < 3e-14

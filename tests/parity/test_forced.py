@@ -90,17 +90,17 @@ def test_an_engine_runs_with_plans_of_its_own_or_with_exact_ones(adaptive: Path,
 
 
 def test_a_probe_takes_moments_alone(tmp_path: Path) -> None:
-    output = golden_case.Output(np.zeros((242, 2), np.int32), "int32", 0.0, 0.0)
+    output = golden_case.ExpectedOutput(np.zeros((242, 2), np.int32), "int32", 0.0, 0.0)
     outputs = {f"layer.{name}": output for name in ("precision", "rank")}
     for inputs in ({"query_mean": np.array("text")}, {"query_mean": np.ones((1, 2, 3))}):
         golden_case.save(
-            tmp_path / "golden.npz", [golden_case.Golden("plan of layer", inputs, outputs, probes="layer")]
+            tmp_path / "golden.npz", [golden_case.GoldenCase("plan of layer", inputs, outputs, probes="layer")]
         )
         with pytest.raises(ConfigError, match="the moment query_mean of plan of layer is"):
             golden_case.load(tmp_path / "golden.npz")
     with pytest.raises(ConfigError, match="'query_means', which is not a moment"):
         criterion.probe_inputs(
-            golden_case.Golden("plan", {"query_means": np.ones((1, 2, 3), np.float32)}, {}, probes="layer")
+            golden_case.GoldenCase("plan", {"query_means": np.ones((1, 2, 3), np.float32)}, {}, probes="layer")
         )
 
 
@@ -184,17 +184,17 @@ def test_nan_of_eager_where_float64_has_numbers_is_a_finding(tmp_path: Path) -> 
 
 
 def test_a_plan_that_predicts_another_error_fails() -> None:
-    layer = golden_case.Layer(
+    layer = golden_case.ExpectedAttention(
         *(np.full((1, 2), x) for x in (2, 8)),
         np.zeros((1, 2), bool),
         predicted=np.array([[1e-3, np.inf]]),
         predicted_limit=np.full((1, 2), 1e-4),
     )
-    output = golden_case.Output(np.ones(3), "float32", 1e-7, 1e-6)
-    goldens = [golden_case.Golden("case", {}, {"y": output}, {"layer": layer})]
+    output = golden_case.ExpectedOutput(np.ones(3), "float32", 1e-7, 1e-6)
+    goldens = [golden_case.GoldenCase("case", {}, {"y": output}, {"layer": layer})]
 
     def found(*predicted: float) -> dict[str, Any]:
-        ran = compare.Ran(
+        ran = compare.BackendResult(
             {"y": np.ones(3, np.float32)},
             {"layer": (layer.precision, layer.rank)},
             {},

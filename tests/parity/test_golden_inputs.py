@@ -21,10 +21,10 @@ from adaattn.export.capture.captured import Captured
 from adaattn.export.capture.module import capture_module
 from adaattn.export.capture.saved_program import capture_program
 from adaattn.export.golden import cases
-from adaattn.export.golden.eager import Reference, array
+from adaattn.export.golden.eager import EagerReference, array
 from adaattn.export.golden.plan_mode import run
 from adaattn.export.parity import compare
-from adaattn.export.parity.compare import Ran
+from adaattn.export.parity.compare import BackendResult
 from adaattn.export.verification.verify import verify_export
 from adaattn.input_spec import Dimension, InputSpec
 
@@ -138,14 +138,14 @@ Inputs = dict[str, Tensor]
 
 def judge(found: Captured) -> Callable[[Callable[[Inputs], Inputs]], str]:
     """What the rule says of eager PyTorch with a fault in its inputs, which passes without one."""
-    reference = Reference(found)
+    reference = EagerReference(found)
     made = {case.name: case for case in cases.cases(found)}
     goldens = [reference.golden(reference.expect(case), []) for case in made.values()]
 
     def verdict(fault: Callable[[Inputs], Inputs]) -> str:
-        def backend(of: Any) -> Ran:
+        def backend(of: Any) -> BackendResult:
             outputs = run(found.eager, fault(dict(made[of.name].inputs)))
-            return Ran(dict(zip(found.output_names, map(array, outputs), strict=True)), {}, {})
+            return BackendResult(dict(zip(found.output_names, map(array, outputs), strict=True)), {}, {})
 
         return str(compare.compare(goldens, backend)["verdict"])
 
@@ -280,7 +280,7 @@ def test_where_nothing_is_kept_there_is_nothing_to_err(tmp_path: Path) -> None:
     found = cases.settle(capture_module(Kept().eval(), specs, DIMS), [])
     (hidden,) = [case for case in cases.cases(found) if case.name == "hidden"]
     assert not hidden.inputs["keep"].any()
-    reference = Reference(found)
+    reference = EagerReference(found)
     want = reference.golden(reference.expect(hidden), ["attention"])
     assert want.outputs["output"].exact.shape == (0, 9, 16)
     assert want.outputs["output"].limit < 1e-5

@@ -13,11 +13,11 @@ import adaattn
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export.capture.module import capture_module
 from adaattn.export.golden import cases
-from adaattn.export.golden.eager import Reference, array
+from adaattn.export.golden.eager import EagerReference, array
 from adaattn.export.golden.plan_mode import PlanMode, run
 from adaattn.export.parity import compare, criterion, golden_case
-from adaattn.export.parity.compare import Ran
-from adaattn.export.parity.golden_case import Golden, Output
+from adaattn.export.parity.compare import BackendResult
+from adaattn.export.parity.golden_case import ExpectedOutput, GoldenCase
 from adaattn.export.verification import backends
 from adaattn.input_spec import InputSpec
 
@@ -38,19 +38,19 @@ class OneLayer:
         largest = float(mode.errors[0].predicted[0, 0])
         model.set_tolerance(largest * model.safety * (1 + distance))
         self.captured = capture_module(model, specs, {})
-        self.reference = Reference(self.captured)
+        self.reference = EagerReference(self.captured)
         self.goldens = [self.reference.golden(self.reference.expect(self.case), ["layer"])]
 
     def eager(self, nudge: float) -> compare.Backend:
-        def backend(of: Golden) -> Ran:
+        def backend(of: GoldenCase) -> BackendResult:
             mode = PlanMode(nudge=nudge)
             (output, *_) = run(self.captured.eager, self.case.inputs, mode)
             ((precision, rank),) = mode.plans
-            return Ran({"output": array(output)}, {"layer": (array(precision), array(rank))}, {})
+            return BackendResult({"output": array(output)}, {"layer": (array(precision), array(rank))}, {})
 
         return backend
 
-    def exact_at(self, of: Golden, plans: Any) -> Any:
+    def exact_at(self, of: GoldenCase, plans: Any) -> Any:
         return self.reference.exact_at(self.case, list(plans.values()))
 
 
@@ -77,7 +77,9 @@ def test_a_head_away_from_its_limit_may_not_differ() -> None:
     assert "layer, batch 0, head 0" in found["reason"]
 
 
-def golden_of_identity(precision: str, query: list[float], keys: list[list[float]], dtype: torch.dtype) -> Output:
+def golden_of_identity(
+    precision: str, query: list[float], keys: list[list[float]], dtype: torch.dtype
+) -> ExpectedOutput:
     """What is golden of attention without projections, whose keys have the mean zero."""
     model = adaattn.AdaptivePrecisionAttention(4, 1, default_precision=precision, bias=False).to(dtype).eval()
     with torch.no_grad():
@@ -87,7 +89,7 @@ def golden_of_identity(precision: str, query: list[float], keys: list[list[float
     given = {"query": [query], "key": keys, "value": torch.eye(len(keys), 4).tolist()}
     inputs = {name: torch.tensor([rows], dtype=dtype) for name, rows in given.items()}
     captured = capture_module(model, [InputSpec(name, tuple(x.shape)) for name, x in inputs.items()], {})
-    reference = Reference(captured)
+    reference = EagerReference(captured)
     return reference.golden(reference.expect(cases.Case("edge", inputs)), ["layer"]).outputs["output"]
 
 
@@ -117,19 +119,19 @@ def test_numbers_on_an_edge_of_any_rounding_have_a_share_of_it(precision: str, l
 def test_a_missing_output_and_a_wrong_shape_fail() -> None:
     layer = OneLayer(distance=0.5)
     for outputs in ({}, {"output": np.zeros((1, 2, 3))}):
-        found = compare.compare(layer.goldens, lambda of, outputs=outputs: Ran(outputs, {}, {}))
+        found = compare.compare(layer.goldens, lambda of, outputs=outputs: BackendResult(outputs, {}, {}))
         assert found["verdict"] == "failed"
         assert "returns" in found["reason"]
 
 
-def one(exact: Any, dtype: str = "float32", limit: float = 1e-3, lost: Any = None) -> list[Golden]:
-    return [Golden("case", {}, {"y": Output(np.asarray(exact), dtype, 0.0, limit, limit, lost)})]
+def one(exact: Any, dtype: str = "float32", limit: float = 1e-3, lost: Any = None) -> list[GoldenCase]:
+    return [GoldenCase("case", {}, {"y": ExpectedOutput(np.asarray(exact), dtype, 0.0, limit, limit, lost)})]
 
 
-def of(goldens: list[Golden], got: Any) -> dict[str, Any]:
+def of(goldens: list[GoldenCase], got: Any) -> dict[str, Any]:
     (output,) = goldens[0].outputs.values()
     outputs = {"y": np.asarray(got).astype("float32" if output.dtype == "bfloat16" else output.dtype)}
-    found = compare.compare(goldens, lambda golden: Ran(outputs, {}, {}))
+    found = compare.compare(goldens, lambda golden: BackendResult(outputs, {}, {}))
     (row,) = found["outputs"]
     assert found["verdict"] == row["verdict"]
     return row
@@ -194,15 +196,18 @@ def test_fill_values_and_infinities_stand_for_themselves() -> None:
 def test_an_output_has_its_type() -> None:
     for dtype, got in (("float32", np.float64), ("int64", np.float32), ("bool", np.int64), ("float16", np.float32)):
         outputs = {"y": np.ones(3, got)}
-        found = compare.compare(one(np.ones(3), dtype), lambda golden, outputs=outputs: Ran(outputs, {}, {}))
+        found = compare.compare(one(np.ones(3), dtype), lambda golden, outputs=outputs: BackendResult(outputs, {}, {}))
         assert found["outputs"][0]["reason"] == f"the backend returns {got.__name__}; eager returns {dtype}"
 
 
 def test_an_output_that_is_never_compared_is_no_success() -> None:
     lost = np.array([True, True])
-    outputs = {"x": Output(np.ones(2), "float32", 0.0, 1e-3), "y": Output(np.ones(2), "int64", 0.0, 0.0, lost=lost)}
-    goldens = [Golden(name, {}, outputs) for name in ("one", "other")]
-    ran = Ran({"x": np.ones(2, np.float32), "y": np.ones(2, np.int64)}, {}, {})
+    outputs = {
+        "x": ExpectedOutput(np.ones(2), "float32", 0.0, 1e-3),
+        "y": ExpectedOutput(np.ones(2), "int64", 0.0, 0.0, lost=lost),
+    }
+    goldens = [GoldenCase(name, {}, outputs) for name in ("one", "other")]
+    ran = BackendResult({"x": np.ones(2, np.float32), "y": np.ones(2, np.int64)}, {}, {})
     found = compare.compare(goldens, lambda golden: ran)
     assert (found["verdict"], found["reason"]) == (
         "not run",
@@ -230,7 +235,7 @@ def test_a_head_that_attends_to_nothing_has_no_loose_limit(precision: str) -> No
         *(InputSpec(n, (1, 1, WIDTH)) for n in ("query", "key", "value")),
         InputSpec("attention_mask", (1, 1), "bool"),
     ]
-    reference = Reference(capture_module(model, specs, {}))
+    reference = EagerReference(capture_module(model, specs, {}))
     inputs = {spec.name: torch.randn(1, 1, WIDTH) for spec in specs[:3]} | {"attention_mask": torch.zeros(1, 1) > 0}
     output = reference.golden(reference.expect(cases.Case("masked", inputs)), ["layer"]).outputs["output"]
     assert output.limit < 5e-6
@@ -243,7 +248,7 @@ def test_heads_have_the_same_metrics_and_lose_no_nan() -> None:
     heads[0, 3, 5, 2] = np.nan
     plans = {"layer": (layer.precision, layer.rank)}
     outputs = {name: x.exact for name, x in golden.outputs.items()}
-    rows = compare.compare([golden], lambda of: Ran(outputs, plans, {"layer": heads}))["heads"]
+    rows = compare.compare([golden], lambda of: BackendResult(outputs, plans, {"layer": heads}))["heads"]
     assert [row["error"] for row in rows] == pytest.approx([0, 2**-20, 2**-19, 3 * 2**-20], rel=0.1, abs=1e-12)
     assert rows[1]["ulp"][2] == pytest.approx(2 * 2**3, rel=0.2)  # of float32: 2⁻²³, over numbers of 1 to 2
     assert [row["lost"] for row in rows] == [0, 0, 0, 1]
@@ -252,8 +257,8 @@ def test_heads_have_the_same_metrics_and_lose_no_nan() -> None:
 
 def test_golden_results_survive_their_file(tmp_path: Path) -> None:
     layer = OneLayer(distance=0.5)
-    lost = Output(np.ones(2), "float16", 1e-4, 1e-3, 2e-3, np.array([True, False]))
-    for goldens in (layer.goldens, [Golden("case", {"a/b": np.ones(3)}, {"c/d": lost})]):
+    lost = ExpectedOutput(np.ones(2), "float16", 1e-4, 1e-3, 2e-3, np.array([True, False]))
+    for goldens in (layer.goldens, [GoldenCase("case", {"a/b": np.ones(3)}, {"c/d": lost})]):
         golden_case.save(tmp_path / "golden.npz", goldens)
         (loaded,), (given,) = golden_case.load(tmp_path / "golden.npz"), goldens
         np.testing.assert_equal(_plain(loaded), _plain(given))
@@ -262,7 +267,7 @@ def test_golden_results_survive_their_file(tmp_path: Path) -> None:
         golden_case.load(tmp_path / "golden.npz")
 
 
-def _plain(of: Golden) -> Any:
+def _plain(of: GoldenCase) -> Any:
     outputs, layers = ({name: vars(x) for name, x in each.items()} for each in (of.outputs, of.layers))
     return [of.name, dict(of.inputs), outputs, layers]
 

@@ -17,16 +17,16 @@ from adaattn.export.capture.module import capture_module
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import options as engine_options
 from adaattn.export.golden.cases import Case
-from adaattn.export.golden.eager import Reference, array
+from adaattn.export.golden.eager import EagerReference, array
 from adaattn.export.golden.plan_mode import PlanMode, run
 from adaattn.export.onnx.lower import lower, planned_nodes
 from adaattn.export.onnx.save import save
 from adaattn.export.parity import compare
-from adaattn.export.parity.golden_case import Golden
+from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.runtime import session
 from adaattn.export.verification import backends
 from adaattn.input_spec import Dimension, InputSpec
-from adaattn.plugins import driver
+from adaattn.system import cuda_driver
 from tests.parity.table import DTYPES, GRAPHS, WIDTH, Graph, cases, some
 
 BACKENDS = (*backends.BACKENDS, "triton")
@@ -54,7 +54,7 @@ def why_not(backend: str) -> str | None:
             return f"onnxruntime {onnxruntime.__version__} has no {provider}"
     elif backend in engine_options.PACKAGES and not engine_options.installed(backend):
         return f"{engine_options.PACKAGES[backend]} is not installed"
-    if backend != "ort-cpu" and driver.capability() is None:
+    if backend != "ort-cpu" and cuda_driver.capability() is None:
         return "a CUDA driver finds no GPU on this machine"
     return None
 
@@ -80,7 +80,7 @@ def test_outputs_agree_with_float64(graph: Graph, backend: str, tmp_path: Path, 
             runs = backends.open_backend(backend, tmp_path, tmp_path / "run.log")
         except session.CannotRun as error:
             pytest.skip(f"{backend}: {error}")
-    reference = Reference(captured)
+    reference = EagerReference(captured)
     goldens = reference.goldens([reference.expect(case) for case in given.values()], layers)
     if backend not in session.PROVIDERS:  # which make their own plans alone
         goldens = [golden for golden in goldens if golden.whole]
@@ -107,7 +107,7 @@ def build(graph: Graph, target: str, folder: Path) -> None:
         return [sizes.get(size, WIDTH) if not size.isdecimal() else int(size) for size in text.split(":")[0].split(",")]
 
     profile = {name: tuple(shape(text, sizes) for sizes in points) for name, text in graph.inputs().items()}
-    capability = f"{(driver.capability() or 0) / 10}"
+    capability = f"{(cuda_driver.capability() or 0) / 10}"
     options = engine_options.BuildOptions(compute_capabilities=(capability,) if target == "tensorrt-rtx" else None)
     engine_build.engine_from_onnx(folder / "model.onnx", target, folder / f"{target}.engine", [profile], options)
 
@@ -115,11 +115,11 @@ def build(graph: Graph, target: str, folder: Path) -> None:
 def fused(module: torch.nn.Module, given: dict[str, Case], layers: Sequence[str]) -> compare.Backend:
     """Eager PyTorch on a GPU, whose ops are the Triton kernels."""
 
-    def backend(of: Golden) -> compare.Ran:
+    def backend(of: GoldenCase) -> compare.BackendResult:
         mode = PlanMode()
         inputs = {name: x.cuda() for name, x in given[of.name].inputs.items()}
         (output, *_) = run(module, inputs, mode)
         plans = {name: (array(p), array(r)) for name, (p, r) in zip(layers, mode.plans, strict=True)}
-        return compare.Ran({name: array(output) for name in of.outputs}, plans, {})
+        return compare.BackendResult({name: array(output) for name in of.outputs}, plans, {})
 
     return backend

@@ -18,7 +18,7 @@ from triton.backends.nvidia import compiler
 
 from adaattn.ops.plan.impl.triton import INPUTS as MOMENTS
 from adaattn.plugins import ptx
-from adaattn.plugins.variants import VARIANTS, Node
+from adaattn.plugins.op_variants import VARIANTS, Node
 
 HEADS, TOKENS = (2, 6), (2, 6, 40, 16)
 ATTENTION = dict.fromkeys(("query", "key", "value"), torch.float16) | {"attn_mask": torch.float32}

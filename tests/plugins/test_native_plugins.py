@@ -19,16 +19,17 @@ from torch import Tensor
 import adaattn
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export import Options, export
-from adaattn.plugins import driver
 from adaattn.plugins.native import build as builder
 from adaattn.plugins.native.cli import main as command
-from adaattn.plugins.native.program import common_kinds, for_onnxruntime, kinds
-from adaattn.plugins.variants import VARIANTS
+from adaattn.plugins.native.node_kinds import common_kinds, kinds
+from adaattn.plugins.native.onnxruntime_copy import for_onnxruntime
+from adaattn.plugins.op_variants import VARIANTS
+from adaattn.system import cuda_driver
 from tests.support import oracle
 from tests.support.wheels import unpacked
 
 HERE = Path(__file__).parent
-CAPABILITY = driver.capability()
+CAPABILITY = cuda_driver.capability()
 TYPES = {torch.float32: 0, torch.int32: 3, torch.bool: 4}
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 

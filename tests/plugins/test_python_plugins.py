@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import adaattn.plugins.tensorrt as plugins
 from adaattn import ops
 from adaattn.errors import ConfigError, TargetError
 from adaattn.ops.plan.impl.triton import INPUTS as MOMENTS
@@ -23,15 +22,15 @@ from adaattn.planning.budget import Budget
 from adaattn.planning.ladder import ladder_table
 from adaattn.planning.precision import FP32
 from adaattn.plugins import ptx
-from adaattn.plugins.variants import VARIANTS, Launch
-from tests.plugins import player
-from tests.plugins.player import DataType
-from tests.support import oracle
+from adaattn.plugins import python as plugins
+from adaattn.plugins.op_variants import VARIANTS, Launch
+from tests.support import fake_tensorrt, oracle
+from tests.support.fake_tensorrt import DataType
 from tests.support.triton_interpreter import DEVICE, GPU
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:RuntimeWarning"),  # numbers that leave their range, in the interpreter
-    pytest.mark.skipif(not player.HERE, reason="tensorrt-cu13-bindings is not installed"),
+    pytest.mark.skipif(not fake_tensorrt.HERE, reason="tensorrt-cu13-bindings is not installed"),
 ]
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TYPES = {dtype: getattr(DataType, name) for name, dtype in plugins.TYPES.items()}
@@ -100,7 +99,7 @@ CASES: dict[str, Any] = {
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Our plugins in NVIDIA's registry, for sm_90. In the interpreter nothing compiles: launches come to this list."""
-    for name, module in player.load().items():
+    for name, module in fake_tensorrt.load().items():
         monkeypatch.setitem(sys.modules, name, module)
     plugins.register(None if GPU else 90)
     launches: list[Launch] = []
@@ -114,11 +113,11 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return launches
 
 
-def build(name: str, inputs: Inputs, attributes: dict[str, float]) -> player.Engine:
-    return player.build(name, {key: (TYPES[x.dtype], known) for key, (x, known) in inputs.items()}, attributes)
+def build(name: str, inputs: Inputs, attributes: dict[str, float]) -> fake_tensorrt.Engine:
+    return fake_tensorrt.build(name, {key: (TYPES[x.dtype], known) for key, (x, known) in inputs.items()}, attributes)
 
 
-def interpret(launch: Launch, resolved: player.Resolved, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+def interpret(launch: Launch, resolved: fake_tensorrt.Resolved, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """The kernel with the arguments in the order in which TensorRT passes them."""
     spec = launch.spec
     given = [*(x.view(torch.uint8) if x.dtype == torch.bool else x for x in inputs), *resolved.integers, *outputs]
@@ -143,7 +142,7 @@ def test_what_a_launch_resolves_to_computes_the_op(case: str, registered: list[L
         assert list(engine.output_types) == [TYPES[x.dtype] for x in want]
         outputs = [torch.full_like(x, 77) for x in want]
         if GPU:
-            player.enqueue(launch, tensors, outputs)
+            fake_tensorrt.enqueue(launch, tensors, outputs)
         else:
             interpret(registered[-1], launch, tensors, outputs)
         compare(name, inputs, outputs, want)
@@ -173,14 +172,14 @@ def compare(name: str, inputs: Inputs, got: list[Tensor], want: list[Tensor]) ->
 
 def test_only_a_head_dim_that_is_known_and_small_enough_is_taken(registered: list[Launch]) -> None:
     for width, said in (("width", "head_dim is dynamic"), (320, "head_dim is 320")):
-        engine = player.build("token_moments", {"x": (DataType.FLOAT, (2, 3, "tokens", width))}, {"center": 0})
+        engine = fake_tensorrt.build("token_moments", {"x": (DataType.FLOAT, (2, 3, "tokens", width))}, {"center": 0})
         with pytest.raises(ConfigError, match=said):
             engine.resolve({"tokens": 5, "width": 64}, 1)
 
 
 def test_what_the_kernels_cannot_do_is_refused(registered: list[Launch]) -> None:
     with pytest.raises(ConfigError, match="x of token_moments is INT8; the plugin takes FLOAT, HALF, BF16"):
-        player.build("token_moments", {"x": (DataType.INT8, (2, 3, 4, 16))}, {"center": 0})
+        fake_tensorrt.build("token_moments", {"x": (DataType.INT8, (2, 3, 4, 16))}, {"center": 0})
     inputs = attention_inputs(torch.float32)
     with pytest.raises(ConfigError, match=r"scale is -0\.25; the plugins take one of at least 0"):
         build("adaptive_attention", inputs, {"scale": -0.25, "is_causal": 0}).resolve(
@@ -189,7 +188,7 @@ def test_what_the_kernels_cannot_do_is_refused(registered: list[Launch]) -> None
 
 
 def test_a_gpu_too_old_for_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in player.load().items():
+    for name, module in fake_tensorrt.load().items():
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(TargetError, match=r"need compute capability 8\.0; this GPU has 7\.5: take plugins='none'"):
         plugins.register(75)

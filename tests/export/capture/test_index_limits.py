@@ -106,7 +106,9 @@ def test_integers_reach_both_ends_in_every_case() -> None:
         ids = case.inputs["ids"]
         assert ids.max() == 99
         assert ids.min() == 0
-    goldens = [golden_case.Golden(case.name, {name: array(x) for name, x in case.inputs.items()}, {}) for case in made]
+    goldens = [
+        golden_case.GoldenCase(case.name, {name: array(x) for name, x in case.inputs.items()}, {}) for case in made
+    ]
     assert golden_case.integer_ranges(goldens) == {"ids": (0, 99)}
     assert golden_case.integer_ranges([]) == {}
 

@@ -221,7 +221,7 @@ def report() -> dict[str, Any]:
 
 
 def test_names_are_text_on_the_console(capsys: pytest.CaptureFixture[str]) -> None:
-    console.show(report(), HOSTILE)
+    console.print_report(report(), HOSTILE)
     out = capsys.readouterr().out
     assert "[/x][bold]" in out
     assert all(line.isprintable() for line in out.splitlines())
@@ -446,9 +446,9 @@ def test_a_manifest_lists_its_own_folder(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [np.nan, -1.0, -np.inf])
 def test_a_limit_that_is_none_passes_nothing(limit: float, tmp_path: Path) -> None:
     x = np.ones((2, 3))
-    output = golden_case.Output(x, "float32", 0.0, limit)
-    ran = compare.Ran({"y": x.astype(np.float32) * 2}, {}, {})
-    given = golden_case.Golden("case", {"x": x}, {"y": output})
+    output = golden_case.ExpectedOutput(x, "float32", 0.0, limit)
+    ran = compare.BackendResult({"y": x.astype(np.float32) * 2}, {}, {})
+    given = golden_case.GoldenCase("case", {"x": x}, {"y": output})
     assert compare.compare([given], lambda case: ran)["verdict"] != "passed"
     golden_case.save(tmp_path / "golden.npz", [given])
     with pytest.raises(ConfigError, match="the limits of y are"):

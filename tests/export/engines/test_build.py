@@ -17,7 +17,7 @@ from adaattn.export import Options, export
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import options as engine_options
 from adaattn.export.parity import compare
-from adaattn.export.parity.golden_case import Golden
+from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.verification import backends
 
 pytestmark = pytest.mark.skipif(not engine_options.installed("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
@@ -185,10 +185,10 @@ def test_cases_that_no_profile_takes_are_named(tmp_path: Path, monkeypatch: pyte
     ran: list[str] = []
 
     def backend(path: Path, log: Path, plugin_library: Path | None) -> compare.Backend:
-        def run(of: Golden) -> compare.Ran:
+        def run(of: GoldenCase) -> compare.BackendResult:
             ran.append(of.name)
             with torch.no_grad():
-                return compare.Ran({"output": model(torch.from_numpy(of.inputs["input"])).numpy()}, {}, {})
+                return compare.BackendResult({"output": model(torch.from_numpy(of.inputs["input"])).numpy()}, {}, {})
 
         return run
 

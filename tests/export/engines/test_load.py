@@ -20,10 +20,10 @@ from adaattn.export.cli.run import main
 from adaattn.export.engines import description
 from adaattn.export.engines.description import profile_of, read_description
 from adaattn.export.engines.load import open_engine
-from adaattn.export.parity.golden_case import Golden
+from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.runtime import open_runtime
 from adaattn.export.verification import backends, verify
-from adaattn.plugins import driver
+from adaattn.system import cuda_driver
 from tests.support.engine_files import described
 
 LOADED = "the library is loaded"
@@ -44,7 +44,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stand_in.Runtime = lambda logger: type("Runtime", (), {"deserialize_cuda_engine": lambda self, content: object()})()
     stand_in.Refitter = stand_in.OnnxParserRefitter = None
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
-    monkeypatch.setattr(driver, "capability", lambda: 90)
+    monkeypatch.setattr(cuda_driver, "capability", lambda: 90)
     (tmp_path / "tensorrt.engine").write_bytes(b"engine")
     return tmp_path / "tensorrt.engine"
 
@@ -124,7 +124,7 @@ def test_a_description_does_not_choose_what_is_imported(
     (tmp_path / "planted.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     describe(file, {**described(), **changes})
-    (case,) = [Golden("case", {"x": np.zeros((1, 8), np.float32)}, {}, {})]
+    (case,) = [GoldenCase("case", {"x": np.zeros((1, 8), np.float32)}, {}, {})]
     for read in (
         lambda: open_engine(file),
         lambda: open_runtime(file),

@@ -23,7 +23,7 @@ from adaattn.export.engines import options as engine_options
 from adaattn.export.engines.description import profile_of
 from adaattn.export.engines.load import open_engine
 from adaattn.export.runtime import open_runtime
-from adaattn.plugins import driver
+from adaattn.system import cuda_driver
 from tests.support.engine_files import described
 
 X = np.random.default_rng(0).standard_normal((2, 9, 32)).astype(np.float32)
@@ -140,7 +140,7 @@ def test_an_engine_gets_what_its_options_ask_for(tmp_path: Path, monkeypatch: py
     stand_in.__spec__ = ModuleSpec("tensorrt", None)
     exec(TENSORRT, stand_in.__dict__)
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
-    monkeypatch.setattr(driver, "capability", lambda: 90)
+    monkeypatch.setattr(cuda_driver, "capability", lambda: 90)
     file = tmp_path / "m.engine"
     file.write_bytes(b"good")
     options: dict[str, object] = dict.fromkeys(engine_options.BuildOptions.__dataclass_fields__)
@@ -170,7 +170,7 @@ def test_an_engine_gets_what_its_options_ask_for(tmp_path: Path, monkeypatch: py
     file.write_bytes(b"bad")
     with pytest.raises(TargetError, match=r"m\.engine, which 10\.14 built, does not open \(tensorrt "):
         opened()
-    monkeypatch.setattr(driver, "capability", lambda: 80)
+    monkeypatch.setattr(cuda_driver, "capability", lambda: 80)
     with pytest.raises(TargetError, match=r"needs a GPU of compute capability 9\.0"):
         opened()
 

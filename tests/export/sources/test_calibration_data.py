@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import adaattn
-from adaattn.calibration.projections import Pair, pairs
+from adaattn.calibration.projections import QueryKeyProjections, find_projections
 from adaattn.errors import ConfigError
 from adaattn.export.sources.calibration_data import BATCH, batches
 from adaattn.integrations.transformers import register
@@ -142,12 +142,12 @@ def test_models_of_transformers_are_calibrated_exactly_or_refused(name: str) -> 
     register(tolerance=1e-2, precisions=("fp32",), low_rank=False)
     built = architectures.build(name, "adaattn")
     reason = {"gpt2": SHARED, **dict.fromkeys(("modernbert", "llama", "mistral", "qwen2"), ROTARY)}.get(name)
-    found = pairs(built)
+    found = find_projections(built)
     assert found
     if reason:
         assert all(isinstance(each, str) and reason in each for each in found.values())
         return
-    assert all(isinstance(each, Pair) for each in found.values())
+    assert all(isinstance(each, QueryKeyProjections) for each in found.values())
     given = architectures.inputs(name, 2, 17)
     with torch.no_grad():
         before = built(**given)[0]

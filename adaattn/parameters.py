@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 
-def owners(model: nn.Module) -> dict[int, set[str]]:
+def parameter_owners(model: nn.Module) -> dict[int, set[str]]:
     """By the address of a parameter the names of the modules that hold it themselves; several, where it is tied."""
     found: dict[int, set[str]] = {}
     for name, module in model.named_modules():
@@ -19,6 +19,6 @@ def address(parameter: nn.Parameter) -> int:
     return (parameter.data_ptr() if type(parameter) is nn.Parameter else 0) or -id(parameter)
 
 
-def are_plain(module: nn.Module) -> bool:
+def have_plain_parameters(module: nn.Module) -> bool:
     """Whether all its weights are ordinary tensors, not quantised or sharded ones of a type of their own."""
     return all(type(parameter) is nn.Parameter for parameter in module.parameters())

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaattn.calibration.projections import Pair
-from adaattn.integrations.transformers import takes_implementations, tolerance_of
+from adaattn.calibration.projections import QueryKeyProjections
+from adaattn.integrations.transformers.registry import takes_implementations, tolerance_of
 from adaattn.masks import attended_keys
 
 NAMES = (("query", "key"), ("q_proj", "k_proj"), ("q_lin", "k_lin"), ("q", "k"))
 WIDTHS = ("attention_head_size", "head_dim", "key_value_proj_dim")
 
 
-def find(module: nn.Module) -> Pair | str | None:
+def match_attention(module: nn.Module) -> QueryKeyProjections | str | None:
     """The finder of modules that attend by `attn_implementation="adaattn"`.
 
     Their code says whether the embedding of positions is rotary: such keys are turned after their projection, and no
@@ -50,4 +50,6 @@ def find(module: nn.Module) -> Pair | str | None:
         mask = next((x for name in ("attention_mask", "mask") if (x := arguments.get(name)) is not None), None)
         return attended_keys(mask, kv_heads) if isinstance(mask, Tensor) and mask.dim() == 4 else None
 
-    return Pair(module, query, key, heads, kv_heads, width, getattr(module, "scaling", width**-0.5), attended)
+    return QueryKeyProjections(
+        module, query, key, heads, kv_heads, width, getattr(module, "scaling", width**-0.5), attended
+    )

@@ -1,7 +1,7 @@
 """Our ops as Python plugins of TensorRT: a builder embeds their kernels, and the engine needs neither Python nor us.
 
-    import adaattn.plugins.tensorrt
-    adaattn.plugins.tensorrt.register()  # then parse the ONNX file and build
+    import adaattn.plugins.python
+    adaattn.plugins.python.register()  # then parse the ONNX file and build
 
 `aot_impl` is what goes into an engine; `impl`, for a network created with PREFER_JIT_PYTHON_PLUGINS, calls the ops of
 this Python process, which may use scratch memory and several launches.
@@ -18,9 +18,10 @@ import torch
 
 from adaattn.errors import ConfigError, TargetError
 from adaattn.ops.dispatch import OLDEST_ARCHITECTURE
-from adaattn.plugins import NAMESPACE, driver
+from adaattn.plugins import NAMESPACE
+from adaattn.plugins.op_variants import VARIANTS, Launch, Node, Variant
 from adaattn.plugins.ptx import Entry, entry
-from adaattn.plugins.variants import VARIANTS, Launch, Node, Variant
+from adaattn.system import cuda_driver
 
 TYPES = {
     "FLOAT": torch.float32,
@@ -51,13 +52,13 @@ def register(capability: int | None = None, ptx_version: int | None = None) -> N
         raise TargetError(f"tensorrt.plugin does not import ({error}): pip install 'adaattn[tensorrt]'") from error
     if not hasattr(trtp, "aot_impl"):
         raise TargetError("this TensorRT is too old for Python plugins that are compiled ahead: upgrade it")
-    capability = capability or driver.capability()
+    capability = capability or cuda_driver.capability()
     if capability is None:
         raise TargetError("no GPU to compile the plugins for: the CUDA driver shows none; name its architecture")
     if capability < OLDEST_ARCHITECTURE:
         least, here = OLDEST_ARCHITECTURE / 10, capability / 10
         raise TargetError(f"the plugins need compute capability {least}; this GPU has {here}: take plugins='none'")
-    ptx_version = ptx_version or driver.ptx_version()
+    ptx_version = ptx_version or cuda_driver.ptx_version()
     for variant in VARIANTS.values():
         if not hasattr(getattr(trtp.op, NAMESPACE, None), variant.name):
             _register(trtp, variant, capability, ptx_version)

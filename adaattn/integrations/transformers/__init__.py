@@ -1,0 +1,10 @@
+"""`attn_implementation="adaattn"`: models of Hugging Face transformers that attend within an error budget.
+
+Transformers calls one function for the attention of all its models and another for their masks; `register` adds
+AdaAttn's under a name. Nothing here imports transformers before that.
+"""
+
+from adaattn.integrations.transformers.registration import register, set_tolerance
+from adaattn.integrations.transformers.registry import configs_of, takes_implementations, tolerance_of
+
+__all__ = ["configs_of", "register", "set_tolerance", "takes_implementations", "tolerance_of"]

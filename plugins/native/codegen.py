@@ -1,0 +1,138 @@
+"""Write the C++ and assembly that carry the compiled kernels into the library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaattn.ops.kernel_spec import KernelSpec
+from adaattn.plugins.native.launch_program import Program
+from adaattn.plugins.native.node_kinds import Symbol, axes, text_of
+from adaattn.plugins.op_variants import VARIANTS, Variant
+from adaattn.plugins.ptx import Entry
+
+# nvinfer1::DataType
+TYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.int8: 2,
+    torch.int32: 3,
+    torch.bool: 4,
+    torch.bfloat16: 7,
+    torch.int64: 8,
+}
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as the library carries it."""
+
+    entry: Entry
+    cubin: bytes
+
+
+def kernel_key(spec: KernelSpec, arch: int) -> Key:
+    """What makes one kernel of two launches."""
+    return (arch, spec.kernel.__name__, *(tuple(x.items()) for x in (spec.arguments, spec.constants, spec.known)))
+
+
+def _images(key: Key, kernel: Compiled) -> dict[str, bytes]:
+    images = {"cubin": kernel.cubin}
+    if key[0] < 90:  # later architectures take its PTX; from sm_90 on kernels use features of their own one
+        images["ptx"] = kernel.entry.ptx.encode() + b"\0"
+    return images
+
+
+def kernels_assembly(folder: Path, kernels: Mapping[Key, Compiled]) -> str:
+    """kernels.S: the code of all kernels."""
+    lines = [".section .rodata"]
+    for place, (key, kernel) in enumerate(kernels.items()):
+        for kind, image in _images(key, kernel).items():
+            file = folder / f"{place}.{kind}"
+            file.write_bytes(image)
+            label = f"adaattn_{kind}_{place}"
+            lines += [f".global {label}", f".hidden {label}", ".balign 16", f"{label}:", f'.incbin "{file}"']
+    return "\n".join([*lines, '.section .note.GNU-stack,"",@progbits', ""])
+
+
+def image_declarations(kernels: Mapping[Key, Compiled]) -> str:
+    """images.inc: the names of kernels.S."""
+    return "".join(
+        f'extern "C" unsigned char const adaattn_{kind}_{place}[];\n'
+        for place, (key, kernel) in enumerate(kernels.items())
+        for kind in _images(key, kernel)
+    )
+
+
+def plugin_tables(programs: Sequence[Program], kernels: Mapping[Key, Compiled]) -> str:
+    """plugins.inc: the ops, the kernels, and a function for each program."""
+    rows, functions, table = [], [], []
+    for place, (key, kernel) in enumerate(kernels.items()):
+        made = kernel.entry
+        ptx = f"adaattn_ptx_{place}" if "ptx" in _images(key, kernel) else "nullptr"
+        rows.append(f'    {{"{made.name}", {made.threads}, {made.shared_bytes}, adaattn_cubin_{place}, {ptx}}},')
+    places = {key: place for place, key in enumerate(kernels)}
+    for place, each in enumerate(programs):
+        used = [places[kernel_key(step.spec, each.capability)] for step in each.steps]
+        functions.append(_function(place, used, each))
+        types = ", ".join(str(TYPES[dtype]) for dtype in each.kind.types)
+        ones = sum(1 << axis for axis, one in enumerate(each.kind.ones) if one)
+        kind = f"{{{{{types}}}}}, {each.kind.head_dim}, {each.kind.flag}, {ones}"
+        steps = f"{len(used)}, {{{{{', '.join(map(str, used))}}}}}"
+        table.append(f'    {{"{each.kind.op}", {each.capability}, {kind}, scratch_of_{place}, run_{place}, {steps}}},')
+    text = ["constexpr Op OPS[] = {", *map(_op, VARIANTS.values()), "};", "", "Kernel const KERNELS[] = {", *rows, "};"]
+    return "\n".join([*text, "", *functions, "Program const PROGRAMS[] = {", *table, "};", ""])
+
+
+def _function(place: int, kernels: Sequence[int], each: Program) -> str:
+    total = " + ".join(f"aligned({size})" for size in each.scratch_bytes) or "0"
+    unused = "" if each.scratch_bytes else "[[maybe_unused]] "
+    lines = [f"int64_t scratch_of_{place}({unused}Call const& call) {{ return {total}; }}", ""]
+    lines.append(f"int32_t run_{place}(Call const& call) {{")
+    offset = "call.workspace"
+    for index, size in enumerate(each.scratch_bytes):
+        lines.append(f"    [[maybe_unused]] char* const scratch_{index} = {offset};")
+        offset = f"scratch_{index} + aligned({size})"
+    for number, (step, kernel) in enumerate(zip(each.steps, kernels, strict=True)):
+        lines.append("    {")
+        for index, argument in enumerate(step.arguments):
+            lines.append(f"        auto a{index} = {argument};")
+        pointers = ", ".join(f"&a{index}" for index in range(len(step.arguments)))
+        lines.append(f"        void* arguments[] = {{{pointers}}};")
+        launch = f"call.launch({number}, KERNELS[{kernel}], {step.programs}, arguments)"
+        lines.append(f"        if ({launch} != 0) return -1;")
+        lines.append("    }")
+    return "\n".join([*lines, "    return 0;", "}", ""])
+
+
+def _op(variant: Variant) -> str:
+    """A row of OPS: shapes of outputs are read off by running them on symbols."""
+    names = list(variant.inputs)
+    ranks = [axes(name) for name in names]
+    shapes = {
+        name: [Symbol(f"{{{place}, {axis}}}") for axis in range(count)]
+        for place, (name, count) in enumerate(zip(names, ranks, strict=True))
+    }
+    picks = [[text_of(size) for size in shape] for shape in variant.output_shapes(shapes)]
+    types = [sum(1 << TYPES[dtype] for dtype in takes) for takes in variant.inputs.values()]
+    outputs = [-1 if dtype is None else TYPES[dtype] for dtype in variant.outputs.values()]
+    same = 3 if names[0] == "query" else 1
+    masks = [place for place, name in enumerate(names) if name.endswith("mask")]
+    of_mask = {"key_mask": "{{{0, 0}, {0, 1}, {0, 2}}}", "attn_mask": "{{{0, 0}, {0, 1}, {0, 2}, {1, 2}}}"}
+    sizes = of_mask[names[masks[0]]] if masks else "{}"
+    attributes = ", ".join(f'{{"{n}", {str(kind is float).lower()}}}' for n, kind in variant.attributes.items())
+
+    def listed(values: Sequence[object]) -> str:
+        return "{{" + ", ".join(map(str, values)) + "}}"
+
+    shown = "{{" + ", ".join("{{" + ", ".join(pick) + "}}" for pick in picks) + "}}"
+    return (
+        f'    {{"{variant.name}", {len(names)}, {listed(types)}, {listed(ranks)}, {len(outputs)}, {listed(outputs)}, '
+        f"{shown}, {listed([len(pick) for pick in picks])}, {same}, {masks[0] if masks else -1}, {sizes}, "
+        f"{{{{{attributes}}}}}, {len(variant.attributes)}}},"
+    )

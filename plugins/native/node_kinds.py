@@ -1,0 +1,138 @@
+"""Sort the nodes of a model into kinds: nodes of one kind share a launch program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaattn.errors import ConfigError
+from adaattn.ops.plan.impl.triton import INPUTS as MOMENTS
+from adaattn.plugins import NAMESPACE, onnx_file, op_variants
+from adaattn.plugins.op_variants import VARIANTS
+
+
+class Symbol:
+    """A size that C++ will know, as C++ text."""
+
+    is_constant = False
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def _operation(self, operator: str, other: Any) -> Symbol:
+        return Symbol(f"({self.text} {operator} {text_of(other)})")
+
+    def __add__(self, other: Any) -> Symbol:
+        return self._operation("+", other)
+
+    def __sub__(self, other: Any) -> Symbol:
+        return self._operation("-", other)
+
+    def __mul__(self, other: Any) -> Symbol:
+        return self._operation("*", other)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Symbol:
+        return self._operation("/", other)
+
+
+def text_of(size: Any) -> str:
+    """C++ of a size."""
+    return size.text if isinstance(size, Symbol) else str(size)
+
+
+def axes(name: str) -> int:
+    """Dimensions of an input: tokens of heads, heads with or without their dimensions, masks, the ladder of a plan."""
+    if name in ("x", "query", "key", "value", "attn_mask"):
+        return 4
+    return 2 if name in ("ladder", "precision", "rank") or name.endswith("token_peak") else 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What distinguishes the programs of an op: nodes of one kind share one, whatever their sizes and scales."""
+
+    op: str
+    types: tuple[torch.dtype, ...]
+    """Of the inputs."""
+    head_dim: int
+    flag: int
+    """`center` or `is_causal`; 0 for an op that has neither."""
+    ones: tuple[bool, ...] = ()
+    """Which dimensions of the mask are 1, to be repeated."""
+
+    @property
+    def flag_name(self) -> str | None:
+        return next((name for name, kind in VARIANTS[self.op].attributes.items() if kind is int), None)
+
+
+def kinds(model: Path) -> list[Kind]:
+    """The kinds of our nodes in an ONNX file.
+
+    Raises:
+        ConfigError: it is not an ONNX file, has none, or a node whose types and shapes it does not tell.
+    """
+    import onnx
+
+    graph = onnx_file.load(model).graph
+    values = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.input, *graph.output)}
+    values |= {x.name: onnx.helper.make_tensor_type_proto(x.data_type, x.dims).tensor_type for x in graph.initializer}
+    found: dict[Kind, None] = {}
+    for node in graph.node:
+        if node.domain != NAMESPACE:
+            continue
+        unknown = [name for name in node.input if name not in values]
+        if unknown:
+            raise ConfigError(f"{model}: nothing says what type and shape {unknown[0]} of {node.op_type} has")
+        tensors = [values[name] for name in node.input]
+        dims = [[d.dim_value for d in x.shape.dim] for x in tensors]
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        found[_kind(node.op_type, [_torch_type(x.elem_type) for x in tensors], dims, attributes)] = None
+    if not found:
+        raise ConfigError(f"{model} has no op of ours: no node of domain {NAMESPACE!r}")
+    return list(found)
+
+
+def common_kinds() -> list[Kind]:
+    """For no model in particular: fp16, head_dim 64 and 128, causal or not, without a mask or with one of padding."""
+    half, attention = (torch.float16,) * 3, (torch.float32,) * 2 + (torch.int32,) * 2
+    found = []
+    for head_dim in (64, 128):
+        found += [Kind("plan", (torch.float32,) * len(MOMENTS) + (torch.int64,), head_dim, 0)]
+        for flag in (0, 1):
+            found += [
+                Kind("token_moments", half[:1], head_dim, flag),
+                Kind("token_moments_masked", (half[0], torch.bool), head_dim, flag, (False, True, False)),
+                Kind("adaptive_attention", half + attention, head_dim, flag),
+                Kind(
+                    "adaptive_attention_masked",
+                    (*half, *attention, torch.bool),
+                    head_dim,
+                    flag,
+                    (False, True, True, False),
+                ),
+            ]
+    return found
+
+
+def _torch_type(elem_type: int) -> torch.dtype:
+    import onnx
+
+    name = onnx.TensorProto.DataType.Name(elem_type).lower()
+    return {"float": torch.float32, "double": torch.float64}.get(name) or getattr(torch, name)
+
+
+def _kind(op: str, types: Sequence[torch.dtype], dims: Sequence[Sequence[int]], attributes: Mapping[str, Any]) -> Kind:
+    variant = VARIANTS[op]
+    for (name, takes), dtype in zip(variant.inputs.items(), types, strict=True):
+        if dtype not in takes:
+            raise ConfigError(f"{name} of {op} is {dtype}; the plugins take {', '.join(map(str, takes))}")
+    head_dim = op_variants.head_dim([width or Symbol("dynamic") for width in dims[0]])
+    flag = next((int(attributes[name]) for name, kind in variant.attributes.items() if kind is int), 0)
+    masked = [shape for name, shape in zip(variant.inputs, dims, strict=True) if name.endswith("mask")]
+    return Kind(op, tuple(types), head_dim, flag, tuple(size == 1 for shape in masked for size in shape))
