@@ -74,7 +74,7 @@ class Options:
             object.__setattr__(self, "targets", as_sequence("targets", self.targets))
         unknown = [each for each in self.targets or () if not isinstance(each, str) or each not in TARGETS]
         if unknown:
-            raise ConfigError(f"target {described(unknown[0])} is unknown; choose of {', '.join(TARGETS)}")
+            raise ConfigError(f"target {described(unknown[0])} is unknown; choose one of {', '.join(TARGETS)}")
         wanted = f"{lower.OLDEST_OPSET} to {lower.NEWEST_OPSET}"
         if self.opset is not None and as_int("opset", self.opset, wanted, lower.OLDEST_OPSET) > lower.NEWEST_OPSET:
             raise ConfigError(f"opset is {described(self.opset)}; choose {wanted}")
@@ -97,9 +97,10 @@ class Options:
             for name, text in profile.items():
                 Dimension.parse(name, text)  # refuses what is none
         if self.profiles and not set(engine_options.PACKAGES) & set(targets):
-            raise ConfigError(f"profiles have nothing to act on: they are of engines, not of {', '.join(targets)}")
+            takers = ", ".join(sorted(engine_options.PACKAGES))
+            raise ConfigError(f"profiles apply only to targets {takers}; selected targets: {', '.join(targets)}")
         if self.calibration_state is not None and self.calibrate is None:
-            raise ConfigError("calibration_state has nothing to act on: there is no sample data to calibrate with")
+            raise ConfigError("calibration_state applies only with sample data to calibrate with")
         if self.build.strip_weights and "triton" in targets:
             raise ConfigError("strip_weights does not go with triton: the server puts no weights into engines")
 

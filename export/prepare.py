@@ -46,7 +46,7 @@ def calibrate_copy(
         reasons = (
             "; ".join(dict.fromkeys(found.refused.values())) or "the model has no attention that calibration knows"
         )
-        raise ConfigError(f"--calibrate has nothing to act on: {reasons}")
+        raise ConfigError(f"--calibrate found no attention to calibrate: {reasons}")
     return model, found
 
 
@@ -106,7 +106,7 @@ def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None
             except ConfigError as error:
                 notes.append(f"{name or type(module).__name__} keeps its plan: {error}")
     if not changed:
-        raise ConfigError("--tolerance has nothing to act on: the model has no adaptive attention of this package")
+        raise ConfigError("--tolerance applies only to adaptive attention, and the model has none")
 
 
 def _warn_of_weights(state: Mapping[str, Any], notes: list[str]) -> None:

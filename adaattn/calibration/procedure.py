@@ -68,7 +68,7 @@ def calibrate(
     full rank in float64, another basis did not change.
 
     Args:
-        model: with adaptive attention of this package, or of a kind that a finder knows
+        model: with adaptive attention of this package, or of a kind that a matcher knows
             (`adaattn.calibration.projections`).
         batches: each a tensor, a tuple or list of arguments, or a mapping of keyword arguments of the model, on its
             device. Some thousand tokens of what the model will meet; padding that masks exclude does not count.

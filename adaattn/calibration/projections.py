@@ -1,6 +1,6 @@
-"""What calibration needs to know of an attention, and where it finds attentions: ours, and those of registered finders.
+"""Find the query and key projections that calibration may change: of this package, and of registered matchers.
 
-An integration describes the attention of another library by a `Pair` and registers a function that recognises it.
+An integration describes the attention of another library by `QueryKeyProjections` and registers a matcher for it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ AttentionMatcher = Callable[[nn.Module], QueryKeyProjections | str | None]
 
 
 def match_adaattn(module: nn.Module) -> QueryKeyProjections | str | None:
-    """The finder of this package's modules."""
+    """Match the modules of this package."""
     if not isinstance(module, AttentionBase):
         return None
     if not isinstance(module, PlannedAttention) or not module.low_rank:
@@ -86,13 +86,13 @@ def match_adaattn(module: nn.Module) -> QueryKeyProjections | str | None:
 _matchers: list[AttentionMatcher] = [match_adaattn]
 
 
-def register_matcher(finder: AttentionMatcher) -> None:
+def register_matcher(matcher: AttentionMatcher) -> None:
     """Let `calibrate` find attentions of another kind; those of this package are looked for first.
 
     Example:
-        >>> register_finder(lambda module: "it is rotary" if type(module).__name__ == "LlamaAttention" else None)
+        >>> register_matcher(lambda module: "it is rotary" if type(module).__name__ == "LlamaAttention" else None)
     """
-    _matchers.append(finder)
+    _matchers.append(matcher)
 
 
 def find_projections(model: nn.Module) -> dict[str, QueryKeyProjections | str]:
@@ -104,7 +104,7 @@ def find_projections(model: nn.Module) -> dict[str, QueryKeyProjections | str]:
     """
     found: dict[str, QueryKeyProjections | str] = {}
     for name, module in model.named_modules():
-        answers = (finder(module) for finder in _matchers)
+        answers = (matcher(module) for matcher in _matchers)
         answer = next((answer for answer in answers if answer is not None), None)
         if answer is not None:
             found[name] = answer

@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """What an export wrote into a .json file.
 
     Raises:
-        ConfigError: there is no such file, or it is cut off or none of ours.
+        ConfigError: there is no such file, or it is cut off, or no export wrote it.
     """
     if not path.is_file():  # a pipe or a device could be read without an end
         raise ConfigError(f"{path} does not exist")

@@ -83,19 +83,19 @@ class BuildOptions:
         """Refuse options that none of the targets takes.
 
         Raises:
-            ConfigError: an option with nothing to act on, or a compute capability that the package does not know.
+            ConfigError: an option that applies to none of the targets, or an unknown compute capability.
         """
         for name in self.given():
             takers = TAKEN_BY.get(name, tuple(PACKAGES))
             if not set(takers) & set(targets):
                 raise ConfigError(
-                    f"{name} has nothing to act on: it is for {' and '.join(takers)}, not for {', '.join(targets)}"
+                    f"{name} applies only to targets {', '.join(takers)}; selected targets: {', '.join(targets)}"
                 )
         known = compute_capabilities() if self.compute_capabilities else None
         for each in self.compute_capabilities or ():
             if known is not None and each not in known:
                 raise ConfigError(
-                    f"compute capability {each!r} is unknown to tensorrt_rtx; choose of {', '.join(known)}"
+                    f"compute capability {each!r} is unknown to tensorrt_rtx; choose one of {', '.join(known)}"
                 )
 
     def given(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""TODO adaattn.export.parity.criterion."""
+"""The parity rule: its constants, the limit of an output, and which elements of it the error is of."""
 
 from __future__ import annotations
 

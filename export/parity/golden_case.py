@@ -141,7 +141,7 @@ def load(path: Path, what: str = "golden results") -> list[GoldenCase]:
         what: the file holds, for errors.
 
     Raises:
-        ConfigError: there is no such file, or it is none of ours.
+        ConfigError: there is no such file, or no export wrote it.
     """
     found: dict[str, dict[str, dict[str, Array]]] = {}
     arrays = load_arrays(path, what)

@@ -44,10 +44,10 @@ def open_runtime(
     """
     path = Path(path)
     if device not in DEVICES:
-        raise ConfigError(f"device is {device!r}; choose of {', '.join(DEVICES)}")
+        raise ConfigError(f"device is {device!r}; choose one of {', '.join(DEVICES)}")
     if path.is_dir():
         if target not in (None, "onnx", *PACKAGES):
-            raise ConfigError(f"target {target!r} is unknown; choose of onnx, {', '.join(PACKAGES)}")
+            raise ConfigError(f"target {target!r} is unknown; choose one of onnx, {', '.join(PACKAGES)}")
         path /= "model.onnx" if target in (None, "onnx") else f"{target}.engine"
     elif target is not None:
         raise ConfigError(f"target {target!r} chooses an artifact of a folder, and {path} is not a folder")

@@ -131,7 +131,7 @@ def verify_export(
     """
     for name in names or ():
         if name not in backends.BACKENDS:
-            raise ConfigError(f"backend {name!r} is unknown; choose of {', '.join(backends.BACKENDS)}")
+            raise ConfigError(f"backend {name!r} is unknown; choose one of {', '.join(backends.BACKENDS)}")
     goldens = golden_case.load(as_exported(folder, "golden.npz"))
     report = read_checked(folder / "report.json", manifest.REPORT)
     targets = []

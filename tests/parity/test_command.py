@@ -249,7 +249,7 @@ def test_a_provider_that_falls_back_to_the_cpu_has_not_run(good: Path, monkeypat
 def test_what_cannot_be_checked_is_one_line(good: Path, tmp_path: Path) -> None:
     for arguments, said in (
         ((tmp_path,), "holds no manifest.json; give a folder that adaattn-export made"),
-        ((good, "--backend", "ort-tpu"), "backend 'ort-tpu' is unknown; choose of ort-cpu"),
+        ((good, "--backend", "ort-tpu"), "backend 'ort-tpu' is unknown; choose one of ort-cpu"),
         (("bisect", tmp_path), "holds no manifest.json; give a folder that adaattn-export made"),
         ((good, "--junit", tmp_path / "none" / "j.xml"), f"{tmp_path / 'none' / 'j.xml'}: No such file"),
         (("bisect", good, "--backend", "ort-cuda"), "CUDAExecutionProvider"),

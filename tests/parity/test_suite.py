@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("graph", GRAPHS if thorough else some(6, dtypes), ids=str)
         unknown = [name for name in names if name not in BACKENDS]
         if unknown:
-            raise pytest.UsageError(f"backend {unknown[0]!r} is unknown; choose of {', '.join(BACKENDS)}")
+            raise pytest.UsageError(f"backend {unknown[0]!r} is unknown; choose one of {', '.join(BACKENDS)}")
         metafunc.parametrize("backend", names)
 
 

@@ -17,7 +17,7 @@ WIDTHS = ("attention_head_size", "head_dim", "key_value_proj_dim")
 
 
 def match_attention(module: nn.Module) -> QueryKeyProjections | str | None:
-    """The finder of modules that attend by `attn_implementation="adaattn"`.
+    """Match modules that attend by `attn_implementation="adaattn"`.
 
     Their code says whether the embedding of positions is rotary: such keys are turned after their projection, and no
     basis of a projection commutes with that.

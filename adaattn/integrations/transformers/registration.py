@@ -49,7 +49,7 @@ def register(
 
     Raises:
         ConfigError: an option out of range, or transformers missing or too old. Later, from a model's forward: an
-            option of its attention that ours does not have.
+            option of its attention that AdaAttn does not have.
     """
     budget = Budget(tolerance, safety, precisions, low_rank)
     dense_below = as_int("dense_below", dense_below, "a number of queries, 0 for never", least=0)

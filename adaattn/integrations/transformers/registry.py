@@ -14,7 +14,7 @@ registered: dict[str, Budget] = {}
 
 
 def configs_of(model: nn.Module) -> list[Any]:
-    """The configs, of a model and of its parts, that ask for an implementation of ours."""
+    """Return the configs, of a model and of its parts, that ask for a registered implementation."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     return [config for config in configs.values() if getattr(config, "_attn_implementation", None) in registered]
 

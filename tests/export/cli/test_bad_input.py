@@ -317,7 +317,7 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
         ("tests.support.models:tiny --tolerance nan", ["tolerance is nan", "above 0"]),
         (
             "tests.support.models:Add --input x=B,16 --input y=B,16 --tolerance 0.1",
-            ["--tolerance has nothing to act on"],
+            ["--tolerance applies only to adaptive attention"],
         ),
         ("SHELF/good.pt --weights SHELF/weights.pt", ["--weights goes with package.module:factory"]),
         ("SHELF/good.pt2 --allow-pickle", ["no upper bound", "input=s", "--dim s"]),

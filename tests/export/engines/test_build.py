@@ -134,20 +134,20 @@ def test_options_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="target 'openvino' is unknown"):
         engine_build.engine_from_onnx(tmp_path / "m.onnx", "openvino", tmp_path / "m.engine", [])
     options = engine_options.BuildOptions(timing_cache=tmp_path / "cache")
-    with pytest.raises(ConfigError, match="timing_cache has nothing to act on: it is for tensorrt, not for"):
+    with pytest.raises(ConfigError, match="timing_cache applies only to targets tensorrt; selected targets:"):
         engine_build.engine_from_onnx(tmp_path / "m.onnx", "tensorrt-rtx", tmp_path / "m.engine", [], options)
     for targets, given, said in (
         (
             ("onnx", "tensorrt-rtx"),
             {"build": engine_options.BuildOptions(plugins="none")},
-            "plugins has nothing to act on",
+            "plugins applies only to targets tensorrt",
         ),
         (
             ("onnx",),
             {"build": engine_options.BuildOptions(workspace=1)},
             "workspace has nothing .* tensorrt and tensorrt-rtx",
         ),
-        (("onnx",), {"profiles": ({"S": "1:1:1"},)}, "profiles have nothing to act on"),
+        (("onnx",), {"profiles": ({"S": "1:1:1"},)}, "profiles apply only to targets tensorrt, tensorrt-rtx"),
         (
             ("triton", "tensorrt"),
             {"build": engine_options.BuildOptions(strip_weights=True)},

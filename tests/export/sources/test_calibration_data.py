@@ -109,10 +109,10 @@ def test_what_is_no_sample_data_is_refused() -> None:
         with pytest.raises(ConfigError, match=said):
             batches(source)
         refused(run("model.pt", *QUICK, "--calibrate", source), said)
-    refused(run("model.pt", *QUICK, "--calibration-state", "x"), "calibration_state has nothing to act on")
+    refused(run("model.pt", *QUICK, "--calibration-state", "x"), "calibration_state applies only with sample data")
     adaattn.save(adaattn.DenseAttention(32, 2), "dense.pt")
     Path("some.py").write_text("import torch\n\ndef batches():\n    return [[torch.ones(1, 3, 32)] * 3]\n")
-    refused(run("dense.pt", *QUICK, "--calibrate", "some.py"), "nothing to act on: it never cuts the rank")
+    refused(run("dense.pt", *QUICK, "--calibrate", "some.py"), "no attention to calibrate: it never cuts")
 
 
 def test_data_that_fail_on_the_way_are_told_apart_from_the_model() -> None:

@@ -384,5 +384,5 @@ def test_a_tolerance_reaches_a_registered_model(tmp_path: Path) -> None:
     export(model, inputs, tmp_path / "out", dims=dims, options=options)
     assert not hasattr(model.config, "adaattn_tolerance")  # the caller's stays as it is
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ConfigError, match="--tolerance has nothing to act on"):
+    with pytest.raises(ConfigError, match="--tolerance applies only to adaptive attention"):
         export(model, inputs, tmp_path / "no", dims=dims, options=options)
