@@ -145,7 +145,7 @@ def test_options_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
         (
             ("onnx",),
             {"build": engine_options.BuildOptions(workspace=1)},
-            "workspace has nothing .* tensorrt and tensorrt-rtx",
+            "workspace applies only to targets tensorrt, tensorrt-rtx",
         ),
         (("onnx",), {"profiles": ({"S": "1:1:1"},)}, "profiles apply only to targets tensorrt, tensorrt-rtx"),
         (
