@@ -1,8 +1,8 @@
-"""The variants of our ops as a plugin sees them: tensors, attributes, and the launch that computes them.
+"""The variants of the ops as a plugin sees them: the table of `adaattn.ops.signatures`, and the launch of each.
 
-Python plugins, the native library and the tests read this one table. Sizes are integers, or the symbols by which
-TensorRT writes a launch down before it knows them; +, -, * and // with an integer on the right serve both. Tensors are
-contiguous: a plugin asks for the linear format.
+Python plugins, the native library and the tests read this. Sizes are integers, or the symbols by which TensorRT writes
+a launch down before it knows them; +, -, * and // with an integer on the right serve both. Tensors are contiguous: a
+plugin asks for the linear format.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from adaattn import ops
 from adaattn.errors import ConfigError
-from adaattn.ops.adaptive_attention.impl.triton import attend_spec, launches
+from adaattn.ops.adaptive_attention.impl.triton import MASK_STRIDES, attend_spec, launches
 from adaattn.ops.dispatch import LARGEST_HEAD_DIM
 from adaattn.ops.kernel_spec import KernelSpec
-from adaattn.ops.plan.impl.triton import INPUTS as MOMENTS
 from adaattn.ops.plan.impl.triton import plan_spec
-from adaattn.ops.token_moments.impl.triton import OUTPUTS as STATISTICS
+from adaattn.ops.signatures import VARIANTS as SIGNATURES
+from adaattn.ops.signatures import Signature
 from adaattn.ops.token_moments.impl.triton import moments_spec
 
 Size = Any
 Shape = Sequence[Size]
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-TACTICS = {1: "the blocks of eager mode", 2: "blocks within 48 KiB of shared memory, which every launcher grants"}
+USUAL, SMALL = 1, 2
+"""Tactics of attention: blocks as in eager mode, and blocks in 48 KiB of shared memory, which every launcher grants."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,40 @@ class Launch:
 class Variant:
     """An op with one set of inputs, as `adaattn.export` writes it into ONNX."""
 
-    name: str
-    inputs: Mapping[str, tuple[torch.dtype, ...]]
-    """The types that each input may have."""
-    outputs: Mapping[str, torch.dtype | None]
-    """The type of each output; None is that of the first input."""
-    attributes: Mapping[str, type]
-    """float or int."""
-    output_shapes: Callable[[Mapping[str, Shape]], Sequence[Shape]]
+    signature: Signature
     launch: Callable[[Node], Launch]
     run: Callable[..., Sequence[Tensor]]
     """The op itself, of tensors and then attributes."""
-    tactics: tuple[int, ...] = (1,)
+    tactics: tuple[int, ...] = (USUAL,)
+
+    @property
+    def name(self) -> str:
+        return self.signature.name
+
+    @property
+    def inputs(self) -> dict[str, tuple[torch.dtype, ...]]:
+        """The types that each input may have: those that the kernels read."""
+        return {x.name: tuple(t for t in x.types if t != torch.float64) for x in self.signature.inputs}
+
+    @property
+    def outputs(self) -> dict[str, torch.dtype | None]:
+        """The type of each output; None is that of the first input."""
+        return {x.name: None if x.like else x.types[0] for x in self.signature.outputs}
+
+    @property
+    def attributes(self) -> dict[str, type]:
+        """float or int."""
+        return {name: int if isinstance(x, bool) else float for name, x in self.signature.attributes.items()}
+
+    @property
+    def flag(self) -> str | None:
+        """The attribute that a kernel is compiled for: `center` or `is_causal`."""
+        return next((name for name, kind in self.attributes.items() if kind is int), None)
+
+    def output_shapes(self, shapes: Mapping[str, Shape]) -> list[tuple[Size, ...]]:
+        """Return the shapes of the outputs for those of the inputs."""
+        sizes = self.signature.sizes(shapes)
+        return [tuple(sizes[axis] for axis in x.axes) for x in self.signature.outputs]
 
 
 def constant(size: Size) -> int | None:
@@ -106,26 +128,23 @@ def head_dim(shape: Shape) -> int:
 
 def moments_sizes(shapes: Mapping[str, Shape]) -> dict[str, Size]:
     """Integer arguments of the kernels of `token_moments`."""
-    x, mask = shapes["x"], shapes.get("key_mask")
-    sizes = {"batch": x[0], "heads": x[1], "tokens": x[2]}
-    sizes |= dict(zip(("x_b", "x_h", "x_s", "x_d"), _strides(x), strict=True))
+    sizes, mask = SIGNATURES["token_moments"].sizes(shapes), shapes.get("key_mask")
+    sizes |= dict(zip(("x_b", "x_h", "x_s", "x_d"), _strides(shapes["x"]), strict=True))
     return sizes if mask is None else sizes | dict(zip(("m_b", "m_h", "m_s"), _strides(mask), strict=True))
 
 
 def plan_sizes(shapes: Mapping[str, Shape]) -> dict[str, Size]:
     """Integer arguments of the kernel of `plan`."""
-    query, key = shapes["query_mean"], shapes["key_second_moment"]
-    return {"batch": query[0], "heads": query[1], "kv_heads": key[1], "steps": shapes["ladder"][1]}
+    return SIGNATURES["plan"].sizes(shapes)
 
 
 def attention_sizes(shapes: Mapping[str, Shape]) -> dict[str, Size]:
     """Integer arguments of the kernels of `adaptive_attention`."""
-    query, key, mask = shapes["query"], shapes["key"], shapes.get("attn_mask")
-    sizes = {"batch": query[0], "heads": query[1], "kv_heads": key[1], "queries": query[2], "keys": key[2]}
-    for letter, shape in zip("qkv", (query, key, shapes["value"]), strict=True):
-        sizes |= dict(zip((f"{letter}_{axis}" for axis in "bhsd"), _strides(shape), strict=True))
+    sizes, mask = SIGNATURES["adaptive_attention"].sizes(shapes), shapes.get("attn_mask")
+    for name in ("query", "key", "value"):
+        sizes |= dict(zip((f"{name[0]}_{axis}" for axis in "bhsd"), _strides(shapes[name]), strict=True))
     of_mask = (0, 0, 0, 0) if mask is None else _strides(mask)
-    return sizes | dict(zip(("m_b", "m_h", "m_q", "m_k"), of_mask, strict=True))
+    return sizes | dict(zip(MASK_STRIDES, of_mask, strict=True))
 
 
 def attention_spec(node: Node, rows: tuple[int, ...], packed: bool, small: bool = False) -> KernelSpec:
@@ -166,7 +185,7 @@ def _attention(node: Node) -> Launch:
         raise ConfigError(f"scale is {scale}; the plugins take one of at least 0: put the sign into the queries")
     rows = tuple(itertools.chain(*launches(node.types["query"], head_dim(node.shapes["query"]), node.capability)))
     # All in one kernel, and nothing packed: TensorRT gives an embedded kernel one launch and no scratch memory.
-    spec = attention_spec(node, rows, packed=False, small=node.tactic == 2)
+    spec = attention_spec(node, rows, packed=False, small=node.tactic == SMALL)
     return Launch(spec.bound(scale=scale), attention_sizes(node.shapes))
 
 
@@ -185,53 +204,11 @@ def _run_attention(*given: Any) -> Sequence[Tensor]:
     return [ops.adaptive_attention(*tensors, scale=scale, is_causal=bool(is_causal), impl="triton")]
 
 
-def _token_moments(name: str, **mask: tuple[torch.dtype, ...]) -> Variant:
-    return Variant(
-        name,
-        {"x": FLOATS, **mask},
-        dict.fromkeys(STATISTICS, torch.float32),
-        {"center": int},
-        lambda shapes: [(*shapes["x"][:2], shapes["x"][3])] * 3 + [shapes["x"][:2]],
-        _moments,
-        _run_moments,
-    )
-
-
-def _adaptive_attention(name: str, **mask: tuple[torch.dtype, ...]) -> Variant:
-    return Variant(
-        name,
-        {
-            **dict.fromkeys(("query", "key", "value"), FLOATS),
-            **dict.fromkeys(("key_mean", "value_peak"), (torch.float32,)),
-            **dict.fromkeys(("precision", "rank"), (torch.int32,)),
-            **mask,
-        },
-        {"output": None},
-        {"scale": float, "is_causal": int},
-        lambda shapes: [tuple(shapes["query"])],
-        _attention,
-        _run_attention,
-        tuple(TACTICS),
-    )
-
-
-VARIANTS = {
-    variant.name: variant
-    for variant in (
-        _token_moments("token_moments"),
-        _token_moments("token_moments_masked", key_mask=(torch.bool,)),
-        Variant(
-            "plan",
-            {**dict.fromkeys(MOMENTS, (torch.float32,)), "ladder": (torch.int64,)},
-            {"precision": torch.int32, "rank": torch.int32, "predicted_error": torch.float32},
-            {"scale": float, "limit": float},
-            lambda shapes: [tuple(shapes["query_mean"][:2])] * 3,
-            _plan,
-            _run_plan,
-        ),
-        _adaptive_attention("adaptive_attention"),
-        _adaptive_attention("adaptive_attention_masked", attn_mask=(torch.bool,)),
-        _adaptive_attention("adaptive_attention_biased", attn_mask=FLOATS),
-    )
+_OPS: dict[str, tuple[Callable[[Node], Launch], Callable[..., Sequence[Tensor]], tuple[int, ...]]] = {
+    "token_moments": (_moments, _run_moments, (USUAL,)),
+    "plan": (_plan, _run_plan, (USUAL,)),
+    "adaptive_attention": (_attention, _run_attention, (USUAL, SMALL)),
 }
+
+VARIANTS = {name: Variant(signature, *_OPS[signature.op]) for name, signature in SIGNATURES.items()}
 """By name, which is the type of the ONNX node."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adaattn.checks import as_bool, as_float, as_int, described
 from adaattn.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from adaattn.functional import planned_attention
+from adaattn.heads import per_query_head
 from adaattn.masks import expand_mask
 from adaattn.ops.adaptive_attention.impl.reference import attention_weights
 from adaattn.ops.plan.api import plan_within
@@ -137,7 +138,7 @@ class AttentionBase(nn.Module, ABC):
     def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         # Rounding would drown in dropout's noise, and the gradient is that of the unrounded formula anyway.
         weights = attention_weights(q, k, None, mask, self.scale, self.causal)
-        v = v.repeat_interleave(self.num_heads // v.shape[1], dim=1)
+        v = per_query_head(v, self.num_heads)
         return F.dropout(weights, self.dropout).to(v.dtype) @ v, weights
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:

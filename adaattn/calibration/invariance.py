@@ -114,9 +114,12 @@ class FullRank(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.adaattn.adaptive_attention.default:
-            precision, rank = torch.full_like(args[5], FP32), torch.full_like(args[6], args[0].shape[-1])
-            args = (*args[:5], precision, rank, *args[7:])
+        kwargs = kwargs or {}
         if func is torch.ops.adaattn.adaptive_attention.default or "scaled_dot_product" in str(func):
-            self.keys.add(args[1].shape[2])
-        return func(*args, **(kwargs or {}))
+            given = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
+            self.keys.add(given["key"].shape[2])
+            if "rank" in given:
+                full = torch.full_like(given["rank"], given["query"].shape[-1])
+                given |= {"precision": torch.full_like(given["precision"], FP32), "rank": full}
+                return func(**given)
+        return func(*args, **kwargs)

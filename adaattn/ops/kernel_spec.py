@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from adaattn.ops.signatures import Argument
 
 TYPES = {
     torch.float64: "fp64",
@@ -14,10 +16,17 @@ TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float8_e4m3fn: "fp8e4nv",
+    torch.int64: "i64",
     torch.int32: "i32",
     torch.int8: "i8",
     torch.uint8: "u8",
 }
+
+
+def pointers(tensors: Iterable[Argument], dtype: torch.dtype | None = None) -> dict[str, str]:
+    """Return Triton's types of tensors, `{"rank": "*i32"}`; `dtype` is that of those that may have several."""
+    types = {x.name: x.types[0] if len(x.types) == 1 else dtype for x in tensors}
+    return {name: f"*{TYPES[each]}" for name, each in types.items() if each is not None}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adaattn.heads import per_query_head
 from adaattn.planning.precision import (
     BF16_MAX,
     BF16_U,
@@ -37,6 +38,11 @@ class Moments(NamedTuple):
     token_peak: Tensor  # (B, H), mean over tokens of the token's squared peak
 
 
+def for_query_heads(x: Moments, query: Moments) -> Moments:
+    """Return moments of keys or values with each kv head repeated for the query heads that share it."""
+    return Moments(*(per_query_head(moment, query.token_peak.shape[1]) for moment in x))
+
+
 class Plan(NamedTuple):
     """Precision code (int32), rank (int32) and predicted error (float32) of each head, all of shape (B, H).
 
@@ -50,7 +56,7 @@ class Plan(NamedTuple):
 
 def energy(query: Moments, key: Moments, scale: float) -> Tensor:
     """w_d = scale²·E[q_d²]·E[k_d²] of each query head, shape (B, H, D): the score variance that a dimension carries."""
-    return query.second_moment * per_query_head(key.second_moment, query) * (scale * scale)
+    return query.second_moment * for_query_heads(key, query).second_moment * (scale * scale)
 
 
 def noise(query: Moments, key: Moments, value: Moments, scale: float) -> Tensor:
@@ -59,21 +65,21 @@ def noise(query: Moments, key: Moments, value: Moments, scale: float) -> Tensor:
     The terms are those of the table in docs/error-model.md. The fp16 and fp8 rows also count what underflow adds: to
     values, a uniform error of one subnormal step; to probabilities that one key makes small and alike, half a step.
     """
+    energies = energy(query, key, scale)
+    key, value = for_query_heads(key, query), for_query_heads(value, query)
     # How far the mean query can put the loudest key of one dimension above all others. If that key has no value, they
     # make the output: each errs by the rounding of this score, and its probability is exp(-gap) of the largest.
-    gap = (scale * query.mean * per_query_head(key.channel_peak, query)).abs().amax(-1)
+    gap = (scale * query.mean * key.channel_peak).abs().amax(-1)
     rarity2 = 3 * (2 * gap).exp()  # (½ step / exp(-gap))², in units of a uniform error's step²/12
-    total = energy(query, key, scale).sum(-1) + gap.square()
+    total = energies.sum(-1) + gap.square()
     q_power = query.second_moment.sum(-1)
-    k_power = per_query_head(key.second_moment.sum(-1), query)
-    k_token_peak = per_query_head(key.token_peak, query)
-    v_power = per_query_head(value.second_moment.mean(-1), query).clamp_min(1e-30)
-    v_peak2 = per_query_head(value.channel_peak.square().mean(-1), query)
-    v_peak = per_query_head(value.channel_peak.amax(-1), query)
-    peak = torch.maximum(query.channel_peak.amax(-1), per_query_head(key.channel_peak.amax(-1), query))
-    peak = torch.maximum(peak, v_peak)
+    k_power = key.second_moment.sum(-1)
+    v_power = value.second_moment.mean(-1).clamp_min(1e-30)
+    v_peak2 = value.channel_peak.square().mean(-1)
+    v_peak = value.channel_peak.amax(-1)
+    peak = torch.maximum(torch.maximum(query.channel_peak.amax(-1), key.channel_peak.amax(-1)), v_peak)
 
-    integer = (query.token_peak * k_power + k_token_peak * q_power) * (scale * scale / (12 * 127**2))
+    integer = (query.token_peak * k_power + key.token_peak * q_power) * (scale * scale / (12 * 127**2))
     fp16_values = 2 * FP16_U**2 + (FP16_STEP**2 / 12) * (1 / v_power + rarity2)
     fp8_values = 2 * FP8_U**2 + (FP8_STEP**2 / 12) * (v_peak2 / v_power + rarity2)
     fp16_scores = 2 * FP16_U**2 * total + (scale * scale * FP16_STEP**2 / 12) * (q_power + k_power)
@@ -103,9 +109,3 @@ def plan_of(precision: Tensor, rank: Tensor, query: Moments, key: Moments, value
 def square_root(squared: Tensor) -> Tensor:
     # NaN (moments that overflowed to inf, times zero) means unknown, and unknown must not look small.
     return torch.where(squared >= 0, squared, torch.inf).sqrt()
-
-
-def per_query_head(x: Tensor, query: Moments) -> Tensor:
-    """x (B, Hk, ...) with each kv head repeated for the query heads that share it."""
-    groups = query.token_peak.shape[1] // x.shape[1]
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)

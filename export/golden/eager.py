@@ -38,6 +38,7 @@ from adaattn.export.parity.criterion import (
 )
 from adaattn.export.parity.golden_case import ExpectedAttention, ExpectedOutput, GoldenCase
 from adaattn.export.parity.metrics import relative_error
+from adaattn.heads import per_query_head
 from adaattn.planning.precision import FP32, PRECISIONS
 
 TRIVIAL = "shortest"
@@ -119,15 +120,14 @@ class EagerReference:
         return found
 
     def _attention_probes(
-        self, layer: str, operands: Sequence[Any], steps: Sequence[ForcedPlan], inputs: Mapping[str, Array]
+        self, layer: str, given: Mapping[str, Any], steps: Sequence[ForcedPlan], inputs: Mapping[str, Array]
     ) -> list[GoldenCase]:
         """Return what one attention makes of its operands at each of some plans.
 
         Args:
+            given: the arguments of the attention.
             inputs: of the model, in which a mask is that the operands are not computed from.
         """
-        names = [argument.name for argument in torch.ops.adaattn.adaptive_attention.default._schema.arguments]
-        given = dict(zip(names, operands, strict=False))
         tokens = ("query", "key", "value")
         kept = {f"{OPERAND}{name}": array(given[name]) for name in (*tokens, "attn_mask") if given[name] is not None}
         inputs = {**inputs, **kept}
@@ -373,9 +373,9 @@ def forced_plans(modes: Iterable[PlanMode]) -> list[ForcedPlan]:
 
 def plan_probe(layer: str, call: PlanCall) -> GoldenCase:
     """Return the plans that the op `plan` makes of the moments of one sequence, scaled over decades."""
-    moments = {name: array(x[-1:]) for name, x in zip(_PLAN_ARGUMENTS, call.moments, strict=False)}
+    moments = {name: array(x[-1:]) for name, x in call.moments.items()}
     golden = GoldenCase(f"plan of {layer}", moments, {}, probes=layer)
-    scaled = tuple(torch.from_numpy(x) for x in probe_inputs(golden).values())
+    scaled = {name: torch.from_numpy(x) for name, x in probe_inputs(golden).items()}
     whole = replace(call, moments=scaled)
     wanted, near = whole.within(0), [whole.within(share) for share in (PROBE_EDGE, -PROBE_EDGE)]
     edge = array(torch.stack([(a != b) for plan in near for a, b in zip(plan, wanted, strict=True)]).any(0))
@@ -388,15 +388,11 @@ def plan_probe(layer: str, call: PlanCall) -> GoldenCase:
 
 def _centring(call: PlanCall, key_mean: Tensor) -> Array:
     """By what share a predicted error may differ where keys are alike: what centring leaves of them is rounding."""
-    named = dict(zip(_PLAN_ARGUMENTS, call.moments, strict=False))
     left = (2 * HALF_ULP["float32"] * key_mean.double()).square()
-    groups = named["query_second_moment"].shape[1] // left.shape[1]
-    energy = (named["query_second_moment"].double() * left.repeat_interleave(groups, dim=1)).sum(-1) * call.scale**2
+    of_query = call.moments["query_second_moment"].double()
+    energy = (of_query * per_query_head(left, of_query.shape[1])).sum(-1) * call.scale**2
     share = energy / (2 * call.predicted.double().square())
     return array(share.nan_to_num(posinf=0.0))
-
-
-_PLAN_ARGUMENTS = [argument.name for argument in torch.ops.adaattn.plan.default._schema.arguments]
 
 
 def _spread(value: Array, others: Sequence[Array]) -> Array:

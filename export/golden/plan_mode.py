@@ -23,6 +23,7 @@ import adaattn.ops  # noqa: F401  # registers the ops that a mode watches
 from adaattn.export.capture.module import without_fast_paths
 from adaattn.functional import as_exported
 from adaattn.masks import attended_keys
+from adaattn.ops.signatures import OPS
 from adaattn.planning.error_model import Moments, plan_of
 from adaattn.planning.precision import FP32, INT8
 
@@ -68,7 +69,7 @@ class HeadErrors:
 class PlanCall:
     """One call of the op `plan`: the moments, the ladder, scale and limit that it took, and what it returned."""
 
-    moments: tuple[Tensor, ...]
+    moments: Mapping[str, Tensor]
     ladder: Tensor
     scale: float
     limit: float
@@ -78,7 +79,8 @@ class PlanCall:
 
     def within(self, share: float) -> PlanPair:
         """Return the plans that the same moments make within a limit larger by a share."""
-        made = torch.ops.adaattn.plan(*self.moments, self.ladder, self.scale, self.limit * (1 + share))
+        limit = self.limit * (1 + share)
+        made = torch.ops.adaattn.plan(**self.moments, ladder=self.ladder, scale=self.scale, limit=limit)
         return made[0], made[1]
 
 
@@ -119,7 +121,7 @@ class PlanMode(TorchDispatchMode):
         keep: bool = False,
     ) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, ...]] = []
+        self.calls: list[dict[str, Any]] = []
         self._keep = keep
         self.plans: list[PlanPair] = []
         self.key_means: list[Tensor] = []
@@ -145,11 +147,13 @@ class PlanMode(TorchDispatchMode):
             self.branched = True
             return func(*tree_map(self._within, args), **kwargs)
         if func is torch.ops.adaattn.token_moments.default:
-            moments = func(*args[:3])  # without `impl`: in float64 only the reference runs
+            moments = func(**_without_impl("token_moments", args, kwargs))
             return tuple(self._nudged(x) for x in moments) if self._nudge else moments
         if func is torch.ops.adaattn.plan.default:
-            made = func(*args[:12])
-            self._made.append(PlanCall(args[:9], *args[9:12], *made))
+            given = _without_impl("plan", args, kwargs)
+            made = func(**given)
+            ladder, scale, limit = (given.pop(name) for name in ("ladder", "scale", "limit"))
+            self._made.append(PlanCall(given, ladder, scale, limit, *made))
             return made
         if self._narrow:
             args, kwargs = _narrowed(func, args, kwargs)
@@ -159,20 +163,20 @@ class PlanMode(TorchDispatchMode):
             return args[0].reshape(args[1])  # a captured program counts on the strides of torch's own attention
         if func is not torch.ops.adaattn.adaptive_attention.default:
             return self._noised(func, func(*args, **kwargs))
-        args = args[:10]
-        self.planned.append(next((call for call in self._made if call.precision is args[5]), None))
-        self.key_means.append(args[3])
+        given = _without_impl("adaptive_attention", args, kwargs)
+        self.planned.append(next((call for call in self._made if call.precision is given["precision"]), None))
+        self.key_means.append(given["key_mean"])
         if self._keep:
-            self.calls.append(args)
+            self.calls.append(dict(given))
         if self._replay is not None:
-            args = (*args[:5], *self._replay[len(self.plans)], *args[7:])
+            given["precision"], given["rank"] = self._replay[len(self.plans)]
         if self._shake:
-            args = (*self._shaken(args[0], args[1], args[3], args[5], args[6]), *args[2:])
-        self.plans.append((args[5], args[6]))
-        output: Tensor = self._noised(func, func(*args, **kwargs))
+            given |= self._shaken(given)
+        self.plans.append((given["precision"], given["rank"]))
+        output: Tensor = self._noised(func, func(**given))
         self.outputs.append(output if output.numel() <= LARGE else None)
         if self._measure:
-            self.errors.append(_head_errors(output, *args))
+            self.errors.append(_head_errors(output, **given))
         return output
 
     def in_double(self, x: Any) -> Any:
@@ -216,16 +220,23 @@ class PlanMode(TorchDispatchMode):
         slope = torch.linspace(1, -1, x.shape[-1], dtype=x.dtype) if self._tilt else 1
         return x * (1 + self._nudge * slope)
 
-    def _shaken(
-        self, query: Tensor, key: Tensor, key_mean: Tensor, precision: Tensor, rank: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        kept = torch.arange(query.shape[3]) < rank[:, :, None, None]
-        integers = precision >= INT8
+    def _shaken(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        query, key = given["query"], given["key"]
+        kept = torch.arange(query.shape[3]) < given["rank"][:, :, None, None]
+        integers = given["precision"] >= INT8
         generator = torch.Generator().manual_seed(len(self.plans))
-        return (
-            query + self._shake * _move(query, query * kept, integers, generator),
-            key + self._shake * _move(key, key - key_mean.unsqueeze(2), integers, generator),
-        )
+        centered = key - given["key_mean"].unsqueeze(2)
+        return {
+            "query": query + self._shake * _move(query, query * kept, integers, generator),
+            "key": key + self._shake * _move(key, centered, integers, generator),
+        }
+
+
+def _without_impl(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call but `impl`: in float64 only the reference runs."""
+    given = OPS[op].bound(args, kwargs)
+    given.pop("impl", None)
+    return given
 
 
 def _move(x: Tensor, rounded: Tensor, integers: Tensor, generator: torch.Generator) -> Tensor:

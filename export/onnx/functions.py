@@ -1,81 +1,28 @@
-"""The ops' arithmetic as ONNX functions: what a runtime computes that has no plugin of ours.
+"""The ops' arithmetic as ONNX functions: what a runtime computes that has no plugin for them.
 
-A FunctionProto has neither optional inputs that every runtime understands nor types to branch on, so an op has one
-variant per kind of mask. Variants share their text. Low precisions are emulated in float32, as in the reference
-implementations, by operators that every opset from 18 on and every TensorRT knows; tests hold the two together.
-
-The file is long because it is three programs in ONNX's own text, read from top to bottom.
+`plan` and `token_moments` are made from their references. `adaptive_attention` is a text in ONNX's own syntax: its
+reference works in blocks of queries and rounds to types that a graph cannot hold, fp8 above all. Its low precisions are
+emulated in float32 by operators that every opset from 18 on and every TensorRT knows; tests hold the two together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import onnx
 import onnx.parser
 
-from adaattn.planning import precision
+from adaattn.export.onnx.reference_function import over_onnx, reference_function
+from adaattn.ops.plan.impl.reference import choose
+from adaattn.ops.signatures import VARIANTS, Signature
+from adaattn.ops.token_moments.impl.reference import token_moments
+from adaattn.planning.error_model import Moments, Plan
 from adaattn.plugins import NAMESPACE, VERSION
 
 DOMAIN, DOMAIN_VERSION = "adaattn", 1
-
-PLAN = "plan"
-TOKEN_MOMENTS = ("token_moments", "token_moments_masked")
-ADAPTIVE_ATTENTION = ("adaptive_attention", "adaptive_attention_masked", "adaptive_attention_biased")
-
-_PLUGIN_ATTRIBUTES = f'plugin_namespace: string = "{NAMESPACE}", plugin_version: string = "{VERSION}"'
-
-_MOMENTS = ("second_moment", "channel_peak", "token_peak")
-_PLAN = "precision, rank, predicted_error"
-
-_TOKEN_MOMENTS = """
-    token_axis = Constant <value_ints: ints = [2]> ()
-    last_axis = Constant <value_ints: ints = [-1]> ()
-    nothing = Constant <value_float: float = 0.0> ()
-    one = Constant <value_float: float = 1.0> ()
-    center_int = Constant <value_int: int = @center> ()
-    center_float = Cast <to: int = 1> (center_int)
-    everything = Cast <to: int = 1> (x)
-    {count}
-    total = ReduceSum <keepdims: int = 1> (attended, token_axis)
-    mean_row = Div(total, tokens)
-    shift = Mul(mean_row, center_float)
-    centered_all = Sub(everything, shift)
-    {keep_centered}
-    square = Mul(centered, centered)
-    square_total = ReduceSum <keepdims: int = 0> (square, token_axis)
-    tokens_row = Squeeze(tokens, last_axis)
-    second_moment = Div(square_total, tokens_row)
-    magnitude = Abs(centered)
-    channel_peak = ReduceMax <keepdims: int = 0> (magnitude, token_axis)
-    peak = ReduceMax <keepdims: int = 0> (magnitude, last_axis)
-    peak_square = Mul(peak, peak)
-    peak_total = ReduceSum <keepdims: int = 0> (peak_square, token_axis)
-    tokens_head = Squeeze(tokens_row, last_axis)
-    token_peak = Div(peak_total, tokens_head)
-    mean = Squeeze(mean_row, token_axis)
-"""
-
-_COUNT = {
-    "token_moments": (
-        """tokens_int = Shape <start: int = 2, end: int = 3> (x)
-    tokens_float = Cast <to: int = 1> (tokens_int)
-    column = Constant <value_ints: ints = [1, 1, 1, 1]> ()
-    tokens = Reshape(tokens_float, column)
-    attended = Identity(everything)""",
-        "centered = Identity(centered_all)",
-    ),
-    "token_moments_masked": (
-        """mask_column = Unsqueeze(key_mask, last_axis)
-    attended = Where(mask_column, everything, nothing)
-    mask_float = Cast <to: int = 1> (mask_column)
-    rows = Shape <start: int = 0, end: int = 3> (x)
-    single = Constant <value_ints: ints = [1]> ()
-    mask_shape = Concat <axis: int = 0> (rows, single)
-    mask_full = Expand(mask_float, mask_shape)
-    tokens_masked = ReduceSum <keepdims: int = 1> (mask_full, token_axis)
-    tokens = Max(tokens_masked, one)""",
-        "centered = Where(mask_column, centered_all, nothing)",
-    ),
-}
+PLUGIN = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+"""Attributes by which TensorRT finds the plugin of a node."""
 
 # Rounding half to even, of x of either sign, to fp16 and fp8-e4m3 with saturation, and of p from 0 to 448 to e4m3.
 #
@@ -246,153 +193,6 @@ _ADAPTIVE_ATTENTION = f"""
     output = CastLike(attended, query)
 """
 
-_PER_QUERY_HEAD = """
-    {x}_groups = Unsqueeze({x}, after_head)
-    {x}_expanded = Expand({x}_groups, {shape})
-    {x}_each = Reshape({x}_expanded, {flat})
-"""
-
-
-def _plan() -> str:
-    """`adaattn.ops.plan.impl.reference.choose`, with its constants."""
-    u = {"fp32": precision.FP32_U, "bf16": precision.BF16_U, "fp16": precision.FP16_U, "fp8": precision.FP8_U}
-    twice = "\n".join(
-        f"    {name}_noise = Constant <value_float: float = {2 * unit**2:.12e}> ()" for name, unit in u.items()
-    )
-    per_head = "".join(
-        _PER_QUERY_HEAD.format(x=x, shape=f"grouped{kind}", flat=f"repeated{kind}")
-        for x, kind in (
-            ("key_second_moment", "_dims"),
-            ("key_channel_peak", "_dims"),
-            ("key_token_peak", ""),
-            ("value_second_moment", "_dims"),
-            ("value_channel_peak", "_dims"),
-        )
-    )
-    return f"""
-    last_axis = Constant <value_ints: ints = [-1]> ()
-    after_head = Constant <value_ints: ints = [2]> ()
-    zero_index = Constant <value_int: int = 0> ()
-    one_index = Constant <value_int: int = 1> ()
-    nothing = Constant <value_float: float = 0.0> ()
-    one = Constant <value_float: float = 1.0> ()
-    infinity = Constant <value_float: float = inf> ()
-    scale_value = Constant <value_float: float = @scale> ()
-    limit_value = Constant <value_float: float = @limit> ()
-    scale_square = Mul(scale_value, scale_value)
-{twice}
-    int8_noise = Constant <value_float: float = {1 / (12 * 127**2):.12e}> ()
-    fp16_underflow = Constant <value_float: float = {precision.FP16_STEP**2 / 12:.12e}> ()
-    fp8_underflow = Constant <value_float: float = {precision.FP8_STEP**2 / 12:.12e}> ()
-    three = Constant <value_float: float = 3.0> ()
-    least_power = Constant <value_float: float = 1e-30> ()
-    fp16_max = Constant <value_float: float = {precision.FP16_MAX}> ()
-    bf16_max = Constant <value_float: float = {precision.BF16_MAX}> ()
-
-    batch = Shape <start: int = 0, end: int = 1> (query_second_moment)
-    heads = Shape <start: int = 1, end: int = 2> (query_second_moment)
-    width = Shape <start: int = 2, end: int = 3> (query_second_moment)
-    kv_heads = Shape <start: int = 1, end: int = 2> (key_second_moment)
-    group = Div(heads, kv_heads)
-    grouped = Concat <axis: int = 0> (batch, kv_heads, group)
-    grouped_dims = Concat <axis: int = 0> (batch, kv_heads, group, width)
-    repeated = Concat <axis: int = 0> (batch, heads)
-    repeated_dims = Concat <axis: int = 0> (batch, heads, width)
-    {per_head}
-
-    query_scaled = Mul(query_mean, scale_value)
-    gaps_signed = Mul(query_scaled, key_channel_peak_each)
-    gaps = Abs(gaps_signed)
-    gap = ReduceMax <keepdims: int = 0> (gaps, last_axis)
-    gap_twice = Add(gap, gap)
-    rarity = Exp(gap_twice)
-    rarity2 = Mul(rarity, three)
-    products = Mul(query_second_moment, key_second_moment_each)
-    energy = Mul(products, scale_square)
-    energy_total = ReduceSum <keepdims: int = 0> (energy, last_axis)
-    gap_square = Mul(gap, gap)
-    total = Add(energy_total, gap_square)
-    q_power = ReduceSum <keepdims: int = 0> (query_second_moment, last_axis)
-    k_power = ReduceSum <keepdims: int = 0> (key_second_moment_each, last_axis)
-    v_mean = ReduceMean <keepdims: int = 0> (value_second_moment_each, last_axis)
-    v_power = Max(v_mean, least_power)
-    v_peaks = Mul(value_channel_peak_each, value_channel_peak_each)
-    v_peak2 = ReduceMean <keepdims: int = 0> (v_peaks, last_axis)
-    v_peak = ReduceMax <keepdims: int = 0> (value_channel_peak_each, last_axis)
-    q_peak = ReduceMax <keepdims: int = 0> (query_channel_peak, last_axis)
-    k_peak = ReduceMax <keepdims: int = 0> (key_channel_peak_each, last_axis)
-    peak = Max(q_peak, k_peak, v_peak)
-
-    q_steps = Mul(query_token_peak, k_power)
-    k_steps = Mul(key_token_peak_each, q_power)
-    steps = Add(q_steps, k_steps)
-    integer_unit = Mul(scale_square, int8_noise)
-    integer = Mul(steps, integer_unit)
-    fp16_spread = Div(one, v_power)
-    fp16_steps = Add(fp16_spread, rarity2)
-    fp16_floor = Mul(fp16_steps, fp16_underflow)
-    fp16_values = Add(fp16_floor, fp16_noise)
-    fp8_spread = Div(v_peak2, v_power)
-    fp8_steps = Add(fp8_spread, rarity2)
-    fp8_floor = Mul(fp8_steps, fp8_underflow)
-    fp8_values = Add(fp8_floor, fp8_noise)
-    fp16_relative = Mul(total, fp16_noise)
-    powers = Add(q_power, k_power)
-    fp16_power_unit = Mul(scale_square, fp16_underflow)
-    fp16_absolute = Mul(powers, fp16_power_unit)
-    fp16_scores = Add(fp16_relative, fp16_absolute)
-    relative = Add(total, one)
-
-    row_fp32 = Mul(relative, fp32_noise)
-    bf16_fits = LessOrEqual(peak, bf16_max)
-    bf16_error = Mul(relative, bf16_noise)
-    row_bf16 = Where(bf16_fits, bf16_error, infinity)
-    fp16_fits = LessOrEqual(peak, fp16_max)
-    fp16_error = Add(fp16_scores, fp16_values)
-    row_fp16 = Where(fp16_fits, fp16_error, infinity)
-    int8_fits = LessOrEqual(v_peak, fp16_max)
-    int8_error = Add(integer, fp16_values)
-    row_int8 = Where(int8_fits, int8_error, infinity)
-    row_int8_fp8 = Add(integer, fp8_values)
-    column_0 = Unsqueeze(row_fp32, last_axis)
-    column_1 = Unsqueeze(row_bf16, last_axis)
-    column_2 = Unsqueeze(row_fp16, last_axis)
-    column_3 = Unsqueeze(row_int8, last_axis)
-    column_4 = Unsqueeze(row_int8_fp8, last_axis)
-    noise = Concat <axis: int = -1> (column_0, column_1, column_2, column_3, column_4)
-
-    codes = Gather <axis: int = 0> (ladder, zero_index)
-    ranks = Gather <axis: int = 0> (ladder, one_index)
-    width_index = Squeeze(width)
-    dims = Range(zero_index, width_index, one_index)
-    ranks_column = Unsqueeze(ranks, last_axis)
-    cut = GreaterOrEqual(dims, ranks_column)
-    energy_row = Unsqueeze(energy, after_head)
-    energy_cut = Where(cut, energy_row, nothing)
-    tails = ReduceSum <keepdims: int = 0> (energy_cut, last_axis)
-    rounding = Gather <axis: int = -1> (noise, codes)
-    squared = Add(rounding, tails)
-    known = GreaterOrEqual(squared, nothing)
-    squared_or_inf = Where(known, squared, infinity)
-    error = Sqrt(squared_or_inf)
-
-    steps_shape = Shape <start: int = 0, end: int = 1> (codes)
-    steps_count = Squeeze(steps_shape)
-    last = Sub(steps_count, one_index)
-    step = Range(zero_index, steps_count, one_index)
-    within = LessOrEqual(error, limit_value)
-    candidates = Where(within, step, last)
-    choice = ReduceMin <keepdims: int = 0> (candidates, last_axis)
-    precision_index = Gather <axis: int = 0> (codes, choice)
-    precision = Cast <to: int = 6> (precision_index)
-    rank_index = Gather <axis: int = 0> (ranks, choice)
-    rank = Cast <to: int = 6> (rank_index)
-    choice_column = Unsqueeze(choice, last_axis)
-    chosen = GatherElements <axis: int = -1> (error, choice_column)
-    predicted_error = Squeeze(chosen, last_axis)
-"""
-
-
 _MASK = {
     "adaptive_attention": "scores = Where(may_attend, scores_raw, minus_infinity)",
     "adaptive_attention_masked": """both = And(may_attend, attn_mask)
@@ -403,40 +203,52 @@ _MASK = {
 }
 
 
-def body(name: str, opset: int) -> onnx.FunctionProto:
-    """The function of one op variant.
+def function(name: str, opset: int) -> onnx.FunctionProto:
+    """Return the ONNX function of one variant of an op.
 
     Args:
-        name: PLAN, or one of TOKEN_MOMENTS or ADAPTIVE_ATTENTION.
+        name: one of `adaattn.ops.signatures.VARIANTS`.
         opset: of the model that it goes into, 18 or newer.
 
     Example:
-        >>> body("token_moments", 22).input
+        >>> function("token_moments", 22).input
         ['x']
 
     Raises:
         KeyError: no such variant.
     """
-    if name == PLAN:
-        text = _plan()
-        inputs = ", ".join(
-            f"{x}_{moment}"
-            for x, moments in (("query", ("mean", *_MOMENTS)), ("key", _MOMENTS), ("value", _MOMENTS[:2]))
-            for moment in moments
-        )
-        signature = f"<scale: float = 1.0, limit: float = 0.0, {_PLUGIN_ATTRIBUTES}> ({inputs}, ladder) => ({_PLAN})"
-    elif name in TOKEN_MOMENTS:
-        count, keep_centered = _COUNT[name]
-        text = _TOKEN_MOMENTS.format(count=count, keep_centered=keep_centered)
-        inputs = "x" if name == "token_moments" else "x, key_mask"
-        signature = (
-            f"<center: int = 0, {_PLUGIN_ATTRIBUTES}> ({inputs}) => (mean, second_moment, channel_peak, token_peak)"
-        )
+    signature = VARIANTS[name]
+    if signature.op in _REFERENCES:
+        made = reference_function(signature, _REFERENCES[signature.op], DOMAIN, opset)
     else:
-        text = _ADAPTIVE_ATTENTION.format(mask=_MASK[name])
-        inputs = "query, key, value, key_mean, value_peak, precision, rank"
-        inputs += "" if name == "adaptive_attention" else ", attn_mask"
-        signature = f"<scale: float = 1.0, is_causal: int = 0, {_PLUGIN_ATTRIBUTES}> ({inputs}) => (output)"
-    return onnx.parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {name} {signature} {{ {text} }}'
+        inputs, outputs = (", ".join(x.name for x in xs) for xs in (signature.inputs, signature.outputs))
+        made = onnx.parser.parse_function(
+            f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {name} ({inputs}) => ({outputs}) '
+            f"{{ {_ADAPTIVE_ATTENTION.format(mask=_MASK[name])} }}"
+        )
+    made.attribute_proto.extend(attributes(signature))
+    return made
+
+
+def attributes(signature: Signature) -> list[onnx.AttributeProto]:
+    """Return the attributes of a node with their defaults: those of the op, and those that name its plugin."""
+    of_op = {name: int(x) if isinstance(x, bool) else x for name, x in signature.attributes.items()}
+    return [onnx.helper.make_attribute(name, x) for name, x in (of_op | PLUGIN).items()]
+
+
+def _plan(given: Mapping[str, Any]) -> Sequence[Any]:
+    # The error model reads neither the means of keys and values nor the token peaks of values; another stands there.
+    query, key, value = (
+        Moments(*(given.get(f"{tensor}_{moment}", given["query_mean"]) for moment in Moments._fields))
+        for tensor in ("query", "key", "value")
     )
+    plan: Plan = over_onnx(choose)(query, key, value, given["ladder"], given["scale"], given["limit"])
+    return plan
+
+
+def _token_moments(given: Mapping[str, Any]) -> Sequence[Any]:
+    moments: Sequence[Any] = over_onnx(token_moments)(given["x"], given.get("key_mask"), given["center"])
+    return moments
+
+
+_REFERENCES = {"plan": _plan, "token_moments": _token_moments}

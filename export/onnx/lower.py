@@ -12,13 +12,14 @@ import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 from torch.export.graph_signature import OutputKind
 
 import adaattn.ops  # registers the ops that the program calls
 from adaattn.errors import AdaAttnError, ExportError
 from adaattn.export.onnx import sdpa
-from adaattn.export.onnx.functions import ADAPTIVE_ATTENTION, DOMAIN, DOMAIN_VERSION, PLAN, TOKEN_MOMENTS, body
-from adaattn.plugins import NAMESPACE, VERSION
+from adaattn.export.onnx.functions import DOMAIN, DOMAIN_VERSION, PLUGIN, attributes, function
+from adaattn.ops.signatures import OPS, VARIANTS, Signature
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 24
 
@@ -86,7 +87,8 @@ def lower(
         node.name = layer
     if emit_plan:
         for layer, node in planned.items():
-            for label, value in zip(("precision", "rank"), node.inputs[5:7], strict=True):
+            for label in ("precision", "rank"):
+                value = node.inputs[OPS["adaptive_attention"].place(label)]
                 assert value is not None  # the schema has no optional inputs
                 named = ir.node("Identity", [value], name=f"{layer}.{label}")
                 named.outputs[0].name, named.outputs[0].type = f"{layer}.{label}", value.type
@@ -96,12 +98,12 @@ def lower(
     within = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
     taken = set(planned)
     for node in within:  # in branches of torch.cond too
-        if node.op_type in ADAPTIVE_ATTENTION and node not in planned.values():
+        if VARIANTS[node.op_type].op == "adaptive_attention" and node not in planned.values():
             node.name = _unused(_module_path(node) or "attention", taken)
     used = {node.op_type for node in within}
     for name in sorted(used):
-        function = ir.serde.deserialize_function(body(name, model.opset_imports[""]))
-        model.functions[function.identifier()] = function
+        made = ir.serde.deserialize_function(function(name, model.opset_imports[""]))
+        model.functions[made.identifier()] = made
     if used:
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
     _forget_paths(model)
@@ -116,7 +118,7 @@ def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
     """
     nodes: dict[str, ir.Node] = {}
     for node in model.graph:
-        if node.domain == DOMAIN and node.op_type in ADAPTIVE_ATTENTION:
+        if node.domain == DOMAIN and VARIANTS[node.op_type].op == "adaptive_attention":
             layer = _module_path(node)
             nodes[layer if layer and layer not in nodes else f"attention_{len(nodes)}"] = node
     return nodes
@@ -171,85 +173,50 @@ def _return_written(
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    domain = onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION)
-    plugin = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
-
-    def token_moments(x: Any, key_mask: Any, center: bool, impl: str = "auto") -> Any:
-        inputs = (x,) if key_mask is None else (x, key_mask)
-        name = "token_moments" if key_mask is None else "token_moments_masked"
-        return getattr(domain, name)(*inputs, center=int(center), **plugin)
-
-    def adaptive_attention(
-        query: Any,
-        key: Any,
-        value: Any,
-        key_mean: Any,
-        value_peak: Any,
-        precision: Any,
-        rank: Any,
-        attn_mask: Any,
-        scale: float,
-        is_causal: bool,
-        impl: str = "auto",
-    ) -> Any:  # `impl` says who computes in eager mode
-        inputs: tuple[Any, ...] = (query, key, value, key_mean, value_peak, precision, rank)
-        name = "adaptive_attention"
-        if attn_mask is not None:
-            inputs += (attn_mask,)
-            name += "_masked" if attn_mask.dtype == ir.DataType.BOOL else "_biased"
-        return getattr(domain, name)(*inputs, scale=scale, is_causal=int(is_causal), **plugin)
-
-    def plan(*inputs: Any) -> Any:
-        tensors, (scale, limit) = inputs[:10], inputs[10:12]
-        return domain.plan(*tensors, scale=scale, limit=limit, **plugin)
-
     def square_root(self: Any) -> Any:  # of a size, as in math.sqrt(x.shape[-1])
         return onnxscript.opset18.Sqrt(onnxscript.opset18.Cast(self, to=ir.DataType.FLOAT))
 
-    ops = torch.ops.adaattn
-    return {
-        torch._sym_sqrt: square_root,  # type: ignore[attr-defined]
-        ops.plan.default: plan,
-        ops.token_moments.default: token_moments,
-        ops.adaptive_attention.default: adaptive_attention,
-    }
+    ops = {getattr(torch.ops.adaattn, name).default: _translation(op) for name, op in OPS.items()}
+    return {torch._sym_sqrt: square_root, **ops}  # type: ignore[attr-defined]
+
+
+def _translation(op: Signature) -> Callable[..., Any]:
+    """Return what makes a node of a call of an op: of the variant for its mask, with attributes by their names."""
+    domain = onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION)
+    masks = {x.name for x in op.masks.values()}
+
+    def node(*args: Any, **kwargs: Any) -> Any:
+        given = op.bound(args, kwargs)  # `impl`, which is among them, says who computes in eager mode
+        mask = next((given[name] for name in masks if given[name] is not None), None)
+        variant = op.variant(None if mask is None else to_torch_dtype(mask.dtype))
+        named = {name: int(given[name]) if isinstance(x, bool) else given[name] for name, x in op.attributes.items()}
+        return getattr(domain, variant.name)(*(given[x.name] for x in variant.inputs), **named, **PLUGIN)
+
+    return node
 
 
 @functools.cache
 def _register_schemas() -> None:
-    """Tell onnx the ops' signatures, so that the exporter emits nodes instead of inlining the bodies."""
+    """Tell onnx the ops' signatures, so that the exporter emits nodes instead of inlining the functions."""
     schema = onnx.defs.OpSchema
-    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
-    for name in (PLAN, *TOKEN_MOMENTS, *ADAPTIVE_ATTENTION):
-        function = body(name, NEWEST_OPSET)
-        types = dict.fromkeys(function.input, "tensor(float)" if name == PLAN else "T")
-        types.update({n: t for n, t in _INPUT_TYPES.items() if n in types})
-        if name == "adaptive_attention_masked":
-            types["attn_mask"] = "tensor(bool)"
-        outputs = [_OUTPUT_TYPES.get(output, "tensor(float)") for output in function.output]
+    for variant in VARIANTS.values():
+        inputs, outputs = (
+            [schema.FormalParameter(x.name, x.like or x.name) for x in xs] for xs in (variant.inputs, variant.outputs)
+        )
+        own = [x for x in (*variant.inputs, *variant.outputs) if x.like is None]
+        types = [(x.name, [f"tensor({from_torch_dtype(t).name.lower()})" for t in x.types], "") for x in own]
+        schema_attributes = [schema.Attribute(x.name, x) for x in attributes(variant)]
         onnx.defs.register_schema(
             schema(
-                name,
+                variant.name,
                 DOMAIN,
                 DOMAIN_VERSION,
-                inputs=[schema.FormalParameter(n, t) for n, t in types.items()],
-                outputs=[schema.FormalParameter(n, t) for n, t in zip(function.output, outputs, strict=True)],
-                type_constraints=[("T", floats, "floating point"), ("M", floats, "floating point")],
-                attributes=[schema.Attribute(attribute.name, attribute) for attribute in function.attribute_proto],
+                inputs=inputs,
+                outputs=outputs,
+                type_constraints=types,
+                attributes=schema_attributes,
             )
         )
-
-
-_INPUT_TYPES = {
-    "key_mask": "tensor(bool)",
-    "key_mean": "tensor(float)",
-    "value_peak": "tensor(float)",
-    "precision": "tensor(int32)",
-    "rank": "tensor(int32)",
-    "attn_mask": "M",
-    "ladder": "tensor(int64)",
-}
-_OUTPUT_TYPES = {"output": "T", "precision": "tensor(int32)", "rank": "tensor(int32)"}
 
 
 def _name_dims(graph: ir.Graph, names: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from adaattn.ops.kernel_spec import KernelSpec
+from adaattn.ops.signatures import Argument
 from adaattn.plugins.native.launch_program import Program
-from adaattn.plugins.native.node_kinds import Symbol, axes, text_of
 from adaattn.plugins.op_variants import VARIANTS, Variant
 from adaattn.plugins.ptx import Entry
 
@@ -111,28 +111,26 @@ def _function(place: int, kernels: Sequence[int], each: Program) -> str:
 
 
 def _op(variant: Variant) -> str:
-    """A row of OPS: shapes of outputs are read off by running them on symbols."""
-    names = list(variant.inputs)
-    ranks = [axes(name) for name in names]
-    shapes = {
-        name: [Symbol(f"{{{place}, {axis}}}") for axis in range(count)]
-        for place, (name, count) in enumerate(zip(names, ranks, strict=True))
-    }
-    picks = [[text_of(size) for size in shape] for shape in variant.output_shapes(shapes)]
-    types = [sum(1 << TYPES[dtype] for dtype in takes) for takes in variant.inputs.values()]
-    outputs = [-1 if dtype is None else TYPES[dtype] for dtype in variant.outputs.values()]
-    same = 3 if names[0] == "query" else 1
-    masks = [place for place, name in enumerate(names) if name.endswith("mask")]
-    of_mask = {"key_mask": "{{{0, 0}, {0, 1}, {0, 2}}}", "attn_mask": "{{{0, 0}, {0, 1}, {0, 2}, {1, 2}}}"}
-    sizes = of_mask[names[masks[0]]] if masks else "{}"
-    attributes = ", ".join(f'{{"{n}", {str(kind is float).lower()}}}' for n, kind in variant.attributes.items())
+    """A row of OPS. The sizes of outputs and of a mask are found at inputs: `{input, dimension}`."""
+    signature, sources = variant.signature, variant.signature.sources()
 
-    def listed(values: Sequence[object]) -> str:
+    def listed(values: Iterable[object]) -> str:
         return "{{" + ", ".join(map(str, values)) + "}}"
 
-    shown = "{{" + ", ".join("{{" + ", ".join(pick) + "}}" for pick in picks) + "}}"
-    return (
-        f'    {{"{variant.name}", {len(names)}, {listed(types)}, {listed(ranks)}, {len(outputs)}, {listed(outputs)}, '
-        f"{shown}, {listed([len(pick) for pick in picks])}, {same}, {masks[0] if masks else -1}, {sizes}, "
-        f"{{{{{attributes}}}}}, {len(variant.attributes)}}},"
+    def sizes(argument: Argument) -> str:
+        return listed(f"{{{place}, {dim}}}" for place, dim in (sources[axis] for axis in argument.axes))
+
+    types = [sum(1 << TYPES[dtype] for dtype in takes) for takes in variant.inputs.values()]
+    outputs = [-1 if dtype is None else TYPES[dtype] for dtype in variant.outputs.values()]
+    first = signature.inputs[0].name
+    attributes = ", ".join(f'{{"{n}", {str(kind is float).lower()}}}' for n, kind in variant.attributes.items())
+    fields = (
+        f'"{signature.name}"',
+        *(len(types), listed(types), listed(len(x.axes) for x in signature.inputs)),
+        *(len(outputs), listed(outputs), listed(sizes(x) for x in signature.outputs)),
+        listed(len(x.axes) for x in signature.outputs),
+        sum(first in (x.name, x.like) for x in signature.inputs),
+        *((-1, "{}") if signature.mask is None else (signature.place(signature.mask.name), sizes(signature.mask))),
+        *(f"{{{{{attributes}}}}}", len(variant.attributes)),
     )
+    return f"    {{{', '.join(map(str, fields))}}},"

@@ -15,8 +15,8 @@ from adaattn.ops.kernel_spec import KernelSpec
 from adaattn.ops.plan.impl.triton import plan_spec
 from adaattn.ops.token_moments.impl.triton import LEAST_TOKENS, PROGRAMS, finish_spec, reduce_spec
 from adaattn.plugins import op_variants
-from adaattn.plugins.native.node_kinds import Kind, Symbol, axes, text_of
-from adaattn.plugins.op_variants import VARIANTS, Node
+from adaattn.plugins.native.node_kinds import Kind, Symbol, text_of
+from adaattn.plugins.op_variants import USUAL, Node
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,24 @@ class Program:
 
 def program(kind: Kind, capability: int) -> Program:
     """The launches of a kind of node."""
-    names = tuple(VARIANTS[kind.op].inputs)
+    signature = kind.variant.signature
     shapes: dict[str, list[Any]] = {}
-    for place, name in enumerate(names):
-        shapes[name] = [Symbol(f"call.size({place}, {axis})") for axis in range(axes(name))]
-        if name.endswith("mask"):
-            shapes[name] = [1 if one else size for one, size in zip(kind.ones, shapes[name], strict=True)]
-        elif axes(name) > 2:
-            shapes[name][-1] = kind.head_dim
-    attributes = {} if kind.flag_name is None else {kind.flag_name: kind.flag}
-    node = Node(dict(zip(names, kind.types, strict=True)), shapes, attributes, capability, tactic=1)
-    pointers = {name: f"call.inputs[{place}]" for place, name in enumerate(names)}
-    pointers |= {name: f"call.outputs[{place}]" for place, name in enumerate(VARIANTS[kind.op].outputs)}
-    if kind.op == "plan":
+    for place, argument in enumerate(signature.inputs):
+        shape: list[Any] = [Symbol(f"call.size({place}, {axis})") for axis in range(len(argument.axes))]
+        if argument.broadcasts:
+            shape = [1 if one else size for one, size in zip(kind.ones, shape, strict=True)]
+        shapes[argument.name] = [
+            kind.head_dim if axis == "head_dim" else size for axis, size in zip(argument.axes, shape, strict=True)
+        ]
+    attributes = {} if kind.variant.flag is None else {kind.variant.flag: kind.flag}
+    node = Node(dict(zip(shapes, kind.types, strict=True)), shapes, attributes, capability, tactic=USUAL)
+    pointers = {x.name: f"call.inputs[{place}]" for place, x in enumerate(signature.inputs)}
+    pointers |= {x.name: f"call.outputs[{place}]" for place, x in enumerate(signature.outputs)}
+    pointers["mask"] = "" if signature.mask is None else pointers[signature.mask.name]
+    if signature.op == "plan":
         step = _step(plan_spec(kind.head_dim), op_variants.plan_sizes(shapes), pointers)
         return Program(kind, capability, [step], [])
-    if kind.op.startswith("token_moments"):
-        return _moments(kind, node, pointers)
-    return _attention(kind, node, pointers)
+    return (_moments if signature.op == "token_moments" else _attention)(kind, node, pointers)
 
 
 def _moments(kind: Kind, node: Node, pointers: dict[str, str]) -> Program:
@@ -67,8 +67,8 @@ def _moments(kind: Kind, node: Node, pointers: dict[str, str]) -> Program:
     chunks = f"std::min(quotient({PROGRAMS}, {heads}), quotient({tokens}, {LEAST_TOKENS}))"
     sizes["chunk"] = Symbol(f"quotient({tokens}, {chunks})")
     sizes["chunks"] = Symbol(f"quotient({tokens}, {sizes['chunk'].text})")
-    pointers |= {"mask": pointers.get("key_mask", ""), "center": pointers["mean"], "partial": "scratch_0"}
-    masked = "key_mask" in node.shapes
+    pointers |= {"center": pointers["mean"], "partial": "scratch_0"}
+    masked = kind.variant.signature.mask is not None
     steps = []
     for center in (False, True) if kind.flag else (False,):
         steps.append(_step(reduce_spec(kind.types[0], kind.head_dim, masked, center), sizes, pointers))
@@ -79,7 +79,6 @@ def _moments(kind: Kind, node: Node, pointers: dict[str, str]) -> Program:
 
 def _attention(kind: Kind, node: Node, pointers: dict[str, str]) -> Program:
     dtype, sizes = kind.types[0], op_variants.attention_sizes(node.shapes)
-    pointers |= {"mask": pointers.get("attn_mask", "")}
     steps: list[Step] = []
     scratch_bytes: list[str] = []
     of_memory = (sizes["batch"], sizes["kv_heads"], sizes["keys"])
@@ -90,7 +89,8 @@ def _attention(kind: Kind, node: Node, pointers: dict[str, str]) -> Program:
         pointers[name] = f"scratch_{len(scratch_bytes)}"
         scratch_bytes.append(text_of(count))
     steps.append(_step(pack_spec(dtype, kind.head_dim, node.capability), sizes, pointers))
-    of_queries = len(kind.ones) == 4 and not kind.ones[2]
+    mask = kind.variant.signature.mask
+    of_queries = mask is not None and not kind.ones[mask.axes.index("queries")]
     for rows in launches(dtype, kind.head_dim, node.capability, of_queries):
         steps.append(_step(op_variants.attention_spec(node, rows, packed=True), sizes, pointers))
     return Program(kind, node.capability, steps, scratch_bytes)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from adaattn.errors import ConfigError
-from adaattn.ops.plan.impl.triton import INPUTS as MOMENTS
 from adaattn.plugins import NAMESPACE, onnx_file, op_variants
-from adaattn.plugins.op_variants import VARIANTS
+from adaattn.plugins.op_variants import VARIANTS, Variant
 
 
 class Symbol:
@@ -46,13 +45,6 @@ def text_of(size: Any) -> str:
     return size.text if isinstance(size, Symbol) else str(size)
 
 
-def axes(name: str) -> int:
-    """Dimensions of an input: tokens of heads, heads with or without their dimensions, masks, the ladder of a plan."""
-    if name in ("x", "query", "key", "value", "attn_mask"):
-        return 4
-    return 2 if name in ("ladder", "precision", "rank") or name.endswith("token_peak") else 3
-
-
 @dataclass(frozen=True)
 class Kind:
     """What distinguishes the programs of an op: nodes of one kind share one, whatever their sizes and scales."""
@@ -67,8 +59,8 @@ class Kind:
     """Which dimensions of the mask are 1, to be repeated."""
 
     @property
-    def flag_name(self) -> str | None:
-        return next((name for name, kind in VARIANTS[self.op].attributes.items() if kind is int), None)
+    def variant(self) -> Variant:
+        return VARIANTS[self.op]
 
 
 def kinds(model: Path) -> list[Kind]:
@@ -100,23 +92,14 @@ def kinds(model: Path) -> list[Kind]:
 
 def common_kinds() -> list[Kind]:
     """For no model in particular: fp16, head_dim 64 and 128, causal or not, without a mask or with one of padding."""
-    half, attention = (torch.float16,) * 3, (torch.float32,) * 2 + (torch.int32,) * 2
+    padding = {"token_moments_masked": (False, True, False), "adaptive_attention_masked": (False, True, True, False)}
     found = []
     for head_dim in (64, 128):
-        found += [Kind("plan", (torch.float32,) * len(MOMENTS) + (torch.int64,), head_dim, 0)]
-        for flag in (0, 1):
-            found += [
-                Kind("token_moments", half[:1], head_dim, flag),
-                Kind("token_moments_masked", (half[0], torch.bool), head_dim, flag, (False, True, False)),
-                Kind("adaptive_attention", half + attention, head_dim, flag),
-                Kind(
-                    "adaptive_attention_masked",
-                    (*half, *attention, torch.bool),
-                    head_dim,
-                    flag,
-                    (False, True, True, False),
-                ),
-            ]
+        for name in ("plan", "token_moments", "adaptive_attention", *padding):
+            variant = VARIANTS[name]
+            types = tuple(torch.float16 if len(types) > 1 else types[0] for types in variant.inputs.values())
+            flags = (0,) if variant.flag is None else (0, 1)
+            found += [Kind(name, types, head_dim, flag, padding.get(name, ())) for flag in flags]
     return found
 
 
@@ -133,6 +116,7 @@ def _kind(op: str, types: Sequence[torch.dtype], dims: Sequence[Sequence[int]], 
         if dtype not in takes:
             raise ConfigError(f"{name} of {op} is {dtype}; the plugins take {', '.join(map(str, takes))}")
     head_dim = op_variants.head_dim([width or Symbol("dynamic") for width in dims[0]])
-    flag = next((int(attributes[name]) for name, kind in variant.attributes.items() if kind is int), 0)
-    masked = [shape for name, shape in zip(variant.inputs, dims, strict=True) if name.endswith("mask")]
-    return Kind(op, tuple(types), head_dim, flag, tuple(size == 1 for shape in masked for size in shape))
+    flag = 0 if variant.flag is None else int(attributes[variant.flag])
+    mask = variant.signature.mask
+    ones = () if mask is None else tuple(size == 1 for size in dims[variant.signature.place(mask.name)])
+    return Kind(op, tuple(types), head_dim, flag, ones)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import adaattn
 from adaattn.export import Options, export
+from adaattn.planning.precision import FP16_U
 
 WIDTH, HEADS, WORDS = 32, 4, 50
 SIZES = {"S": "1:33:48"}
@@ -132,12 +133,48 @@ def attribute(op: str, name: str, change: Callable[[Any], Any], place: int = 0) 
     return edit
 
 
+Find = Callable[[onnx.FunctionProto], str]
+
+
+def number(wanted: float) -> Find:
+    """Find the constant of a function that has this value."""
+
+    def find(function: onnx.FunctionProto) -> str:
+        constants = [node for node in function.node if node.op_type == "Constant" and node.attribute[0].HasField("f")]
+        (found,) = [node for node in constants if np.isclose(node.attribute[0].f, wanted, rtol=1e-6)]
+        return str(found.output[0])
+
+    return find
+
+
+def chain(*ops: str) -> Find:
+    """Find the value that a chain of operators makes, the first of which reads nothing of the others."""
+
+    def find(function: onnx.FunctionProto) -> str:
+        values = {name for node in function.node if node.op_type == ops[0] for name in node.output}
+        for op in ops[1:]:
+            readers = (node for node in function.node if node.op_type == op and values & set(node.input))
+            values = {name for node in readers for name in node.output}
+        (found,) = values
+        return found
+
+    return find
+
+
+def _node_of(model: onnx.ModelProto, function: str, value: str | Find) -> tuple[onnx.FunctionProto, int, str, str]:
+    """Return a function, the place of the node that makes a value in it, the value, and what a call returns first."""
+    (found,) = [f for f in model.functions if f.name.startswith(function)]
+    name = value if isinstance(value, str) else value(found)
+    place = next(i for i, n in enumerate(found.node) if name in n.output)
+    return found, place, name, next(str(n.output[0]) for n in model.graph.node if n.op_type == found.name)
+
+
 def body(function: str, value: str, op: str | None = None, inputs: list[str] | None = None, **more: Any) -> Edit:
     """Change the node of a function that makes a value: its operator, its inputs, or a constant's number."""
 
     def edit(model: onnx.ModelProto, folder: Path) -> str:
-        (found,) = [f for f in model.functions if f.name.startswith(function)]
-        node = next(n for n in found.node if value in n.output)
+        found, place, _, wrong = _node_of(model, function, value)
+        node = found.node[place]
         if op is not None:
             node.op_type = op
             del node.attribute[:]
@@ -146,22 +183,22 @@ def body(function: str, value: str, op: str | None = None, inputs: list[str] | N
         for name, number in more.items():
             (old,) = [a for a in node.attribute if a.name == name]
             old.CopyFrom(onnx.helper.make_attribute(name, number))
-        return next(str(n.output[0]) for n in model.graph.node if n.op_type == found.name)
+        return wrong
 
     return edit
 
 
-def scaled(function: str, value: str, factor: float) -> Edit:
+def scaled(function: str, value: str | Find, factor: float) -> Edit:
     """Multiply a value inside a function."""
 
     def edit(model: onnx.ModelProto, folder: Path) -> str:
-        (found,) = [f for f in model.functions if f.name.startswith(function)]
-        place, node = next((i, n) for i, n in enumerate(found.node) if value in n.output)
-        node.output[list(node.output).index(value)] = "planted_before"
+        found, place, name, wrong = _node_of(model, function, value)
+        node = found.node[place]
+        node.output[list(node.output).index(name)] = "planted_before"
         factor_node = onnx.helper.make_node("Constant", [], ["planted_factor"], value_float=factor)
-        found.node.insert(place + 1, onnx.helper.make_node("Mul", ["planted_before", "planted_factor"], [value]))
+        found.node.insert(place + 1, onnx.helper.make_node("Mul", ["planted_before", "planted_factor"], [name]))
         found.node.insert(place + 1, factor_node)
-        return next(str(n.output[0]) for n in model.graph.node if n.op_type == found.name)
+        return wrong
 
     return edit
 
@@ -290,7 +327,7 @@ def faults() -> Iterator[Fault]:
         "keys and values swapped": keys_and_values_swapped,
         "limit × 2": attribute("plan", "limit", lambda x: x * 2),
         "limit × 1.05": attribute("plan", "limit", lambda x: x * 1.05, 1),
-        "int8 noise × 0.25 in the plan": body("plan", "int8_noise", value_float=0.25 / (12 * 127**2)),
+        "int8 noise × 0.25 in the plan": scaled("plan", number(12 * 127**2), 4.0),
         "plan from other moments": moments_of_another,
         "ladder without its second step": ladder_cut,
         "epsilon of a norm × 10": attribute("LayerNormalization", "epsilon", lambda x: x * 10),
@@ -333,6 +370,7 @@ def faults() -> Iterator[Fault]:
         "probabilities of fp8 unrounded": body("adaptive_attention", "p_fp8", "Identity", ["p_scaled"]),
         "int8 without a sign": body("adaptive_attention", "int8_min", value_float=0.0),
     }
+    cut_energy = chain("Range", "GreaterOrEqual", "Where", "ReduceSum")
     rungs = {
         "fp16 keys × 1.1": scaled("adaptive_attention", "k_fp16", 1.1),
         "fp16 values × 1.001": scaled("adaptive_attention", "v_fp16", 1.001),
@@ -341,8 +379,8 @@ def faults() -> Iterator[Fault]:
         "fp16 where bf16 belongs": body("adaptive_attention", "p_if_bf16", inputs=["is_bf16", "p_fp16", "p"]),
         "rank one too high": body("adaptive_attention", "kept", "LessOrEqual"),
         "int8's code unknown": body("adaptive_attention", "int8_code", value_int=5),
-        "fp16 noise × 0.01 in the plan": scaled("plan", "fp16_noise", 0.01),
-        "plan without dimensions that are cut": scaled("plan", "tails", 0.0),
+        "fp16 noise × 0.01 in the plan": scaled("plan", number(2 * FP16_U**2), 0.01),
+        "plan without dimensions that are cut": scaled("plan", cut_energy, 0.0),
         "token peaks × 0.9": scaled("token_moments", "token_peak", 0.9),
     }
     tables = {"encoder": encoder, "dense": dense, "bias": bias, "ids": ids, "speed": speed, "rungs": rungs}

@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 from triton.backends.nvidia import compiler
 
-from adaattn.ops.plan.impl.triton import INPUTS as MOMENTS
+from adaattn.ops.signatures import OPS
 from adaattn.plugins import ptx
 from adaattn.plugins.op_variants import VARIANTS, Node
 
 HEADS, TOKENS = (2, 6), (2, 6, 40, 16)
 ATTENTION = dict.fromkeys(("query", "key", "value"), torch.float16) | {"attn_mask": torch.float32}
+MOMENTS = {x.name: (*HEADS, 16) for x in OPS["plan"].inputs}
 NODES = {
     "token_moments_masked": ({"x": torch.bfloat16}, {"x": TOKENS, "key_mask": (1, 1, 40)}, {"center": 1}),
-    "plan": ({}, dict.fromkeys(MOMENTS, (*HEADS, 16)) | {"ladder": (2, 17)}, {"scale": 0.25, "limit": 8e-3}),
+    "plan": ({}, MOMENTS | {"ladder": (2, 17)}, {"scale": 0.25, "limit": 8e-3}),
     "adaptive_attention_biased": (ATTENTION, dict.fromkeys(ATTENTION, TOKENS), {"scale": 0.25, "is_causal": 1}),
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adaattn import ops
 from adaattn.errors import ConfigError, TargetError
-from adaattn.ops.plan.impl.triton import INPUTS as MOMENTS
+from adaattn.ops.signatures import OPS
 from adaattn.ops.token_moments.impl.triton import moments_spec
 from adaattn.planning.budget import Budget
 from adaattn.planning.ladder import ladder_table
@@ -49,8 +49,9 @@ def plan_inputs() -> Inputs:
     q, k, v = (x.float() for x in oracle.DISTRIBUTIONS["outliers"]((2, 6, 33, 20), (2, 2, 40, 20)))
     of_q, of_k, of_v = ops.token_moments(q), ops.token_moments(k, center=True), ops.token_moments(v)
     moments = (*of_q, *of_k[1:], *of_v[1:3])
-    inputs: Inputs = {name: (x, ("batch", *x.shape[1:])) for name, x in zip(MOMENTS, moments, strict=True)}
-    return inputs | {"ladder": (ladder_table(Budget(1e-2), 20), (2, "steps"))}
+    *names, ladder = (x.name for x in OPS["plan"].inputs)
+    inputs: Inputs = {name: (x, ("batch", *x.shape[1:])) for name, x in zip(names, moments, strict=True)}
+    return inputs | {ladder: (ladder_table(Budget(1e-2), 20), (2, "steps"))}
 
 
 def attention_inputs(dtype: torch.dtype, mask: Tensor | None = None, known: tuple[int | str, ...] = ()) -> Inputs:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaattn.heads import per_query_head
 from adaattn.ops.adaptive_attention.impl import reference
 from adaattn.ops.dispatch import takes_triton
+from adaattn.ops.signatures import OPS
 
 
 @torch.library.custom_op("adaattn::adaptive_attention", mutates_args=())
@@ -51,8 +53,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, _, _, _, rank, attn_mask, ctx.scale, ctx.is_causal, _ = inputs
-    ctx.save_for_backward(query, key, value, rank, attn_mask)
+    given = OPS["adaptive_attention"].bound(inputs)
+    ctx.scale, ctx.is_causal = given["scale"], given["is_causal"]
+    ctx.save_for_backward(*(given[name] for name in ("query", "key", "value", "rank", "attn_mask")))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,8 +66,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     p = reference.attention_weights(query, key, rank, attn_mask, ctx.scale, ctx.is_causal)
     g = grad.to(compute)
-    v = value.to(compute).repeat_interleave(heads // kv_heads, dim=1)
-    k = key.to(compute).repeat_interleave(heads // kv_heads, dim=1)
+    k, v = (per_query_head(x.to(compute), heads) for x in (key, value))
     kept = torch.arange(head_dim, device=query.device) < rank[:, :, None, None]
 
     grad_p = g @ v.mT
@@ -73,21 +75,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_key = grad_scores.mT @ torch.where(kept, query.to(compute) * ctx.scale, 0)
     grad_value = p.mT @ g
     grad_mask = None
-    if ctx.needs_input_grad[7]:
+    if ctx.needs_input_grad[OPS["adaptive_attention"].parameters.index("attn_mask")]:
         grad_mask = grad_scores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
 
     def per_kv_head(x: Tensor) -> Tensor:
         grouped: Tensor = x.unflatten(1, (kv_heads, heads // kv_heads))
         return grouped.sum(dim=2)
 
-    return (
-        grad_query.to(query.dtype),
-        per_kv_head(grad_key).to(key.dtype),
-        per_kv_head(grad_value).to(value.dtype),
-        *(None,) * 4,
-        grad_mask,
-        *(None,) * 3,
-    )
+    grads = {"query": grad_query.to(query.dtype), "attn_mask": grad_mask}
+    grads |= {"key": per_kv_head(grad_key).to(key.dtype), "value": per_kv_head(grad_value).to(value.dtype)}
+    return tuple(grads.get(name) for name in OPS["adaptive_attention"].parameters)
 
 
 adaptive_attention.register_autograd(_backward, setup_context=_setup_context)

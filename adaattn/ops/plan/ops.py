@@ -29,9 +29,17 @@ def plan(
     if takes_triton(impl, query_mean):
         from adaattn.ops.plan.impl import triton
 
-        of_query = (query_mean, query_second_moment, query_channel_peak, query_token_peak)
-        of_key = (key_second_moment, key_channel_peak, key_token_peak)
-        moments = (*of_query, *of_key, value_second_moment, value_channel_peak)
+        moments = {
+            "query_mean": query_mean,
+            "query_second_moment": query_second_moment,
+            "query_channel_peak": query_channel_peak,
+            "query_token_peak": query_token_peak,
+            "key_second_moment": key_second_moment,
+            "key_channel_peak": key_channel_peak,
+            "key_token_peak": key_token_peak,
+            "value_second_moment": value_second_moment,
+            "value_channel_peak": value_channel_peak,
+        }
         return triton.choose(moments, ladder, scale, limit)
     unused = query_second_moment  # the error model reads neither the other means nor the value's token peaks
     query = Moments(query_mean, query_second_moment, query_channel_peak, query_token_peak)

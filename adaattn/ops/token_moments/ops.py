@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from adaattn.ops.dispatch import takes_triton
+from adaattn.ops.signatures import OPS
 from adaattn.ops.token_moments.impl import reference
+from adaattn.planning.error_model import Moments
 
 
 @torch.library.custom_op("adaattn::token_moments", mutates_args=())
@@ -31,8 +33,9 @@ def _(x: Tensor, key_mask: Tensor | None, center: bool, impl: str = "auto") -> t
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, key_mask, ctx.center, _ = inputs
-    ctx.save_for_backward(x, key_mask, output[0])
+    given = OPS["token_moments"].bound(inputs)
+    ctx.center = given["center"]
+    ctx.save_for_backward(given["x"], given["key_mask"], Moments(*output).mean)
 
 
 def _backward(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adaattn.heads import per_query_head
 from adaattn.planning.precision import BF16, FP16, INT8, INT8_FP8
 
 FP16_MAX = torch.finfo(torch.float16).max
@@ -35,12 +36,12 @@ def adaptive_attention(
 
     dims = torch.arange(head_dim, device=query.device)
     q = torch.where(dims < rank[:, :, None, None], query.to(compute), 0)
-    k = _per_query_head(key.to(compute) - key_mean.to(compute).unsqueeze(2), heads)
-    v = _per_query_head(value.to(compute), heads)
+    k = per_query_head(key.to(compute) - key_mean.to(compute).unsqueeze(2), heads)
+    v = per_query_head(value.to(compute), heads)
 
     q, q_step = _round_scores_operand(q, code)
     k, k_step = _round_scores_operand(k, code)
-    v_step = (_per_query_head(value_peak.to(compute), heads).unsqueeze(2) / FP8_MAX).clamp_min(TINY)
+    v_step = (per_query_head(value_peak.to(compute), heads).unsqueeze(2) / FP8_MAX).clamp_min(TINY)
     v = _select(code, v, bf16=_bf16(v), fp16=_fp16(v), int8=_fp16(v), int8_fp8=_fp8(v / v_step))
     unit = torch.where(code == INT8_FP8, v_step / FP8_MAX, 1)
 
@@ -65,7 +66,7 @@ def attention_weights(
     q = query.to(compute)
     if rank is not None:
         q = torch.where(torch.arange(q.shape[3], device=q.device) < rank[:, :, None, None], q, 0)
-    k = _per_query_head(key.to(compute), query.shape[1])
+    k = per_query_head(key.to(compute), query.shape[1])
     scores = _masked((q * scale) @ k.mT, attn_mask, is_causal, 0)
     p, total = _exponentials(scores)
     return p / total
@@ -116,8 +117,3 @@ def _fp16(x: Tensor) -> Tensor:
 
 def _fp8(x: Tensor) -> Tensor:
     return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype)
-
-
-def _per_query_head(x: Tensor, heads: int) -> Tensor:
-    """x (B, Hk, ...) with each kv head repeated for the query heads that share it."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from adaattn.ops.adaptive_attention.impl.kernels import ADDITIVE, BOOLEAN, PADDING, attend, pack
-from adaattn.ops.kernel_spec import TYPES, KernelSpec
+from adaattn.ops.kernel_spec import TYPES, KernelSpec, pointers
+from adaattn.ops.signatures import OPS
 from adaattn.planning.precision import INT8, INT8_FP8, PRECISIONS
 
 # Queries and keys of a block by architecture, largest head_dim and bits of the inputs: for fp32, for 16-bit operands as
@@ -129,18 +130,16 @@ def attend_spec(
     else:
         blocks = tiles(dtype, head_dim, capability, mask, mask_of_queries, packed)
     program = max(blocks[row][0] for row in rows)
-    kind = f"*{TYPES[dtype]}"
+    signature = OPS["adaptive_attention"]
     return KernelSpec(
         attend,
         {
-            **dict.fromkeys(("query", "key", "value"), kind),
-            **dict.fromkeys(("key_mean", "value_peak"), "*fp32"),
-            **dict.fromkeys(("precision", "rank"), "*i32"),
+            **pointers(signature.inputs, dtype),
             "mask": None if mask is None else f"*{TYPES[mask]}",
             **(_packed_types(dtype, capability) if packed else dict.fromkeys(PACKED)),
             **dict.fromkeys((*SIZES, *STRIDES, *MASK_STRIDES), "i32"),
             "scale": "fp32",
-            "output": kind,
+            **pointers(signature.outputs, dtype),
         },
         {
             "DIM": head_dim,
@@ -167,9 +166,7 @@ def pack_spec(dtype: torch.dtype, head_dim: int, capability: int) -> KernelSpec:
     return KernelSpec(
         pack,
         {
-            **dict.fromkeys(("key", "value"), f"*{TYPES[dtype]}"),
-            **dict.fromkeys(("key_mean", "value_peak"), "*fp32"),
-            "precision": "*i32",
+            **pointers((x for x in OPS["adaptive_attention"].inputs if x.name not in ("query", "rank")), dtype),
             **dict.fromkeys(("heads", "kv_heads", "keys", *STRIDES[4:]), "i32"),
             **_packed_types(dtype, capability),
         },

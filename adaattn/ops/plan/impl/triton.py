@@ -6,19 +6,17 @@ A program serves one head. Each step of the ladder costs it a sum over the dimen
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaattn.ops.kernel_spec import KernelSpec
+from adaattn.ops.kernel_spec import KernelSpec, pointers
+from adaattn.ops.signatures import OPS
 from adaattn.planning.precision import BF16_MAX, BF16_U, FP8_STEP, FP8_U, FP16_MAX, FP16_STEP, FP16_U, FP32_U
 
-INPUTS = (
-    *("query_mean", "query_second_moment", "query_channel_peak", "query_token_peak"),
-    *("key_second_moment", "key_channel_peak", "key_token_peak", "value_second_moment", "value_channel_peak"),
-)
 CONSTANTS = {
     "FP32": 2 * FP32_U**2,
     "BF16": 2 * BF16_U**2,
@@ -91,15 +89,14 @@ def plan(
 @functools.cache
 def plan_spec(head_dim: int) -> KernelSpec:
     """The launch for a head dimension."""
-    outputs = {"precision": "*i32", "rank": "*i32", "predicted_error": "*fp32"}
+    signature = OPS["plan"]
     return KernelSpec(
         plan,
         {
-            **dict.fromkeys(INPUTS, "*fp32"),
-            "ladder": "*i64",
+            **pointers(signature.inputs),
             **dict.fromkeys(("heads", "kv_heads", "steps"), "i32"),
-            **dict.fromkeys(("scale", "limit"), "fp32"),
-            **outputs,
+            **dict.fromkeys(signature.attributes, "fp32"),
+            **pointers(signature.outputs),
         },
         {"HEAD_DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim), **CONSTANTS},
         lambda v: v["batch"] * v["heads"],
@@ -108,25 +105,12 @@ def plan_spec(head_dim: int) -> KernelSpec:
     )
 
 
-def choose(moments: tuple[Tensor, ...], ladder: Tensor, scale: float, limit: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Precision, rank and predicted error (B, H), from the moments in the order of INPUTS."""
-    batch, heads, head_dim = moments[0].shape
-    outputs = [moments[0].new_empty(batch, heads, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.float32)]
-    precision, rank, predicted_error = outputs
+def choose(moments: Mapping[str, Tensor], ladder: Tensor, scale: float, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return precision, rank and predicted error (B, H), from the moments by their names."""
+    signature, inputs = OPS["plan"], {name: x.contiguous() for name, x in {**moments, "ladder": ladder}.items()}
+    sizes = signature.sizes({name: x.shape for name, x in inputs.items()})
+    of_heads = (sizes["batch"], sizes["heads"])
+    outputs = {x.name: ladder.new_empty(of_heads, dtype=x.types[0]) for x in signature.outputs}
     with torch.cuda.device_of(ladder):
-        plan_spec(head_dim).launch(
-            {
-                **{name: x.contiguous() for name, x in zip(INPUTS, moments, strict=True)},
-                "ladder": ladder.contiguous(),
-                "batch": batch,
-                "heads": heads,
-                "kv_heads": moments[4].shape[1],
-                "steps": ladder.shape[1],
-                "scale": scale,
-                "limit": limit,
-                "precision": precision,
-                "rank": rank,
-                "predicted_error": predicted_error,
-            }
-        )
-    return precision, rank, predicted_error
+        plan_spec(sizes["head_dim"]).launch({**inputs, **sizes, "scale": scale, "limit": limit, **outputs})
+    return outputs["precision"], outputs["rank"], outputs["predicted_error"]

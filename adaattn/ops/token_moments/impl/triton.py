@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaattn.ops.kernel_spec import TYPES, KernelSpec
+from adaattn.ops.kernel_spec import TYPES, KernelSpec, pointers
+from adaattn.ops.signatures import OPS
+from adaattn.planning.error_model import Moments
 
 PROGRAMS = 1024  # what fills the largest GPU several times over
 LEAST_TOKENS = 256  # of a chunk: fewer would make the partial sums a traffic of their own
-OUTPUTS = ("mean", "second_moment", "channel_peak", "token_peak")
 STRIDES, MASK_STRIDES = ("x_b", "x_h", "x_s", "x_d"), ("m_b", "m_h", "m_s")
 
 
@@ -134,7 +135,7 @@ def moments_spec(dtype: torch.dtype, head_dim: int, masked: bool, center: bool) 
         {
             **_operands(dtype, masked),
             **_scalars(("heads", "tokens"), masked),
-            **dict.fromkeys(OUTPUTS, "*fp32"),
+            **pointers(OPS["token_moments"].outputs),
         },
         {"CENTER": center, **_block(head_dim)},
         lambda v: v["batch"] * v["heads"],
@@ -164,7 +165,7 @@ def finish_spec(head_dim: int) -> KernelSpec:
     """The sum over chunks."""
     return KernelSpec(
         finish,
-        {"partial": "*fp32", "chunks": "i32", **dict.fromkeys(OUTPUTS, "*fp32")},
+        {"partial": "*fp32", "chunks": "i32", **pointers(OPS["token_moments"].outputs)},
         {"HEAD_DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim)},
         lambda v: v["batch"] * v["heads"],
         warps=1,
@@ -192,8 +193,10 @@ def _known(head_dim: int) -> dict[str, int]:
 def token_moments(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """mean, second moment and peak per dimension, mean squared peak per token; see `adaattn.ops.token_moments`."""
     batch, heads, tokens, head_dim = x.shape
-    per_dim = [x.new_empty(batch, heads, head_dim, dtype=torch.float32) for _ in range(3)]
-    outputs = (per_dim[0], per_dim[1], per_dim[2], x.new_empty(batch, heads, dtype=torch.float32))
+    sizes = {"batch": batch, "heads": heads, "head_dim": head_dim}
+    outputs = Moments(
+        *(x.new_empty([sizes[axis] for axis in y.axes], dtype=torch.float32) for y in OPS["token_moments"].outputs)
+    )
     mask = None if key_mask is None else key_mask.expand(batch, heads, tokens).view(torch.uint8)
     values: dict[str, Any] = {
         "x": x,
@@ -203,7 +206,7 @@ def token_moments(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Ten
         "tokens": tokens,
         **dict(zip(STRIDES, x.stride(), strict=True)),
         **({} if mask is None else dict(zip(MASK_STRIDES, mask.stride(), strict=True))),
-        **dict(zip(OUTPUTS, outputs, strict=True)),
+        **outputs._asdict(),
     }
     chunks = min(triton.cdiv(PROGRAMS, batch * heads), triton.cdiv(tokens, LEAST_TOKENS))
     with torch.cuda.device_of(x):
@@ -213,7 +216,7 @@ def token_moments(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Ten
         values["chunk"] = triton.cdiv(tokens, chunks)
         values["chunks"] = triton.cdiv(tokens, values["chunk"])
         values["partial"] = x.new_empty(batch * heads * values["chunks"], 3 * head_dim + 2, dtype=torch.float32)
-        for about in (None, outputs[0]) if center else (None,):
+        for about in (None, outputs.mean) if center else (None,):
             reduce_spec(x.dtype, head_dim, mask is not None, about is not None).launch({**values, "center": about})
             finish_spec(head_dim).launch(values)
     return outputs
