@@ -45,6 +45,11 @@ class Dimension:
             raise ConfigError(f"dimension {name}={sizes}; write NAME=min:opt:max, such as S=1:128:4096")
         return cls(name, *(int(part) for part in parts))
 
+    @classmethod
+    def of(cls, name: str, given: str | Dimension) -> Dimension:
+        """Return a dimension as it is, or parse its sizes."""
+        return given if isinstance(given, Dimension) else cls.parse(name, given)
+
     def __post_init__(self) -> None:
         if not 0 <= self.min <= self.opt <= self.max <= INT_MAX or not self.max:
             raise ConfigError(f"dimension {self.name}={self}; sizes must be in order, 0 ≤ min ≤ opt ≤ max ≤ {INT_MAX}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from adaattn.export.onnx import lower
 from adaattn.input_spec import Dimension
 from adaattn.planning.budget import Budget
 
-TARGETS = ("onnx", "tensorrt-rtx", "tensorrt", "triton")
+TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+SERVERS = ("triton", "onnxruntime")
+"""What artifacts can be packaged for: Triton Inference Server, and ONNX Runtime's TensorRT execution provider."""
 # TensorRT builds torch's opset-23 Attention only where a fused kernel takes its types and shapes, and TensorRT-RTX 1.7
 # crashes on self-attention of a tensor with itself; up to 22 torch writes MatMul and Softmax.
-NEWEST_OPSET = {"onnx": lower.NEWEST_OPSET, "tensorrt-rtx": 22, "tensorrt": 22, "triton": lower.NEWEST_OPSET}
+NEWEST_OPSET = {"onnx": lower.NEWEST_OPSET, "tensorrt-rtx": 22, "tensorrt": 22}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -37,8 +39,9 @@ class Options:
     """What to make of a model.
 
     Args:
-        targets: of TARGETS; None for onnx and every TensorRT target whose package is here. "triton" serves the
-            tensorrt engine where that is a target too, else the ONNX file.
+        targets: of TARGETS; None for onnx and every TensorRT target whose package is here.
+        serve: of SERVERS, to package the artifacts for. "triton" writes a model repository of the tensorrt engine where
+            that is a target, else of the ONNX file; "onnxruntime" an ONNX file that names the tensorrt engine.
         opset: 18 to 24; None for the newest that all targets take.
         dtype: float32, float16 or bfloat16, to convert the model to; None leaves it.
         tolerance: of every adaptive module; None leaves them.
@@ -46,8 +49,8 @@ class Options:
         verify: run golden inputs and compare.
         external_data_threshold: bytes above which a tensor goes to the external file.
         build: how engines are built.
-        profiles: of engines: for each profile the sizes of dimensions, "min:opt:max", that are narrower in it; none for
-            one profile of all sizes.
+        profiles: of engines: for each profile the sizes of the dimensions that are narrower in it, as "min:opt:max" or
+            a Dimension; none for one profile of all sizes.
         calibrate: batches of sample data, as of `adaattn.calibrate`, that a copy of the model is calibrated with.
         calibration_state: a file that keeps the statistics, so that a calibration that was interrupted goes on.
         force: replace an output folder that exists.
@@ -57,6 +60,7 @@ class Options:
     """
 
     targets: tuple[str, ...] | None = None
+    serve: tuple[str, ...] = ()
     opset: int | None = None
     dtype: str | None = None
     tolerance: float | None = None
@@ -64,7 +68,7 @@ class Options:
     verify: bool = True
     external_data_threshold: int | None = None
     build: engine_options.BuildOptions = field(default_factory=engine_options.BuildOptions)
-    profiles: tuple[Mapping[str, str], ...] = ()
+    profiles: Sequence[Mapping[str, str | Dimension]] = ()
     calibrate: Iterable[Any] | None = None
     calibration_state: Path | None = None
     force: bool = False
@@ -72,9 +76,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.targets is not None:
             object.__setattr__(self, "targets", as_sequence("targets", self.targets))
-        unknown = [each for each in self.targets or () if not isinstance(each, str) or each not in TARGETS]
-        if unknown:
-            raise ConfigError(f"target {described(unknown[0])} is unknown; choose one of {', '.join(TARGETS)}")
+        object.__setattr__(self, "serve", as_sequence("serve", self.serve))
+        for name, given, known in (("target", self.targets or (), TARGETS), ("serve", self.serve, SERVERS)):
+            unknown = [each for each in given if not isinstance(each, str) or each not in known]
+            if unknown:
+                raise ConfigError(f"{name} {described(unknown[0])} is unknown; choose one of {', '.join(known)}")
         wanted = f"{lower.OLDEST_OPSET} to {lower.NEWEST_OPSET}"
         if self.opset is not None and as_int("opset", self.opset, wanted, lower.OLDEST_OPSET) > lower.NEWEST_OPSET:
             raise ConfigError(f"opset is {described(self.opset)}; choose {wanted}")
@@ -87,28 +93,34 @@ class Options:
         for name in ("emit_plan", "verify", "force"):
             as_bool(name, getattr(self, name))
         check_instance("build", self.build, engine_options.BuildOptions, "BuildOptions")
-        for profile in as_sequence("profiles", self.profiles):
-            check_mapping("profiles", profile, (str,), "sizes such as '1:128:4096'")
+        profiles = as_sequence("profiles", self.profiles)
+        for profile in profiles:
+            check_mapping("profiles", profile, (str, Dimension), "sizes such as '1:128:4096'")
+        object.__setattr__(self, "profiles", profiles)
+        object.__setattr__(self, "profiles", self.chosen_profiles() if profiles else ())
         if self.calibration_state is not None:
             as_path("calibration_state", self.calibration_state)
         targets = self.chosen_targets()
         self.build.check(targets)
-        for profile in self.profiles:
-            for name, text in profile.items():
-                Dimension.parse(name, text)  # refuses what is none
         if self.profiles and not set(engine_options.PACKAGES) & set(targets):
             takers = ", ".join(sorted(engine_options.PACKAGES))
             raise ConfigError(f"profiles apply only to targets {takers}; selected targets: {', '.join(targets)}")
         if self.calibration_state is not None and self.calibrate is None:
             raise ConfigError("calibration_state applies only with sample data to calibrate with")
-        if self.build.strip_weights and "triton" in targets:
-            raise ConfigError("strip_weights does not go with triton: the server puts no weights into engines")
+        if self.build.strip_weights and self.serve:
+            raise ConfigError("strip_weights does not go with serve: servers put no weights into engines")
+        if "onnxruntime" in self.serve and "tensorrt" not in targets:
+            raise ConfigError(f"serve onnxruntime applies only to target tensorrt; selected: {', '.join(targets)}")
 
     def chosen_targets(self) -> tuple[str, ...]:
         """The targets, the ONNX file first: all others are made from it."""
         if self.targets is None:
             return ("onnx", *(target for target in engine_options.PACKAGES if engine_options.installed(target)))
         return tuple(target for target in TARGETS if target == "onnx" or target in self.targets)
+
+    def chosen_profiles(self) -> tuple[Mapping[str, Dimension], ...]:
+        """Return the profiles, one of all sizes where none is given."""
+        return tuple({name: Dimension.of(name, x) for name, x in each.items()} for each in self.profiles or ({},))
 
     def chosen_opset(self) -> int:
         return self.opset or min(NEWEST_OPSET[target] for target in self.chosen_targets())

@@ -23,7 +23,7 @@ from adaattn.checks import (
 from adaattn.errors import TargetError
 from adaattn.export.artifacts import folder, manifest
 from adaattn.export.artifacts.arrays import Array
-from adaattn.export.artifacts.files import plain
+from adaattn.export.artifacts.report import FAILED, Package, Report, TargetResult, artifacts
 from adaattn.export.capture.captured import Captured
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import child, description
@@ -32,21 +32,23 @@ from adaattn.export.golden import attention_statistics, cases, record_nodes
 from adaattn.export.golden.eager import EagerReference, Expected, disagreements
 from adaattn.export.onnx import lower, save
 from adaattn.export.options import Options
-from adaattn.export.parity import criterion, golden_case
+from adaattn.export.parity import compare, criterion, golden_case
+from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.prepare import calibrate_copy, capture, engine_profile, split_inputs
 from adaattn.export.report import summary
 from adaattn.export.report.html import render
 from adaattn.export.serving import ep_context, triton_server
 from adaattn.export.sources.source import usable
 from adaattn.export.verification import verify
-from adaattn.input_spec import Dimension
+from adaattn.input_spec import Dimension, InputSpec
 
 
 @dataclass
 class Result:
-    """What an export came to: the folder and its report.
+    """The result of an export: its folder and its report.
 
     Args:
+        report: the content of report.json.
         leftover: what is left of the folder that was replaced, where it could not be deleted.
     """
 
@@ -56,7 +58,7 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether every target was made, one at least was run and compared, and none that was run failed."""
+        """Whether at least one target was compared and passed, and none failed."""
         return bool(self.report["verdict"] == "passed")
 
 
@@ -65,10 +67,10 @@ Stage = Callable[[str], None]
 
 def export(
     model: nn.Module | ExportedProgram,
-    inputs: Mapping[str, str | Tensor] | None = None,
+    inputs: Mapping[str, str | InputSpec | Tensor] | None = None,
     output_dir: str | os.PathLike[str] = "export",
     *,
-    dims: Mapping[str, str] | None = None,
+    dims: Mapping[str, str | Dimension] | None = None,
     options: Options | None = None,
     source: str | None = None,
     command: str | None = None,
@@ -109,14 +111,16 @@ def export(
     inputs, dims = {} if inputs is None else inputs, {} if dims is None else dims
     check_instance("model", model, (nn.Module, ExportedProgram), "a torch.nn.Module or a program of torch.export")
     check_instance("options", options, Options, "adaattn.export.options.Options")
-    check_mapping("inputs", inputs, (str, Tensor), "a specification such as 'B,S,512:float32' or a tensor")
-    check_mapping("dims", dims, (str,), "sizes such as '1:128:4096'")
+    wanted = "a specification such as 'B,S,512:float32' or a tensor"
+    check_mapping("inputs", inputs, (str, InputSpec, Tensor), wanted)
+    check_mapping("dims", dims, (str, Dimension), "sizes such as '1:128:4096'")
     check_function("on_stage", on_stage)
     check_function("on_progress", on_progress)
     model = usable(model)
     specs, examples = split_inputs(inputs)
-    sizes = {name: Dimension.parse(name, text) for name, text in dims.items()}
+    sizes = {name: Dimension.of(name, given) for name, given in dims.items()}
     out = as_path("output_dir", output_dir)
+    source = source or type(model).__name__
 
     clock = _Clock(on_stage)
     notes: list[str] = []
@@ -131,21 +135,20 @@ def export(
         with clock.stage("capture"):
             captured, module = capture(model, specs, examples, sizes, options, notes)
             notes += captured.notes
-            profiles = [engine_profile(captured, narrower) for narrower in options.profiles or ({},)]
+            profiles = [engine_profile(captured, narrower) for narrower in options.chosen_profiles()]
         with clock.stage("onnx"):
             lowered = _lower(captured, options)
             names_out = (*captured.output_names, *lowered.written.values())
             captured = replace(captured, output_names=names_out, written=tuple(lowered.written))
-            names = list(lower.planned_nodes(lowered.graph))
             files = save.save(lowered.graph, staged / "model.onnx", options.external_data_threshold)
-        targets = {"onnx": verify.target_entry("onnx", staged, files)}
-        for target in options.chosen_targets()[1:]:
-            with clock.stage(target):
-                if target == "triton":
-                    name = folder.model_name(source or type(model).__name__)
-                    targets[target] = _serve(name, staged, captured, options, targets.get("tensorrt"))
-                else:
-                    targets[target] = _build(target, staged, profiles, options, on_progress)
+        targets = [TargetResult("onnx", artifacts(staged, files))]
+        for name in options.chosen_targets()[1:]:
+            with clock.stage(name):
+                targets.append(_build(name, staged, profiles, options, on_progress))
+        serving = []
+        for server in options.serve:
+            with clock.stage(f"serve {server}"):
+                serving.append(_serve(server, folder.model_name(source), staged, captured, targets, options))
         layers: list[dict[str, Any]] = []
         expected: list[Expected] = []
         unproven: list[str] = []
@@ -153,46 +156,30 @@ def export(
             with clock.stage("eager"):
                 captured = cases.settle(captured, notes)
                 reference = EagerReference(captured)
-                expected = [reference.expect(case) for case in cases.cases(captured)]
-                goldens = reference.goldens(expected, names)
-                if any(want.mode.plans for want in expected) and not any(
-                    each.forced or each.layers for each in goldens
-                ):
-                    notes.append(
-                        "calls of adaptive attention are not told apart in the graph (one made twice, or in a branch): "
-                        "its plans are neither compared nor forced to fp32, and limits are those of plans that round"
-                    )
-                golden_case.save(staged / "golden.npz", goldens)
-                golden_case.save(
-                    staged / "trace.npz", record_nodes.record(reference, lowered, cases.small(captured), names)
-                )
-                layers = attention_statistics.attention_statistics(names, expected, module)
-            unproven = [*cases.unproven(captured), *disagreements(goldens)]
-            given = {want.case.name: want.case for want in expected}
-
-            def exact_at(of: golden_case.GoldenCase, plans: Mapping[str, criterion.PlanPair]) -> Mapping[str, Array]:
-                return reference.exact_at(given[of.name], [plans[name] for name in names])
-
-            for name, entry in targets.items():
-                if entry["verdict"] != "failed" and name != "triton":
-                    with clock.stage(f"verify {name}"):
-                        backend = "ort-cpu" if name == "onnx" else name
-                        verify.verify_target(entry, backend, staged, goldens, exact_at, options.build.plugin_library)
-            verify.withhold(list(targets.values()), unproven)
+                expected, goldens, layers = _eager(captured, reference, lowered, module, staged, notes)
+                unproven = [*cases.unproven(captured), *disagreements(goldens)]
+            targets = _verify(targets, goldens, _exact_at(reference, expected, lowered), staged, options, clock)
+            targets = verify.withhold(targets, unproven)
         else:
-            for entry in targets.values():
-                entry["reason"] = entry["reason"] or "made, not verified: --no-verify"
+            said = "made, not verified: --no-verify"
+            targets = [replace(target, reason=target.reason or said) for target in targets]
         with clock.stage("report"):
-            for name, entry in targets.items():
-                entry["seconds"] = clock.seconds[name]
-            report = summary.report(captured, source or type(model).__name__, options.chosen_opset(), command, notes)
-            report["unproven"] = unproven
-            report |= {"targets": list(targets.values()), "layers": layers, "seconds": clock.seconds}
-            report["calibration"] = None if calibrated is None else summary.calibration(calibrated)
-            report["tokens"] = {want.case.name: cases.length(want.case, captured) for want in expected}
-            verdicts = {entry["verdict"] for entry in targets.values()}
-            verdict = next((each for each in ("failed", "passed") if each in verdicts), "not run")
-            report = plain(report | {"verdict": verdict})
+            report = Report(
+                model=summary.about(captured, source),
+                inputs={item.name: captured.shape_text(item) for item in captured.inputs},
+                dims={dim.name: str(dim) for dim in captured.dims.values()},
+                opset=options.chosen_opset(),
+                versions=manifest.versions(),
+                command=command or "",
+                warnings=notes,
+                unproven=unproven,
+                targets=[replace(target, seconds=clock.seconds[target.name]) for target in targets],
+                serving=serving,
+                layers=layers,
+                seconds=clock.seconds,
+                calibration=None if calibrated is None else summary.calibration(calibrated),
+                tokens={want.case.name: cases.length(want.case, captured) for want in expected},
+            ).as_json()
             (staged / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
             (staged / "report.html").write_text(render(report), encoding="utf-8")
             manifest.write_manifest(staged, report)
@@ -224,28 +211,82 @@ def _lower(captured: Captured, options: Options) -> lower.Lowered:
 
 def _build(
     target: str, staged: Path, profiles: Sequence[description.Profile], options: Options, on_progress: child.Progress
-) -> dict[str, Any]:
+) -> TargetResult:
     model, path, log = staged / "model.onnx", staged / f"{target}.engine", staged / f"{target}.log"
     build = options.build.taken_by(target)
     try:
-        about = engine_build.engine_from_onnx(model, target, path, profiles, build, log, on_progress)
+        info = engine_build.engine_from_onnx(model, target, path, profiles, build, log, on_progress)
     except TargetError as error:
         path.unlink(missing_ok=True)
-        return verify.target_entry(target, staged, [log] if log.exists() else [], "failed", str(error))
-    files = [path, description.sidecar(path), log]
-    if target == "tensorrt" and not build.strip_weights:
-        files.append(ep_context.ep_context(model, path))
-    return verify.target_entry(target, staged, files) | {"ops": about["ops"]}
+        return TargetResult(target, artifacts(staged, [log] if log.exists() else []), FAILED, str(error))
+    return TargetResult(target, artifacts(staged, [path, description.sidecar(path), log]), ops=info.ops)
 
 
 def _serve(
-    name: str, staged: Path, captured: Captured, options: Options, built: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """A model repository of the engine that was built, or of the ONNX file."""
-    if built is not None and built["verdict"] == "failed":
-        return verify.target_entry("triton", staged, [], "failed", "the engine to serve was not built")
-    path = None if built is None else staged / "tensorrt.engine"
+    server: str, name: str, staged: Path, captured: Captured, targets: Sequence[TargetResult], options: Options
+) -> Package:
+    """Write what a server wants: of the tensorrt engine where that is a target, else of the ONNX file."""
+    model, engine = staged / "model.onnx", staged / "tensorrt.engine"
+    built = next((target for target in targets if target.name == "tensorrt"), None)
+    if built is not None and built.verdict == FAILED:
+        return Package(server, [], "")
+    if server == "onnxruntime":
+        return Package(server, artifacts(staged, [ep_context.ep_context(model, engine)]), ep_context.COMMAND)
     dims = {dim.name: dim for dim in captured.dims.values()}
-    files = triton_server.triton_repository(staged / "triton", name, staged / "model.onnx", dims, path)
+    path = None if built is None else engine
+    files = triton_server.triton_repository(staged / "triton", name, model, dims, path)
     command = triton_server.triton_command(options.build if built is not None else engine_options.BuildOptions())
-    return verify.target_entry("triton", staged, files, reason=f"written, not run: {command}")
+    return Package(server, artifacts(staged, files), command)
+
+
+def _eager(
+    captured: Captured,
+    reference: EagerReference,
+    lowered: lower.Lowered,
+    module: nn.Module | None,
+    staged: Path,
+    notes: list[str],
+) -> tuple[list[Expected], list[GoldenCase], list[dict[str, Any]]]:
+    """Run eager PyTorch on all cases and write golden.npz and trace.npz; return what a verdict and the report need."""
+    names = list(lower.planned_nodes(lowered.graph))
+    expected = [reference.expect(case) for case in cases.cases(captured)]
+    goldens = reference.goldens(expected, names)
+    if any(want.mode.plans for want in expected) and not any(each.forced or each.layers for each in goldens):
+        notes.append(
+            "calls of adaptive attention are not told apart in the graph (one made twice, or in a branch): "
+            "its plans are neither compared nor forced to fp32, and limits are those of plans that round"
+        )
+    golden_case.save(staged / "golden.npz", goldens)
+    trace = record_nodes.record(reference, lowered, cases.small(captured), names)
+    golden_case.save(staged / "trace.npz", trace)
+    return expected, goldens, attention_statistics.attention_statistics(names, expected, module)
+
+
+def _exact_at(reference: EagerReference, expected: Sequence[Expected], lowered: lower.Lowered) -> compare.ExactAt:
+    """Return what computes float64 outputs at the plans of a backend."""
+    names = list(lower.planned_nodes(lowered.graph))
+    given = {want.case.name: want.case for want in expected}
+
+    def exact_at(of: GoldenCase, plans: Mapping[str, criterion.PlanPair]) -> Mapping[str, Array]:
+        return reference.exact_at(given[of.name], [plans[name] for name in names])
+
+    return exact_at
+
+
+def _verify(
+    targets: Sequence[TargetResult],
+    goldens: Sequence[GoldenCase],
+    exact_at: compare.ExactAt,
+    staged: Path,
+    options: Options,
+    clock: _Clock,
+) -> list[TargetResult]:
+    verified = []
+    for target in targets:
+        if target.verdict != FAILED:
+            with clock.stage(f"verify {target.name}"):
+                backend = "ort-cpu" if target.name == "onnx" else target.name
+                library = options.build.plugin_library
+                target = verify.verify_target(target, backend, staged, goldens, exact_at, library)
+        verified.append(target)
+    return verified

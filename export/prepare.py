@@ -21,7 +21,6 @@ from adaattn.export.options import DTYPES, Options
 from adaattn.input_spec import Dimension, InputSpec
 from adaattn.integrations.transformers import registration as integration
 from adaattn.integrations.transformers import registry
-from adaattn.planning.budget import Budget
 
 
 def calibrate_copy(
@@ -50,16 +49,21 @@ def calibrate_copy(
     return model, found
 
 
-def split_inputs(inputs: Mapping[str, str | Tensor]) -> tuple[list[InputSpec], dict[str, Tensor]]:
+def split_inputs(inputs: Mapping[str, str | InputSpec | Tensor]) -> tuple[list[InputSpec], dict[str, Tensor]]:
+    """Return the specifications of inputs, and copies of those that are example tensors.
+
+    Raises:
+        ConfigError: a text that is no specification, or tensors beside specifications.
+    """
     specs, examples = [], {}
     for name, given in inputs.items():
-        if isinstance(given, str):
+        if isinstance(given, InputSpec):
+            specs.append(given)
+        elif isinstance(given, str):
             specs.append(InputSpec.parse(name, given))
-        elif isinstance(given, Tensor):
+        else:
             specs.append(InputSpec(name, tuple(given.shape), str(given.dtype).removeprefix("torch.")))
             examples[name] = given.detach().cpu().clone()
-        else:
-            raise ConfigError(f"input {name!r} is a {type(given).__name__}; give a specification or a tensor")
     if examples and len(examples) < len(specs):
         raise ConfigError("some inputs are tensors and some specifications; give all of one kind")
     return specs, examples
@@ -94,7 +98,7 @@ def capture(
 
 
 def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None:
-    Budget(tolerance)  # refuses what is out of range
+    """Set the tolerance of all adaptive attention in a model."""
     changed = len(registry.configs_of(model))
     if changed:
         integration.set_tolerance(model, tolerance)
@@ -118,17 +122,17 @@ def _warn_of_weights(state: Mapping[str, Any], notes: list[str]) -> None:
             notes.append(f"weight {name} has {count} NaN or Inf of {x.numel()} numbers")
 
 
-def engine_profile(captured: Captured, narrower: Mapping[str, str]) -> description.Profile:
-    """Shapes of the inputs at the least, usual and largest sizes of the dimensions."""
+def engine_profile(captured: Captured, narrower: Mapping[str, Dimension]) -> description.Profile:
+    """Return the shapes of the inputs at the least, usual and largest sizes of the dimensions."""
     dims = dict(captured.dims)
     symbols = {dim.name: symbol for symbol, dim in dims.items()}
-    for name, text in narrower.items():
+    for name, dim in narrower.items():
         if name not in symbols:
             known = ", ".join(symbols) or "none"
-            raise ConfigError(f"the profile {name}={text} names no dynamic dimension of the model; it has {known}")
-        dim, whole = Dimension.parse(name, text), dims[symbols[name]]
+            raise ConfigError(f"the profile {name}={dim} names no dynamic dimension of the model; it has {known}")
+        whole = dims[symbols[name]]
         if dim.min < whole.min or dim.max > whole.max:
-            raise ConfigError(f"the profile {name}={text} is not within {name}={whole}; widen --dim")
+            raise ConfigError(f"the profile {name}={dim} is not within {name}={whole}; widen --dim")
         dims[symbols[name]] = dim
     points = [{symbol: getattr(dim, at) for symbol, dim in dims.items()} for at in ("min", "opt", "max")]
     return {

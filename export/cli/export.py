@@ -9,16 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from adaattn.command_line import Command, complain, printable, verbose_option
-from adaattn.errors import ExportError
+from adaattn.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from adaattn.input_spec import Dimension, InputSpec
+
+T = TypeVar("T")
 
 NAME = "adaattn-export"
 PATH = click.Path(dir_okay=False, path_type=Path)
@@ -34,8 +37,8 @@ MODEL is one of
 
 The output folder gets model.onnx (it runs in stock ONNX Runtime), an engine for each TensorRT target, golden.npz
 (inputs and their float64 outputs), report.html, report.json and manifest.json. It appears only when all is done.
-The target triton adds a model repository of Triton Inference Server: of the tensorrt engine where that is a target too,
-else of model.onnx.
+--serve triton adds a model repository of Triton Inference Server: of the tensorrt engine where that is a target, else
+of model.onnx.
 
 \b
 Examples
@@ -44,7 +47,7 @@ Examples
   adaattn-export shop.models:ranker --weights ranker.safetensors --input "x=B,S,512" --input "mask=B,S:bool"
   adaattn-export hf:all-MiniLM-L6-v2 --tolerance 1e-3
   adaattn-export model.pt --target onnx --json | jq .verdict
-  adaattn-export model.pt --target tensorrt --target triton --profile B=1:1:1 --profile B=2:8:8
+  adaattn-export model.pt --target tensorrt --serve triton --profile B=1:1:1 --profile B=2:8:8
 
 \b
 Exit status
@@ -54,22 +57,38 @@ Exit status
 """
 
 
-def _assignments(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    found = {}
+def _parsed(parse: Callable[[str, str], T], values: tuple[str, ...]) -> dict[str, T]:
+    """Parse options of the form NAME=TEXT."""
+    found: dict[str, T] = {}
     for value in values:
         name, equals, text = value.partition("=")
         if not equals or not name.strip():
             raise click.BadParameter(f"{value!r} has no name; write NAME=..., see --help")
         if name.strip() in found:
             raise click.BadParameter(f"{name.strip()} is given twice")
-        found[name.strip()] = text.strip()
+        try:
+            found[name.strip()] = parse(name.strip(), text.strip())
+        except ConfigError as error:
+            raise click.BadParameter(str(error)) from error
     return found
+
+
+def _inputs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, InputSpec]:
+    from adaattn.input_spec import InputSpec
+
+    return _parsed(InputSpec.parse, values)
+
+
+def _dims(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Dimension]:
+    from adaattn.input_spec import Dimension
+
+    return _parsed(Dimension.parse, values)
 
 
 def _profiles(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> tuple[dict[str, str], ...]:
-    return tuple(_assignments(context, parameter, tuple(value.split(","))) for value in values)
+) -> tuple[dict[str, Dimension], ...]:
+    return tuple(_dims(context, parameter, tuple(value.split(","))) for value in values)
 
 
 def _list(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
@@ -83,7 +102,16 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 
 SECTIONS = {
     "Model": ("inputs", "dims", "dtype", "tolerance", "calibrate", "calibration_state", "weights", "allow_pickle"),
-    "Artifacts": ("targets", "output", "force", "opset", "emit_plan", "external_data_threshold", "no_verify"),
+    "Artifacts": (
+        "targets",
+        "servers",
+        "output",
+        "force",
+        "opset",
+        "emit_plan",
+        "external_data_threshold",
+        "no_verify",
+    ),
     "Engines": (
         *("compute_capabilities", "profiles", "plugins", "plugin_library", "workspace", "optimization_level"),
         *("timing_cache", "version_compatible", "hardware_compatible", "weight_streaming", "strip_weights"),
@@ -115,7 +143,7 @@ class ExportCommand(Command):
     "inputs",
     multiple=True,
     metavar="NAME=SHAPE[:TYPE[:MEANING]]",
-    callback=_assignments,
+    callback=_inputs,
     help='An input, such as "query=B,S,512:float32"; letters are dynamic dimensions. Integers: "ids=B,S:int64<30522". '
     'Masks: "mask=B,S:bool:masked"; attend: true or 1 attends, masked: true or 1 does not, bias: added to the scores, '
     "values: any other.  [default: what MODEL says]",
@@ -125,15 +153,23 @@ class ExportCommand(Command):
     "dims",
     multiple=True,
     metavar="NAME=MIN:OPT:MAX",
-    callback=_assignments,
+    callback=_dims,
     help="Sizes of a dynamic dimension, also the engines' profile.  [default: 1:1:8 for B… and N…, else 1:128:512]",
 )
 @click.option(
     "--target",
     "targets",
     multiple=True,
-    type=click.Choice(["onnx", "tensorrt-rtx", "tensorrt", "triton"]),
+    type=click.Choice(["onnx", "tensorrt-rtx", "tensorrt"]),
     help="What to make; repeatable.  [default: onnx and every TensorRT that is installed]",
+)
+@click.option(
+    "--serve",
+    "servers",
+    multiple=True,
+    type=click.Choice(["triton", "onnxruntime"]),
+    help="Package for a server; repeatable. triton: a model repository of Triton Inference Server. onnxruntime: an "
+    "ONNX file by which its TensorRT execution provider opens the tensorrt engine.",
 )
 @click.option(
     "--compute-capability",
@@ -153,29 +189,41 @@ class ExportCommand(Command):
 @click.option(
     "--plugins",
     type=click.Choice(["python", "native", "none"]),
-    help="What computes our ops in a tensorrt engine: python embeds their kernels, native takes them from a library, "
-    "none compiles their bodies.  [default: python]",
+    help="What computes the custom ops in a tensorrt engine: python embeds their kernels, native loads a library of "
+    "plugins, none compiles their ONNX functions.  [default: python]",
 )
-@click.option("--plugin-library", type=PATH, help="For --plugins native: what adaattn-plugins build printed.")
-@click.option("--workspace", type=click.IntRange(min=1), metavar="MIB", help="Largest scratch memory of an engine.")
+@click.option("--plugin-library", type=PATH, help="The library for --plugins native, from adaattn-plugins build.")
+@click.option("--workspace", type=click.IntRange(min=1), metavar="MIB", help="Largest workspace of an engine.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="0 builds fast, 5 makes the fastest engine.")
-@click.option("--timing-cache", type=PATH, help="Of tensorrt: read where it exists, and written; builds get faster.")
-@click.option("--version-compatible", is_flag=True, help="Later versions of TensorRT shall run the engine.")
+@click.option("--timing-cache", type=PATH, help="TensorRT timing cache: read if present, then updated.")
+@click.option("--version-compatible", is_flag=True, help="Build a version-compatible engine.")
 @click.option(
-    "--hardware-compatible", is_flag=True, help="Other GPUs, Ampere and newer, shall too; with --plugins none."
+    "--hardware-compatible",
+    is_flag=True,
+    help="Build a hardware-compatible engine (Ampere and newer); requires --plugins none.",
 )
-@click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory where the GPU's is too small.")
-@click.option("--strip-weights", is_flag=True, help="Leave weights out of engines; they are taken from model.onnx.")
+@click.option(
+    "--weight-streaming",
+    is_flag=True,
+    help="Keep weights in host memory where the GPU has too little, and stream them.",
+)
+@click.option(
+    "--strip-weights",
+    is_flag=True,
+    help="Build engines without weights, which are refitted from model.onnx when they run.",
+)
 @click.option("--opset", type=click.IntRange(18, 24), help="ONNX opset.  [default: the newest that all targets take]")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert the model first.")
-@click.option("--tolerance", type=float, help="Relative error that adaptive attention may make, such as 1e-2.")
+@click.option("--tolerance", type=float, help="Accepted relative error of adaptive attention, such as 1e-2.")
 @click.option(
     "--calibrate",
     metavar="DATA",
     help="Sample data that choose the basis of queries and keys: an .npz of inputs by name, or FILE.py or "
     "package.module:function that yields batches.",
 )
-@click.option("--calibration-state", type=PATH, help="Keep the statistics here, and go on from them.")
+@click.option(
+    "--calibration-state", type=PATH, help="Checkpoint calibration statistics in this file and resume from it."
+)
 @click.option("--emit-plan", is_flag=True, help="Add each layer's precision and rank to the graph's outputs.")
 @click.option(
     "--external-data-threshold",
@@ -189,8 +237,8 @@ class ExportCommand(Command):
     is_flag=True,
     help="Let a .pt2, a pickled module or pickled weights run the code that they carry.",
 )
-@click.option("--no-verify", is_flag=True, help="Do not run anything.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else.")
+@click.option("--no-verify", is_flag=True, help="Do not run the artifacts.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON and nothing else.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 @verbose_option
 @click.version_option(package_name="adaattn")
@@ -230,9 +278,10 @@ def _export(
     *,
     output: str | None,
     force: bool,
-    inputs: dict[str, str],
-    dims: dict[str, str],
+    inputs: dict[str, InputSpec],
+    dims: dict[str, Dimension],
     targets: tuple[str, ...],
+    servers: tuple[str, ...],
     opset: int | None,
     dtype: str | None,
     tolerance: float | None,
@@ -240,7 +289,7 @@ def _export(
     external_data_threshold: int | None,
     calibrate: str | None,
     calibration_state: Path | None,
-    profiles: tuple[dict[str, str], ...],
+    profiles: tuple[dict[str, Dimension], ...],
     weights: str | None,
     allow_pickle: bool,
     no_verify: bool,
@@ -258,10 +307,10 @@ def _export(
         from adaattn.export.pipeline import export
         from adaattn.export.sources.calibration_data import batches
         from adaattn.export.sources.model import load
-        from adaattn.input_spec import Dimension, InputSpec
 
         options = Options(
             targets=targets or None,
+            serve=servers,
             opset=opset,
             dtype=dtype,
             tolerance=tolerance,
@@ -274,15 +323,11 @@ def _export(
             profiles=profiles,
             force=force,
         )
-        for name, text in inputs.items():
-            InputSpec.parse(name, text)
-        for name, text in dims.items():
-            Dimension.parse(name, text)
         on_stage("load")
         source = load(model, weights, allow_pickle)
-        described = {spec.name: str(spec) for spec in source.inputs} | inputs
-        used = {size for name, text in described.items() for size in InputSpec.parse(name, text).shape}
-        saved = {dim.name: str(dim) for dim in source.dims if dim.name in used}
+        described = {spec.name: spec for spec in source.inputs} | inputs
+        used = {size for spec in described.values() for size in spec.shape}
+        saved = {dim.name: dim for dim in source.dims if dim.name in used}
         directory = output or f"{model_name(model)}-export"
         result = export(
             source.model,

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export.engines.child import Progress, run_child
-from adaattn.export.engines.description import Profile
+from adaattn.export.engines.description import EngineInfo, Profile, read_engine_info
 from adaattn.export.engines.options import (
     INSTALL,
     PACKAGES,
@@ -33,7 +32,7 @@ def engine_from_onnx(
     options: BuildOptions | None = None,
     log: Path | None = None,
     on_progress: Progress = lambda phase, share: None,
-) -> dict[str, Any]:
+) -> EngineInfo:
     """Build an engine, its log beside it, and `<engine>.json`, which says what it is.
 
     Args:
@@ -44,8 +43,7 @@ def engine_from_onnx(
         on_progress: called with the builder's phase and the share of its work that is done.
 
     Returns:
-        What is in `<engine>.json`: versions, architectures, options, tensors, profiles, and for each of our ops whether
-        the engine has a plugin or its compiled body ("unknown" where this machine cannot open the engine).
+        What `<engine>.json` says.
 
     Example:
         >>> shapes = {"x": ((1, 1, 64), (1, 128, 64), (8, 512, 64))}
@@ -80,6 +78,4 @@ def engine_from_onnx(
     }
     with scratch_folder() as scratch:
         run_child(job, scratch, log or engine.with_suffix(".log"), on_progress)
-    from adaattn.export.engines.description import read_description
-
-    return read_description(engine)
+    return read_engine_info(engine)

@@ -3,19 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from adaattn.errors import ConfigError
-from adaattn.export.artifacts.files import read_json
-from adaattn.export.engines.options import PACKAGES
+from adaattn.export.artifacts.files import mismatch, read_json
+from adaattn.export.engines.options import PACKAGES, BuildOptions
 
 Profile = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 """For each input of the model its least, usual and largest shape."""
 
 
+@dataclass(frozen=True)
+class EngineTensor:
+    """An input or an output of an engine: name, TensorRT's name of the type, shape with -1 for a dynamic dimension."""
+
+    name: str
+    type: str
+    shape: Sequence[int]
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """An engine as its `.engine.json` describes it.
+
+    Args:
+        target: of `adaattn.export.engines.options.PACKAGES`.
+        package: that built it.
+        versions: of packages, by name.
+        compute_capabilities: of the GPUs that run it, such as "8.9".
+        options: that it was built with.
+        model: name of the ONNX file.
+        inputs, outputs: in order.
+        profiles: in the order of the engine.
+        ops: for each custom op of the graph "plugin" or "body", the function that was compiled.
+    """
+
+    target: str
+    package: str
+    versions: Mapping[str, str]
+    compute_capabilities: Sequence[str]
+    options: BuildOptions
+    model: str
+    inputs: Sequence[EngineTensor]
+    outputs: Sequence[EngineTensor]
+    profiles: Sequence[Profile]
+    ops: Mapping[str, str]
+
+    def runs_on(self, capability: int | None) -> bool:
+        """Return whether a GPU of a compute capability, 89 for 8.9, runs the engine."""
+        if capability is None:
+            return False
+        return str(capability / 10) in self.compute_capabilities or self.options.hardware_compatible
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of the `.engine.json`."""
+        options = asdict(self.options)
+        del options["compute_capabilities"]
+        paths = {name: str(value) for name, value in options.items() if isinstance(value, Path)}
+        return asdict(self) | {"options": options | paths}
+
+
 def sidecar(engine: Path) -> Path:
-    """The file that says what an engine is."""
+    """Return the path of the file that describes an engine."""
     return engine.with_name(engine.name + ".json")
 
 
@@ -50,8 +101,8 @@ def profile_of(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]], shapes
     raise ConfigError(f"the engine has no profile for {given}; it takes {ranges}")
 
 
-def read_description(engine: Path) -> dict[str, Any]:
-    """Return what the `.engine.json` beside an engine says; all of it is there and of the right type.
+def read_engine_info(engine: Path) -> EngineInfo:
+    """Return what the `.engine.json` beside an engine says.
 
     Raises:
         ConfigError: there is no such file, or it is not what an export writes.
@@ -59,69 +110,54 @@ def read_description(engine: Path) -> dict[str, Any]:
     file = sidecar(engine)
     if not file.is_file():
         raise ConfigError(f"{engine.name} has no {file.name} beside it, which says what it is")
-    about = read_json(file)
-    wrong = _first_wrong(about, _DESCRIPTION, "")
-    if wrong is None and (about["target"] not in PACKAGES or about["package"] != PACKAGES[about["target"]]):
-        wrong = "target"
-    if wrong is None and about["package"] not in about["versions"]:
-        wrong = "versions"
+    found = read_json(file)
+    wrong = mismatch(found, _SCHEMA) or _contradiction(found)
     if wrong is None:
-        wrong = _first_wrong_profile(about)
+        try:
+            options = BuildOptions(**{name: found["options"][name] for name in _given(found["options"])})
+        except ConfigError as error:
+            wrong = str(error)
     if wrong is not None:
-        raise ConfigError(
-            f"{file} is not what adaattn-export wrote: {wrong} is missing or wrong; export the model again"
-        )
-    return about
+        raise ConfigError(f"{file} is not what adaattn-export wrote: {wrong}; export the model again")
+    tensors = {
+        kind: [EngineTensor(**{name: x[name] for name in _TENSORS[0]}) for x in found[kind]]
+        for kind in ("inputs", "outputs")
+    }
+    return EngineInfo(**{name: found[name] for name in _SCHEMA} | tensors | {"options": options})
 
 
-def _first_wrong_profile(about: Mapping[str, Any]) -> str | None:
-    """The name of the first profile that does not give each input a least, a usual and a largest shape."""
-    ranks = {x["name"]: [len(x["shape"])] * 3 for x in about["inputs"]}
-    for place, profile in enumerate(about["profiles"]):
+def _given(options: Mapping[str, Any]) -> list[str]:
+    return [name for name in _OPTIONS if options[name] is not None]
+
+
+def _contradiction(found: Mapping[str, Any]) -> str | None:
+    """Return what does not go together in a description whose parts are of the right types."""
+    if PACKAGES.get(found["target"]) != found["package"]:
+        return f"target is {found['target']}, which is not of package {found['package']}"
+    if found["package"] not in found["versions"]:
+        return f"versions.{found['package']} is missing"
+    ranks = {x["name"]: [len(x["shape"])] * 3 for x in found["inputs"]}
+    for place, profile in enumerate(found["profiles"]):
         if {name: [len(shape) for shape in shapes] for name, shapes in profile.items()} != ranks:
-            return f"profiles[{place}]"
+            return f"profiles[{place}] does not give each input a least, a usual and a largest shape"
     return None
 
 
-_FLAG, _NUMBER, _TEXT = (bool, type(None)), (int, type(None)), (str, type(None))
 _OPTIONS: dict[str, Any] = {
-    **{"plugins": _TEXT, "plugin_library": _TEXT, "timing_cache": _TEXT},
-    **{"workspace": _NUMBER, "optimization_level": _NUMBER},
-    **dict.fromkeys(("version_compatible", "hardware_compatible", "weight_streaming", "strip_weights"), _FLAG),
+    **dict.fromkeys(("plugins", "plugin_library", "timing_cache"), (str, None)),
+    **dict.fromkeys(("workspace", "optimization_level"), (int, None)),
+    **dict.fromkeys(("version_compatible", "hardware_compatible", "weight_streaming", "strip_weights"), (bool, None)),
 }
-_TENSORS = [{"name": (str,), "type": (str,), "shape": [(int,)]}]
-_DESCRIPTION: dict[str, Any] = {
-    "target": (str,),
-    "package": (str,),
-    "versions": {...: (str,)},
-    "compute_capabilities": [(str,)],
+_TENSORS = [{"name": str, "type": str, "shape": [int]}]
+_SCHEMA: dict[str, Any] = {
+    "target": str,
+    "package": str,
+    "versions": {str: str},
+    "compute_capabilities": [str],
     "options": _OPTIONS,
-    "model": (str,),
+    "model": str,
     "inputs": _TENSORS,
     "outputs": _TENSORS,
-    "profiles": [{...: [[(int,)]]}],
-    "ops": {...: (str,)},
+    "profiles": [{str: [[int]]}],
+    "ops": {str: str},
 }
-"""Types of what a description holds: of a list's items, of an object's fields, of all fields (...) of an object."""
-
-
-def _first_wrong(value: Any, wanted: Any, name: str) -> str | None:
-    """The name of the first part of a description that is missing or of another type."""
-    if isinstance(wanted, tuple):
-        fits = isinstance(value, wanted) and not (isinstance(value, bool) and bool not in wanted)
-        return None if fits else name or "all of it"
-    if isinstance(wanted, list):
-        if not isinstance(value, list):
-            return name
-        parts: list[tuple[Any, Any, str]] = [(item, wanted[0], f"{name}[{at}]") for at, item in enumerate(value)]
-    else:
-        if not isinstance(value, dict):
-            return name or "all of it"
-        if ... in wanted:
-            parts = [(item, wanted[...], f"{name}.{key}".lstrip(".")) for key, item in value.items()]
-        else:
-            missing = [key for key in wanted if key not in value]
-            if missing:
-                return f"{name}.{missing[0]}".lstrip(".")
-            parts = [(value[key], part, f"{name}.{key}".lstrip(".")) for key, part in wanted.items()]
-    return next((found for part in parts if (found := _first_wrong(*part)) is not None), None)

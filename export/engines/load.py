@@ -1,26 +1,25 @@
-"""An engine from its file: what its `.engine.json` says, what it is loaded with, which profile takes a shape."""
+"""Load an engine from its file, with the plugins and weights that its `.engine.json` asks for."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adaattn.errors import ConfigError, TargetError
-from adaattn.export.engines.description import read_description, sidecar
+from adaattn.export.engines.description import EngineInfo, read_engine_info, sidecar
 from adaattn.export.engines.options import INSTALL, PACKAGES, versions_found
 from adaattn.system import cuda_driver
 
 
 @dataclass(frozen=True)
 class OpenEngine:
-    """An engine that is ready for execution contexts, what its `.engine.json` says, and what must live as long."""
+    """An engine that is ready for execution contexts, its description, and the objects that must live as long."""
 
     engine: Any
-    about: Mapping[str, Any]
+    info: EngineInfo
     runtime: Any
     logger: Any
 
@@ -39,16 +38,14 @@ def open_engine(path: Path, plugin_library: Path | None = None) -> OpenEngine:
             is given, or the other way round.
         TargetError: its package, its GPU or a file that it needs is missing, or the package refuses it.
     """
-    about = read_description(path)
-    options, target = about["options"], about["target"]
-    check_plugin_library(path, about, plugin_library)
+    info = read_engine_info(path)
+    options, target = info.options, info.target
+    check_plugin_library(path, info, plugin_library)
     package = PACKAGES[target]
     if importlib.util.find_spec(package) is None:
         raise TargetError(f"{package} is not installed: {INSTALL[target]}")
-    here = cuda_driver.capability()
-    built = ", ".join(about["compute_capabilities"])
-    fits = here is not None and (str(here / 10) in about["compute_capabilities"] or options["hardware_compatible"])
-    if not fits:
+    built = ", ".join(info.compute_capabilities)
+    if not info.runs_on(cuda_driver.capability()):
         raise TargetError(f"{path.name} needs a GPU of compute capability {built} ({versions_found(target)})")
     trt = importlib.import_module(package)
     logger = trt.Logger(trt.Logger.WARNING)
@@ -58,24 +55,24 @@ def open_engine(path: Path, plugin_library: Path | None = None) -> OpenEngine:
             raise TargetError(f"TensorRT does not load the plugins {plugin_library} ({versions_found(target)})")
     runtime = trt.Runtime(logger)
     # A version-compatible engine carries code for the host.
-    runtime.engine_host_code_allowed = options["version_compatible"]
+    runtime.engine_host_code_allowed = options.version_compatible
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        version = about["versions"][package]
+        version = info.versions[package]
         raise TargetError(f"{path.name}, which {version} built, does not open ({versions_found(target)})")
-    if options["strip_weights"]:
-        _refit(trt, logger, engine, _weights_of(path, about["model"]))
-    if options["weight_streaming"]:
+    if options.strip_weights:
+        _refit(trt, logger, engine, _weights_of(path, info.model))
+    if options.weight_streaming:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-    return OpenEngine(engine, about, runtime, logger)
+    return OpenEngine(engine, info, runtime, logger)
 
 
-def check_plugin_library(path: Path, about: Mapping[str, Any], plugin_library: Path | None) -> None:
-    """Raises ConfigError where an engine needs a plugin library that is not given, or has no use for one."""
-    native = about["options"]["plugins"] == "native"
+def check_plugin_library(path: Path, info: EngineInfo, plugin_library: Path | None) -> None:
+    """Raise ConfigError where an engine needs a plugin library that is not given, or uses none."""
+    native = info.options.plugins == "native"
     if native and plugin_library is None:
         raise ConfigError(
-            f"{path.name} was built with the plugins of {about['options']['plugin_library']}, and loading a library "
+            f"{path.name} was built with the plugins of {info.options.plugin_library}, and loading a library "
             "runs its code: name the one that you trust with --plugin-library, or open_runtime(..., plugin_library=...)"
         )
     if plugin_library is not None:

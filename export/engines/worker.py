@@ -17,7 +17,7 @@ import numpy as np
 
 from adaattn.errors import AdaAttnError, TargetError
 from adaattn.export.artifacts.arrays import save_arrays
-from adaattn.export.engines.description import sidecar
+from adaattn.export.engines.description import EngineInfo, EngineTensor, sidecar
 from adaattn.export.engines.options import PACKAGES, BuildOptions
 from adaattn.plugins import NAMESPACE
 from adaattn.system import cuda_driver
@@ -59,7 +59,7 @@ def _build(job: Mapping[str, Any]) -> None:
     write(engine, serialized)
     if cache is not None:
         write(Path(job["timing_cache"]), cache.serialize())
-    write(sidecar(engine), json.dumps(_described(trt, logger, network, serialized, job), indent=1).encode())
+    write(sidecar(engine), json.dumps(_described(trt, logger, network, serialized, job).as_json(), indent=1).encode())
 
 
 def _take_plugins(trt: Any, job: Mapping[str, Any]) -> None:
@@ -162,28 +162,28 @@ def _monitor(trt: Any, pipe: int) -> Any:
     return Monitor()
 
 
-def _described(trt: Any, logger: Any, network: Any, serialized: Any, job: Mapping[str, Any]) -> dict[str, Any]:
-    """The sidecar."""
+def _described(trt: Any, logger: Any, network: Any, serialized: Any, job: Mapping[str, Any]) -> EngineInfo:
+    """Describe the engine."""
 
-    def tensor(x: Any) -> dict[str, Any]:
-        return {"name": x.name, "type": x.dtype.name, "shape": list(x.shape)}
+    def tensor(x: Any) -> EngineTensor:
+        return EngineTensor(x.name, x.dtype.name, list(x.shape))
 
     package, here = PACKAGES[job["target"]], cuda_driver.capability()
     options = {name: job[name] for name in BuildOptions.__dataclass_fields__ if name != "compute_capabilities"}
     for name in ("plugin_library", "timing_cache"):  # their names alone: the file is for other machines too
         options[name] = None if options[name] is None else Path(options[name]).name
-    return {
-        "target": job["target"],
-        "package": package,
-        "versions": {package: trt.__version__, "adaattn": importlib.metadata.version("adaattn")},
-        "compute_capabilities": job["compute_capabilities"] or ["unknown" if here is None else str(here / 10)],
-        "options": options,
-        "model": os.path.relpath(job["model"], Path(job["engine"]).parent),
-        "inputs": [tensor(network.get_input(i)) for i in range(network.num_inputs)],
-        "outputs": [tensor(network.get_output(i)) for i in range(network.num_outputs)],
-        "profiles": job["profiles"],
-        "ops": _ops(trt, logger, serialized, job["model"]),
-    }
+    return EngineInfo(
+        job["target"],
+        package,
+        {package: trt.__version__, "adaattn": importlib.metadata.version("adaattn")},
+        job["compute_capabilities"] or ["unknown" if here is None else str(here / 10)],
+        BuildOptions(**options),
+        os.path.relpath(job["model"], Path(job["engine"]).parent),
+        [tensor(network.get_input(i)) for i in range(network.num_inputs)],
+        [tensor(network.get_output(i)) for i in range(network.num_outputs)],
+        job["profiles"],
+        _ops(trt, logger, serialized, job["model"]),
+    )
 
 
 def _ops(trt: Any, logger: Any, serialized: Any, model: str) -> dict[str, str]:
@@ -239,11 +239,11 @@ def _run(job: Mapping[str, Any]) -> None:
 
     library = job["plugin_library"]
     opened = open_engine(Path(job["engine"]), None if library is None else Path(library))
-    types = {x["name"]: x["type"] for x in opened.about["inputs"]}
+    types = {x.name: x.type for x in opened.info.inputs}
     with np.load(job["inputs"]) as archive:
         inputs = {name: _as(types[name], archive[name]) for name in archive.files}
     shapes = {name: tuple(x.shape) for name, x in inputs.items()}
-    with TrtRunner(opened.engine, optimization_profile=profile_of(opened.about["profiles"], shapes)) as runner:
+    with TrtRunner(opened.engine, optimization_profile=profile_of(opened.info.profiles, shapes)) as runner:
         outputs = runner.infer(inputs)
         save_arrays(Path(job["outputs"]), {name: np.asarray(_wide(x)) for name, x in outputs.items()})
 

@@ -50,7 +50,7 @@ def print_report(report: Mapping[str, Any], where: str) -> None:
         ops = list((target["ops"] or {}).values())
         if "plugin" in ops or "body" in ops:
             console.print(
-                f"{target['name']}: {ops.count('plugin')} ops became plugins, {ops.count('body')} compiled bodies"
+                f"{target['name']}: {ops.count('plugin')} ops became plugins, {ops.count('body')} compiled functions"
             )
         plans = target["plans"]
         if plans and plans["differ"]:
@@ -58,6 +58,9 @@ def print_report(report: Mapping[str, Any], where: str) -> None:
                 f"{target['name']}: {plans['differ']} of {plans['heads']} plans differ from eager's, "
                 f"{plans['excused']} of them on the edge of their limit"
             )
+    for package in report.get("serving", []):  # reports of 0.1.0 have none
+        said = f"written; {package['command']}" if package["artifacts"] else "not written: the engine was not built"
+        console.print(one_line(f"serve {package['name']}: {said}"), style="dim", soft_wrap=True)
     for warning in report["warnings"]:
         console.print(one_line(f"warning: {warning}"), style="yellow")
     console.print(Text.assemble((report["verdict"], "bold"), f"  {printable(where)}"), soft_wrap=True)

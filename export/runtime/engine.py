@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adaattn.errors import TargetError
-from adaattn.export.engines.description import profile_of
+from adaattn.export.engines.description import EngineTensor, profile_of
 from adaattn.export.engines.load import open_engine
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class EngineRuntime(Runtime):
         self._context = self._opened.engine.create_execution_context()
         self._graphs: dict[Any, Any] | None = {} if cuda_graph else None
         self._profile = 0
-        self.inputs = {x["name"]: _engine_info(x) for x in self._opened.about["inputs"]}
-        self.outputs = {x["name"]: _engine_info(x) for x in self._opened.about["outputs"]}
+        self.inputs = {x.name: _tensor_info(x) for x in self._opened.info.inputs}
+        self.outputs = {x.name: _tensor_info(x) for x in self._opened.info.outputs}
 
     def _run(self, inputs: Mapping[str, Value]) -> dict[str, Any]:
         torch = self._torch
@@ -51,7 +51,7 @@ class EngineRuntime(Runtime):
         """Give the engine shapes and addresses; the outputs that it will write."""
         torch = self._torch
         shapes = {name: tuple(x.shape) for name, x in given.items()}
-        profile = profile_of(self._opened.about["profiles"], shapes)
+        profile = profile_of(self._opened.info.profiles, shapes)
         if profile != self._profile:
             stream = torch.cuda.current_stream()
             self._context.set_optimization_profile_async(profile, stream.cuda_stream)
@@ -100,6 +100,6 @@ class EngineRuntime(Runtime):
         del self._context, self._opened
 
 
-def _engine_info(x: Mapping[str, Any]) -> TensorInfo:
-    word = x["type"].lower()
-    return TensorInfo(x["name"], DTYPE_NAMES.get(word, word), tuple(x["shape"]))
+def _tensor_info(x: EngineTensor) -> TensorInfo:
+    word = x.type.lower()
+    return TensorInfo(x.name, DTYPE_NAMES.get(word, word), tuple(x.shape))

@@ -7,9 +7,11 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from adaattn.export.engines.description import read_description
+from adaattn.export.engines.description import read_engine_info
 
 EPCONTEXT = "model_epcontext.onnx"
+COMMAND = f'onnxruntime.InferenceSession("{EPCONTEXT}", providers=["TensorrtExecutionProvider"])'
+"""How ONNX Runtime opens the file."""
 
 
 def ep_context(model: Path, engine: Path) -> Path:
@@ -28,8 +30,8 @@ def ep_context(model: Path, engine: Path) -> Path:
         >>> ep_context(Path("out/model.onnx"), Path("out/tensorrt.engine"))  # doctest: +SKIP
         PosixPath('out/model_epcontext.onnx')
     """
-    source, about = onnx.load(model, load_external_data=False), read_description(engine)
-    (capability,) = about["compute_capabilities"]
+    source, info = onnx.load(model, load_external_data=False), read_engine_info(engine)
+    (capability,) = info.compute_capabilities
     node = helper.make_node(
         "EPContext",
         [x.name for x in source.graph.input],
@@ -39,8 +41,8 @@ def ep_context(model: Path, engine: Path) -> Path:
         main_context=1,
         embed_mode=0,  # a path relative to this file; one that leaves its folder is refused
         ep_cache_context=engine.name,
-        ep_sdk_version=about["versions"]["tensorrt"],
-        hardware_architecture="80+" if about["options"]["hardware_compatible"] else capability.replace(".", ""),
+        ep_sdk_version=info.versions["tensorrt"],
+        hardware_architecture="80+" if info.options.hardware_compatible else capability.replace(".", ""),
         onnx_model_filename=model.name,
         partition_name=engine.stem,
         source="TensorrtExecutionProvider",

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 from google.protobuf.text_encoding import CEscape
 
-from adaattn.export.engines.description import Profile, read_description
+from adaattn.export.engines.description import Profile, read_engine_info
 from adaattn.export.engines.options import BuildOptions
 from adaattn.input_spec import Dimension
 
@@ -35,7 +35,7 @@ def triton_repository(
         The files written.
     """
     graph = onnx.load(model, load_external_data=False).graph
-    profiles: Sequence[Profile] = [] if engine is None else read_description(engine)["profiles"]
+    profiles: Sequence[Profile] = [] if engine is None else read_engine_info(engine).profiles
     place = folder / name
     (place / "1").mkdir(parents=True)
     sources = {model.name: model, model.name + ".data": model.with_name(model.name + ".data")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from adaattn.export.artifacts.arrays import Array
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import child, description
 from adaattn.export.engines import options as engine_options
-from adaattn.export.engines.description import read_description
+from adaattn.export.engines.description import EngineInfo, read_engine_info
 from adaattn.export.engines.load import check_plugin_library
 from adaattn.export.parity.compare import Backend, BackendResult
 from adaattn.export.parity.criterion import OPERAND, probe_inputs
@@ -193,29 +194,29 @@ def engine_backend(path: Path, log: Path, plugin_library: Path | None = None) ->
     for file in (path, description.sidecar(path)):
         if not file.exists():
             raise CannotRun(f"there is no {file.name}")
-    about = read_description(path)
-    library = plugin_library if about["options"]["plugins"] == "native" else None
+    info = read_engine_info(path)
+    library = plugin_library if info.options.plugins == "native" else None
     capability = cuda_driver.capability()
     if capability is None:
         raise CannotRun("built, not run: a CUDA driver finds no GPU on this machine")
-    if str(capability / 10) not in about["compute_capabilities"] and not about["options"]["hardware_compatible"]:
+    if not info.runs_on(capability):
         raise CannotRun(f"built, not run: this GPU has compute capability {capability / 10}")
-    check_plugin_library(path, about, library)
-    return EngineBackend(path, log, about, library)
+    check_plugin_library(path, info, library)
+    return EngineBackend(path, log, info, library)
 
 
 class EngineBackend:
     """See `engine_backend`. Forced plans take a second engine, which `build_exact` makes, for fp32 at full rank."""
 
-    def __init__(self, path: Path, log: Path, about: Mapping[str, Any], library: Path | None = None) -> None:
-        self._path, self._log, self._about, self._library = path, log, about, library
+    def __init__(self, path: Path, log: Path, info: EngineInfo, library: Path | None = None) -> None:
+        self._path, self._log, self._info, self._library = path, log, info, library
         self._exact: Path | None = None
 
     def __call__(self, golden: GoldenCase) -> BackendResult:
         path = self._path if golden.whole else self._exact
         if path is None:
             raise TargetError(f"no engine has plans that are forced to {golden.forced}")
-        return BackendResult(child.run(self._about["target"], path, self._log, golden.inputs, self._library), {}, {})
+        return BackendResult(child.run(self._info.target, path, self._log, golden.inputs, self._library), {}, {})
 
     def build_exact(self, scratch: Path) -> None:
         """Build the engine with all plans at fp32 and full rank, as the engine itself was built.
@@ -223,14 +224,13 @@ class EngineBackend:
         Raises:
             TargetError: the builder refuses.
         """
-        built, options = scratch / "exact.engine", dict(self._about["options"])
-        options |= {"plugin_library": self._library, "timing_cache": None}
+        info, built = self._info, scratch / "exact.engine"
         model = exact_copy(self._path.with_name("model.onnx"), scratch / "exact.onnx")
-        names = set(engine_options.BuildOptions(**options).taken_by(self._about["target"]).given())
-        chosen = {name: value for name, value in options.items() if name in names}
-        if self._about["target"] == "tensorrt-rtx":
-            chosen["compute_capabilities"] = tuple(self._about["compute_capabilities"])
-        engine_build.engine_from_onnx(
-            model, self._about["target"], built, self._about["profiles"], engine_options.BuildOptions(**chosen)
-        )
+        options = replace(
+            info.options,
+            plugin_library=self._library,
+            timing_cache=None,
+            compute_capabilities=tuple(info.compute_capabilities),
+        ).taken_by(info.target)
+        engine_build.engine_from_onnx(model, info.target, built, info.profiles, options)
         self._exact = built

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from adaattn.errors import ConfigError, TargetError
 from adaattn.export.artifacts import manifest
 from adaattn.export.artifacts.files import plain, read_checked
 from adaattn.export.artifacts.manifest import MARKER, as_exported, changed_files, versions
+from adaattn.export.artifacts.report import FAILED, NOT_RUN, PASSED, TargetResult, artifacts
 from adaattn.export.engines import description
-from adaattn.export.engines.description import profile_of, read_description
+from adaattn.export.engines.description import profile_of, read_engine_info
 from adaattn.export.parity import compare, criterion, golden_case
 from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.runtime import session
@@ -25,14 +27,14 @@ from adaattn.system.atomic_file import scratch_folder
 
 
 def verify_target(
-    entry: dict[str, Any],
+    target: TargetResult,
     backend: str,
     folder: Path,
     goldens: Sequence[GoldenCase],
     exact_at: compare.ExactAt | None = None,
     plugin_library: Path | None = None,
-) -> None:
-    """Give a target's entry of the report its verdict.
+) -> TargetResult:
+    """Return a target with its verdict.
 
     Args:
         backend: of `backends.BACKENDS`.
@@ -53,16 +55,15 @@ def verify_target(
                 except TargetError as error:
                     notes.append(f"not run with all plans at fp32, whose engine cannot be built: {error}")
                     served = [golden for golden in served if not golden.forced]
-            entry.update(compare.compare(served, run, exact_at))
-            shows = not (entry["verdict"] == "not run" and criterion.NOTHING_SHOWS in (entry["reason"] or ""))
+            found = replace(target, **compare.compare(served, run, exact_at))
+            shows = not (found.verdict == NOT_RUN and criterion.NOTHING_SHOWS in (found.reason or ""))
             if not shows and isinstance(run, backends.OnnxRuntimeBackend):
-                entry.update(_inside(folder, run, entry["reason"]))
-        if notes and entry["reason"] is None:
-            entry["reason"] = "; ".join(notes)
+                found = replace(found, **_inside(folder, run, found.reason))
+        return replace(found, reason="; ".join(notes)) if notes and found.reason is None else found
     except session.CannotRun as error:
-        entry["reason"] = str(error)
+        return replace(target, reason=str(error))
     except TargetError as error:
-        entry.update(verdict="failed", reason=str(error))
+        return replace(target, verdict=FAILED, reason=str(error))
 
 
 def compare_inside(path: Path, run: backends.OnnxRuntimeBackend, trace: GoldenCase) -> dict[str, dict[str, Any]]:
@@ -72,7 +73,7 @@ def compare_inside(path: Path, run: backends.OnnxRuntimeBackend, trace: GoldenCa
     return {name: compare.compare_output(trace, name, trace.outputs[name], found[name]) for name in names}
 
 
-def _inside(folder: Path, run: backends.OnnxRuntimeBackend, reason: str) -> dict[str, Any]:
+def _inside(folder: Path, run: backends.OnnxRuntimeBackend, reason: str | None) -> dict[str, Any]:
     """The verdict of the values inside the graph on the small case, where the outputs say nothing."""
     file = as_exported(folder, "trace.npz") if (folder / MARKER).is_file() else folder / "trace.npz"
     if not file.is_file():
@@ -84,25 +85,6 @@ def _inside(folder: Path, run: backends.OnnxRuntimeBackend, reason: str) -> dict
                 return {"verdict": "failed", "reason": f"{name}, inside the graph ({trace.name}): {row['reason']}"}
             count += row["verdict"] == "passed"
     return {"verdict": "passed", "reason": f"{reason}; {count} values inside it agree on the small case instead"}
-
-
-def target_entry(
-    name: str, folder: Path, files: Sequence[Path], verdict: str = "not run", reason: str | None = None
-) -> dict[str, Any]:
-    """A target's entry of the report, before anything has been compared."""
-    return {
-        "name": name,
-        "verdict": verdict,
-        "reason": reason,
-        "artifacts": [{"path": file.relative_to(folder).as_posix(), "bytes": file.stat().st_size} for file in files],
-        "seconds": 0.0,
-        "ops": None,
-        "outputs": [],
-        "heads": [],
-        "histogram": None,
-        "plans": None,
-        "compared": None,
-    }
 
 
 def verify_export(
@@ -141,18 +123,18 @@ def verify_export(
             continue
         on_backend(name)
         start = time.perf_counter()
-        targets.append(target_entry(name, folder, [file for file in files if file.exists()]))
-        verify_target(targets[-1], name, folder, goldens, plugin_library=plugin_library)
-        targets[-1]["seconds"] = time.perf_counter() - start
+        target = TargetResult(name, artifacts(folder, [file for file in files if file.exists()]))
+        target = verify_target(target, name, folder, goldens, plugin_library=plugin_library)
+        targets.append(replace(target, seconds=time.perf_counter() - start))
     if not targets:
         raise ConfigError(f"{folder} has neither a model.onnx nor an engine")
-    withhold(targets, report.get("unproven", []))
-    verdicts = {each["verdict"] for each in targets}
+    targets = withhold(targets, report.get("unproven", []))
+    verdicts = {target.verdict for target in targets}
     found: dict[str, Any] = plain(
         report
         | {
-            "targets": targets,
-            "verdict": "passed" if "passed" in verdicts and "failed" not in verdicts else "failed",
+            "targets": [asdict(target) for target in targets],
+            "verdict": PASSED if PASSED in verdicts and FAILED not in verdicts else FAILED,
             "warnings": changed_files(folder),
             "versions": versions(),
             "seconds": {},
@@ -161,11 +143,12 @@ def verify_export(
     return found
 
 
-def withhold(targets: Sequence[dict[str, Any]], unproven: Sequence[str]) -> None:
-    """Take back each "passed" where an export has lines about what its inputs do not prove."""
-    for entry in targets:
-        if unproven and entry["verdict"] == "passed":
-            entry.update(verdict="not run", reason=unproven[0])
+def withhold(targets: Sequence[TargetResult], unproven: Sequence[str]) -> list[TargetResult]:
+    """Return targets without the verdict "passed" where an export has lines about what its inputs do not prove."""
+    return [
+        replace(target, verdict=NOT_RUN, reason=unproven[0]) if unproven and target.verdict == PASSED else target
+        for target in targets
+    ]
 
 
 def _served(path: Path, goldens: Sequence[GoldenCase]) -> tuple[list[GoldenCase], list[str]]:
@@ -175,7 +158,7 @@ def _served(path: Path, goldens: Sequence[GoldenCase]) -> tuple[list[GoldenCase]
     """
     if not description.sidecar(path).exists():
         return list(goldens), []
-    profiles = read_description(path)["profiles"]
+    profiles = read_engine_info(path).profiles
     served, others = [], []
     for each in goldens:
         if not each.whole and each.forced != criterion.EXACT:

@@ -217,7 +217,8 @@ def report() -> dict[str, Any]:
         "heads": [],
         "histogram": None,
     }
-    return {"verdict": "failed", "targets": [target], "warnings": [HOSTILE]}
+    package = {"name": HOSTILE, "artifacts": [{"path": HOSTILE, "bytes": 1}], "command": HOSTILE}
+    return {"verdict": "failed", "targets": [target], "serving": [package], "warnings": [HOSTILE]}
 
 
 def test_names_are_text_on_the_console(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_an_engine_says_what_it_is(tmp_path: Path) -> None:
     shares: list[float] = []
     options = engine_options.BuildOptions(compute_capabilities=("8.9",), optimization_level=1, workspace=256)
     file = tmp_path / "model.engine"
-    about = engine_build.engine_from_onnx(
+    info = engine_build.engine_from_onnx(
         made.directory / "model.onnx",
         "tensorrt-rtx",
         file,
@@ -111,12 +111,12 @@ def test_an_engine_says_what_it_is(tmp_path: Path) -> None:
         on_progress=lambda phase, share: shares.append(share),
     )
     assert sorted(path.name for path in tmp_path.glob("model.*")) == ["model.engine", "model.engine.json", "model.log"]
-    assert about["compute_capabilities"] == ["8.9"]
-    assert [x["shape"] for x in about["inputs"]] == [[-1, -1, 64]]
-    assert [each["x"][2] for each in about["profiles"]] == [[2, 32, 64], [2, 128, 64]]
-    assert len(about["ops"]) == 5  # moments of q, k and v, the plan, and the layer that is named after its module
-    assert set(about["ops"].values()) <= {"body", "unknown"}
-    assert (about["target"], about["model"]) == ("tensorrt-rtx", "out/model.onnx")
+    assert info.compute_capabilities == ["8.9"]
+    assert [x.shape for x in info.inputs] == [[-1, -1, 64]]
+    assert [each["x"][2] for each in info.profiles] == [[2, 32, 64], [2, 128, 64]]
+    assert len(info.ops) == 5  # moments of q, k and v, the plan, and the layer that is named after its module
+    assert set(info.ops.values()) <= {"body", "unknown"}
+    assert (info.target, info.model) == ("tensorrt-rtx", "out/model.onnx")
     assert shares == sorted(shares)
     assert shares[-1] == 1
 
@@ -149,10 +149,12 @@ def test_options_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
         ),
         (("onnx",), {"profiles": ({"S": "1:1:1"},)}, "profiles apply only to targets tensorrt, tensorrt-rtx"),
         (
-            ("triton", "tensorrt"),
-            {"build": engine_options.BuildOptions(strip_weights=True)},
+            ("tensorrt",),
+            {"build": engine_options.BuildOptions(strip_weights=True), "serve": ("triton",)},
             "strip_weights does not go with",
         ),
+        (("onnx",), {"serve": ("onnxruntime",)}, "serve onnxruntime applies only to target tensorrt"),
+        (("onnx",), {"serve": ("torchserve",)}, "serve 'torchserve' is unknown; choose one of triton, onnxruntime"),
     ):
         with pytest.raises(ConfigError, match=said):
             Options(targets, **given)

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from adaattn.errors import ConfigError, TargetError
 from adaattn.export.cli.run import main
 from adaattn.export.engines import description
-from adaattn.export.engines.description import profile_of, read_description
+from adaattn.export.engines.description import profile_of, read_engine_info
 from adaattn.export.engines.load import open_engine
 from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.runtime import open_runtime
@@ -77,18 +77,18 @@ def changed(path: tuple[Any, ...], value: Any) -> Any:
 def test_a_description_with_a_part_of_another_type_is_refused(path: tuple[Any, ...], file: Path) -> None:
     """Each part in turn becomes each type that JSON has; what still reads is of the right type."""
     describe(file, described())
-    read_description(file)
+    read_engine_info(file)
     refused = 0
     for value in (KeyError, None, True, -1, 1e9, float("nan"), "text", [], {}, [[]], [None], {"a": None}, 10**400):
         describe(file, changed(path, value))
         try:
-            found = read_description(file)
+            found = read_engine_info(file)
         except ConfigError:
             refused += 1
             continue
-        assert found["package"] == "tensorrt"
-        if found["profiles"]:
-            profile_of(found["profiles"], {})
+        assert found.package == "tensorrt"
+        if found.profiles:
+            profile_of(found.profiles, {})
     assert refused >= 8 - 2 * (path[0] in ("ops", "profiles", "compute_capabilities"))
 
 
@@ -96,14 +96,14 @@ def test_what_is_no_description_is_refused(file: Path) -> None:
     for text in ("", "{", "[]", "null", '"text"', "1", "{}", "\x00", "[" * 100_000):
         describe(file, text)
         with pytest.raises(ConfigError, match="is not what adaattn-export wrote"):
-            read_description(file)
+            read_engine_info(file)
     description.sidecar(file).write_bytes(b"\xff\xfe{")
     with pytest.raises(ConfigError, match="is not what adaattn-export wrote"):
-        read_description(file)
+        read_engine_info(file)
     description.sidecar(file).unlink()
     description.sidecar(file).mkdir()
     with pytest.raises(ConfigError, match=r"has no .* beside it"):
-        read_description(file)
+        read_engine_info(file)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,11 @@ def test_a_description_does_not_choose_which_library_is_loaded(file: Path, tmp_p
     assert LOADED in f"{result.output}{result.exception}"
     with pytest.raises(ConfigError, match=r"none\.so does not exist; adaattn-plugins build makes it"):
         open_runtime(file, plugin_library=tmp_path / "none.so")
-    # Without the option that asks for it, the name alone loads nothing, and a library that is given has no use.
+    # Without the option that asks for it, a name loads nothing, and no export writes it.
     describe(file, described(options={**described()["options"], "plugin_library": str(mine)}))
+    with pytest.raises(ConfigError, match="plugin_library go together"):
+        open_engine(file, mine)
+    describe(file, described())
     open_engine(file)
     with pytest.raises(ConfigError, match="was built without a plugin library"):
         open_engine(file, mine)

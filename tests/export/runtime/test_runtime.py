@@ -155,7 +155,7 @@ def test_an_engine_gets_what_its_options_ask_for(tmp_path: Path, monkeypatch: py
         return list(stand_in.calls)
 
     native = {"plugins": "native", "plugin_library": "lib.so"}
-    assert opened() == [("engine_host_code_allowed", None)]
+    assert opened() == [("engine_host_code_allowed", False)]
     assert opened(library, **native, version_compatible=True, weight_streaming=True) == [
         ("library", str(library)),
         ("engine_host_code_allowed", True),

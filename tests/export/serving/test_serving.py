@@ -83,7 +83,7 @@ def config(schema: ModuleType, path: Path) -> Any:
 @pytest.mark.parametrize(("compatible", "architecture"), [(False, "90"), (True, "80+")])
 def test_an_engine_in_one_node_of_onnx(compatible: bool, architecture: str, exported: Path) -> None:
     file = ep_context.ep_context(
-        exported / "model.onnx", fake_engine(exported / "model.onnx", hardware_compatible=compatible)
+        exported / "model.onnx", fake_engine(exported / "model.onnx", hardware_compatible=compatible, plugins="none")
     )
     assert file == exported / "model_epcontext.onnx"
     wrapped, whole = onnx.load(file), onnx.load(exported / "model.onnx")
@@ -134,11 +134,11 @@ class Odd(nn.Module):
 
 def test_a_model_whose_requests_cannot_be_joined_is_not_batched(schema: ModuleType, tmp_path: Path) -> None:
     inputs = {"x": "B,3:float16", "table": "K:int64<9", "shift": ":float32"}
-    made = export(Odd(), inputs, tmp_path / "out", options=Options(("triton",), verify=False), source="shop.x:odd")
-    target = made.report["targets"][1]
-    assert (target["name"], target["verdict"]) == ("triton", "not run")
-    assert target["reason"] == "written, not run: tritonserver --model-repository=triton"
-    assert [x["path"] for x in target["artifacts"]] == ["triton/odd/config.pbtxt", "triton/odd/1/model.onnx"]
+    options = Options(("onnx",), serve=("triton",), verify=False)
+    made = export(Odd(), inputs, tmp_path / "out", options=options, source="shop.x:odd")
+    (package,) = made.report["serving"]
+    assert (package["name"], package["command"]) == ("triton", "tritonserver --model-repository=triton")
+    assert [x["path"] for x in package["artifacts"]] == ["triton/odd/config.pbtxt", "triton/odd/1/model.onnx"]
     manifest = json.loads((made.directory / "manifest.json").read_text())
     assert "triton/odd/1/model.onnx" in manifest["files"]
     found = config(schema, made.directory / "triton/odd/config.pbtxt")
@@ -152,7 +152,7 @@ def test_a_model_whose_requests_cannot_be_joined_is_not_batched(schema: ModuleTy
 
 
 def test_weights_in_a_file_of_their_own_are_served_too(tmp_path: Path) -> None:
-    options = Options(("onnx", "triton"), verify=False, external_data_threshold=100)
+    options = Options(("onnx",), serve=("triton",), verify=False, external_data_threshold=100)
     made = export(nn.Linear(32, 32), {"input": "B,32"}, tmp_path / "out", options=options)
     place = made.directory / "triton" / "Linear" / "1"
     assert sorted(file.name for file in place.iterdir()) == ["model.onnx", "model.onnx.data"]
@@ -169,13 +169,14 @@ def test_an_export_with_tensorrt_makes_all_three(tmp_path: Path, monkeypatch: py
         on_progress("Building engine", 0.5)
         fake_engine(model, *profiles)
         log.write_text("built")
-        return json.loads(description.sidecar(path).read_text())
+        return description.read_engine_info(path)
 
     monkeypatch.setattr(engine_build, "engine_from_onnx", build)
     library, cache = tmp_path / "lib.so", tmp_path / "cache"
     model = tmp_path / "small.pt"
     adaattn.save(adaattn.Encoder(32, 2, ("adaptive",)), model)
-    arguments = [str(model), "--target", "tensorrt", "--target", "triton", "--plugins", "native", "--no-verify"]
+    arguments = [str(model), "--target", "tensorrt", "--serve", "triton", "--serve", "onnxruntime", "--no-verify"]
+    arguments += ["--plugins", "native"]
     arguments += ["--plugin-library", str(library), "--timing-cache", str(cache), "--optimization-level", "4"]
     arguments += ["--profile", "B=1:1:1,S=1:8:16", "--profile", "B=2:8:8", "--dim", "B=1:4:8", "--dim", "S=1:16:32"]
     result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "out")])
@@ -185,9 +186,10 @@ def test_an_export_with_tensorrt_makes_all_three(tmp_path: Path, monkeypatch: py
         {"x": ((1, 1, 32), (1, 8, 32), (1, 16, 32))},
         {"x": ((2, 1, 32), (8, 16, 32), (8, 32, 32))},
     ]
-    assert "tensorrt: 1 ops became plugins, 0 compiled bodies\n" in result.output
+    assert "tensorrt: 1 ops became plugins, 0 compiled functions\n" in result.output
     command = "ADAATTN_REGISTER=1 tritonserver --model-repository=triton --backend-config=tensorrt,plugins="
-    assert f"triton: written, not run: {command}{library}\n" in result.output
+    assert f"serve triton: written; {command}{library}\n" in result.output
+    assert 'serve onnxruntime: written; onnxruntime.InferenceSession("model_epcontext.onnx", ' in result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     targets = {target["name"]: target for target in report["targets"]}
     assert targets["tensorrt"]["ops"] == {"layer": "plugin"}
@@ -195,11 +197,13 @@ def test_an_export_with_tensorrt_makes_all_three(tmp_path: Path, monkeypatch: py
         "tensorrt.engine",
         "tensorrt.engine.json",
         "tensorrt.log",
-        "model_epcontext.onnx",
     ]
-    assert targets["triton"]["artifacts"][1]["path"] == "triton/small/1/model.plan"
+    triton, wrapped = (package["artifacts"] for package in report["serving"])
+    assert triton[1]["path"] == "triton/small/1/model.plan"
+    assert [x["path"] for x in wrapped] == ["model_epcontext.onnx"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "What the custom ops became in tensorrt" in page
+    assert "triton/small/1/model.plan" in page
 
 
 def test_a_server_has_nothing_to_serve_where_the_engine_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +211,10 @@ def test_a_server_has_nothing_to_serve_where_the_engine_failed(tmp_path: Path, m
         raise TargetError("no GPU")
 
     monkeypatch.setattr(engine_build, "engine_from_onnx", refuse)
-    options = Options(("tensorrt", "triton"), verify=False)
+    options = Options(("tensorrt",), serve=("triton", "onnxruntime"), verify=False)
     made = export(nn.Linear(4, 4), {"input": "B,4"}, tmp_path / "out", options=options)
-    assert [target["verdict"] for target in made.report["targets"]] == ["not run", "failed", "failed"]
+    assert [target["verdict"] for target in made.report["targets"]] == ["not run", "failed"]
+    assert [package["artifacts"] for package in made.report["serving"]] == [[], []]
     assert not (made.directory / "triton").exists()
 
 
