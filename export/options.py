@@ -1,4 +1,4 @@
-"""Choose what an export makes: targets, opset, types, engines."""
+"""Define the options of an export: targets, opset, types, engines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Options:
-    """What to make of a model.
+    """Options of an export.
 
     Args:
         targets: of TARGETS; None for onnx and every TensorRT target whose package is here.
@@ -44,15 +44,15 @@ class Options:
             that is a target, else of the ONNX file; "onnxruntime" an ONNX file that names the tensorrt engine.
         opset: 18 to 24; None for the newest that all targets take.
         dtype: float32, float16 or bfloat16, to convert the model to; None leaves it.
-        tolerance: of every adaptive module; None leaves them.
+        tolerance: accepted relative error of all adaptive attention; None keeps each module's own.
         emit_plan: add each layer's precision and rank to the graph's outputs.
-        verify: run golden inputs and compare.
+        verify: run the artifacts on golden inputs and compare.
         external_data_threshold: bytes above which a tensor goes to the external file.
-        build: how engines are built.
+        build: options of the engine builder.
         profiles: of engines: for each profile the sizes of the dimensions that are narrower in it, as "min:opt:max" or
             a Dimension; none for one profile of all sizes.
-        calibrate: batches of sample data, as of `adaattn.calibrate`, that a copy of the model is calibrated with.
-        calibration_state: a file that keeps the statistics, so that a calibration that was interrupted goes on.
+        calibrate: batches of sample data, as of `adaattn.calibrate`, to calibrate a copy of the model with.
+        calibration_state: checkpoint of the calibration statistics, from which an interrupted calibration resumes.
         force: replace an output folder that exists.
 
     Raises:
@@ -113,7 +113,7 @@ class Options:
             raise ConfigError(f"serve onnxruntime applies only to target tensorrt; selected: {', '.join(targets)}")
 
     def chosen_targets(self) -> tuple[str, ...]:
-        """The targets, the ONNX file first: all others are made from it."""
+        """Return the targets, the ONNX file first, from which the others are built."""
         if self.targets is None:
             return ("onnx", *(target for target in engine_options.PACKAGES if engine_options.installed(target)))
         return tuple(target for target in TARGETS if target == "onnx" or target in self.targets)
@@ -123,4 +123,5 @@ class Options:
         return tuple({name: Dimension.of(name, x) for name, x in each.items()} for each in self.profiles or ({},))
 
     def chosen_opset(self) -> int:
+        """Return the opset, by default the newest that all targets take."""
         return self.opset or min(NEWEST_OPSET[target] for target in self.chosen_targets())

@@ -1,4 +1,4 @@
-"""From a model to a folder of verified artifacts, whole or not at all."""
+"""Export a model to a folder of verified artifacts, which appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -83,20 +83,20 @@ def export(
 
     Args:
         model: a module, or a program captured by torch.export.
-        inputs: for each argument of forward a specification such as "B,S,512:float32", or an example tensor, whose
-            sizes are then fixed. Modules of this package need none, and programs need none but where an export asks
-            how large integers are, or what a mask means.
-        output_dir: the folder; it appears, or replaces an earlier one, only when all is done.
-        dims: for each dynamic dimension its sizes, "min:opt:max".
-        options: targets and the rest.
-        source, command: what the report names as the model and the command.
+        inputs: for each argument of forward a specification such as "B,S,512:float32" (a text or an InputSpec), or an
+            example tensor, whose sizes are then fixed. Modules of this package need none. Programs need them only
+            where an export asks for the range of integers or the meaning of a mask.
+        output_dir: the folder; it appears, or replaces an earlier one, only when the export is complete.
+        dims: for each dynamic dimension its sizes, "min:opt:max" or a Dimension.
+        options: targets, opset, types and engine options; by default `Options()`.
+        source, command: the model and the command, as the report names them.
         reads: files and folders that were read for the model; an output folder that holds one is refused.
-        on_written: called once the folder is in its place; what fails or interrupts after that does not undo it.
+        on_written: called once the folder is in its place; an error or interrupt after that does not undo it.
         on_stage: called with the name of each stage as it begins.
-        on_progress: called, while an engine is built, with the builder's phase and the share that is done, 0 to 1.
+        on_progress: called during an engine build with the builder's phase and the finished share, 0 to 1.
 
     Returns:
-        The folder and the report. A target that fails is in the report; the others stand.
+        The folder and the report. A target that fails is in the report, and the others are still made.
 
     Example:
         >>> result = export(adaattn.DenseAttention(64, 4), output_dir="out")
@@ -187,7 +187,7 @@ def export(
 
 
 class _Clock:
-    """Seconds of each stage, and word of its beginning."""
+    """Measure the seconds of each stage, and report when it begins."""
 
     def __init__(self, on_stage: Stage) -> None:
         self.seconds: dict[str, float] = {}

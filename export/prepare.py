@@ -26,7 +26,7 @@ from adaattn.integrations.transformers import registry
 def calibrate_copy(
     model: nn.Module | ExportedProgram, options: Options, on_progress: child.Progress
 ) -> tuple[nn.Module, Calibration]:
-    """A copy of the model in a better basis."""
+    """Return a calibrated copy of the model, and what the calibration found."""
     if isinstance(model, ExportedProgram):
         raise ConfigError("--calibrate cannot change a program that is captured already; calibrate its model")
     assert options.calibrate is not None
@@ -77,7 +77,7 @@ def capture(
     options: Options,
     notes: list[str],
 ) -> tuple[Captured, nn.Module | None]:
-    """The captured program, and the module that it is of, where there is one."""
+    """Return the captured program, and the module that it was captured from, if any."""
     if isinstance(model, ExportedProgram):
         if examples:
             raise ConfigError("a program has its own example inputs; give specifications, such as ids=B,S:int64<30522")

@@ -1,4 +1,4 @@
-"""Parity for a user's own tests: one assertion, and the pytest fixtures that `pip install adaattn` brings.
+"""Check parity in a user's tests: one assertion, and the pytest fixtures that `pip install adaattn` brings.
 
     def test_my_model(assert_parity):
         assert_parity(MyModel(), {"x": "B,S,512", "mask": "B,S:bool"}, dims={"S": "1:128:1024"})
@@ -29,15 +29,15 @@ def assert_parity(
     backends: Sequence[str] | None = None,
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Export a model and assert that its artifacts agree with eager PyTorch; or assert it of an export that is there.
+    """Export a model and assert that its artifacts agree with eager PyTorch; or assert it of an existing export.
 
     Args:
         model: a module, or a folder that `adaattn-export` made.
         inputs, dims: as of `adaattn.export.export`.
-        options: of the export; by default it makes the ONNX file alone.
-        backends: those that must pass, of `adaattn.export.verification.backends.BACKENDS`; None for all that can run,
-            one at least.
-        folder: where to export to; by default a folder that is deleted.
+        options: of the export; by default only the ONNX file is made.
+        backends: names that must pass, of `adaattn.export.verification.backends.BACKENDS`; None for all that can run,
+            at least one.
+        folder: to export to; by default a temporary folder.
 
     Returns:
         The report.
@@ -93,7 +93,7 @@ def _lines(targets: Sequence[Mapping[str, Any]]) -> list[str]:
 
 @pytest.fixture(name="assert_parity")
 def _assert_parity(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`adaattn.export.testing.assert_parity`, whose exports pytest keeps, the last three runs' worth, in tmp_path."""
+    """Return `assert_parity` with its exports in tmp_path, where pytest keeps those of the last three runs."""
     count = iter(range(1_000_000))
 
     def call(model: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _assert_parity(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def adaattn_export(tmp_path: Path) -> Callable[..., Path]:
-    """`adaattn.export.export` into tmp_path: the folder of an export that passed, for tests of what becomes of it."""
+    """Return a function that exports into tmp_path, asserts that the export passed, and returns its folder."""
     count = iter(range(1_000_000))
 
     def call(model: Any, inputs: Any = None, **arguments: Any) -> Path:

@@ -1,4 +1,4 @@
-"""`adaattn-export`. Nothing heavy is imported until the arguments are known to be in order: help must be instant."""
+"""Define `adaattn-export`. Heavy packages are imported only after the arguments are checked: help must be instant."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ Examples
 
 \b
 Exit status
-  0  every target was made and none that this machine can run failed
-  1  a target failed, or its numbers did not agree
-  2  the arguments or the model are not usable, or the command was interrupted
+  0  every target was made, and none that runs on this machine failed
+  1  a target failed: it could not be made, or its numbers do not agree with eager PyTorch
+  2  the arguments or the model cannot be used, or the command was interrupted
 """
 
 
@@ -120,9 +120,10 @@ SECTIONS = {
 
 
 class ExportCommand(Command):
-    """Its help has sections."""
+    """A command whose help has sections."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options by section."""
         title = {name: title for title, names in SECTIONS.items() for name in names}
         found: dict[str, list[tuple[str, str]]] = {name: [] for name in (*SECTIONS, "Other")}
         for parameter in self.get_params(context):
@@ -243,13 +244,14 @@ class ExportCommand(Command):
 @verbose_option
 @click.version_option(package_name="adaattn")
 def main(model: str, as_json: bool, quiet: bool, **arguments: Any) -> int:
+    """Run `adaattn-export`; HELP is its help."""
     written: list[str] = []
 
     def outcome() -> str:
         return f"{written[0]} is written and whole" if written else "nothing was written"
 
     try:
-        # Standard output is for the result alone, whatever the user's model prints.
+        # Standard output is for the result alone; what the user's model prints goes to standard error.
         with redirect_stdout(sys.stderr):
             report, directory = _export(model, quiet or as_json, written.append, **arguments)
     except KeyboardInterrupt as error:
@@ -297,7 +299,7 @@ def _export(
 ) -> tuple[Mapping[str, Any], Path]:
     from rich.console import Console
 
-    # This stream, even while torch's own words are held back.
+    # This stream, even while the messages of torch are captured.
     console = Console(file=sys.stderr, quiet=quiet, markup=False, emoji=False)
     with _progress(console) as (on_stage, on_progress):
         on_stage("import torch")
@@ -344,13 +346,13 @@ def _export(
         )
     if result.leftover is not None:
         rest = printable(str(result.leftover))
-        console.print(f"  the folder that it replaced could not be deleted whole; the rest is in {rest}")
+        console.print(f"  the replaced folder could not be deleted completely; the rest is in {rest}")
     return result.report, result.directory
 
 
 @contextmanager
 def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
-    """A bar with the stage at work; each stage that is done stays as a line with its time."""
+    """Show a bar for the current stage, and keep a line with the time of each finished stage."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     current: list[tuple[str, float]] = []

@@ -1,4 +1,4 @@
-"""`adaattn-parity`: an export's verdict on the machine where it is to run. It needs neither the model nor torch."""
+"""Define `adaattn-parity`, which gives the verdict where an export runs. It needs neither the model nor torch."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ DIR is a folder that adaattn-export made. Options of a check: adaattn-parity che
 
 \b
 Exit status
-  0  at least one backend ran, and none failed; bisect: nothing departs
-  1  a backend failed, or none could run; bisect: something departs
-  2  the arguments or the folder are not usable, or the command was interrupted
+  0  at least one backend ran, and none failed; bisect: no value departs
+  1  a backend failed, or none could run; bisect: a value departs
+  2  the arguments or the folder cannot be used, or the command was interrupted
 """
 
 
 class Checks(Group):
-    """A folder in place of a command is checked."""
+    """A group that runs `check` where a folder stands in place of a command."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Insert the command `check` where none is named."""
         if not arguments or arguments[0] not in (*self.commands, "-h", "--help", "--version"):
             arguments = ["check", *arguments]
         return super().parse_args(context, arguments)
@@ -45,13 +46,13 @@ class Checks(Group):
 @click.group(NAME, cls=Checks, help=HELP)
 @click.version_option(package_name="adaattn")
 def main() -> None:
-    pass
+    """Run `adaattn-parity`; HELP is its help."""
 
 
 def _names(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for value in values for name in value.split(",") if name.strip()))
     if values and not names:
-        raise click.BadParameter("it names no backend")
+        raise click.BadParameter("no backend is named")
     return names
 
 
@@ -65,8 +66,10 @@ def _names(context: click.Context, parameter: click.Parameter, values: tuple[str
     callback=_names,
     help="ort-cpu, ort-cuda, ort-tensorrt, tensorrt or tensorrt-rtx.  [default: all that DIR has an artifact for]",
 )
-@click.option("--plugin-library", type=FILE, help="Of an engine of --plugins native; loading it runs its code.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else.")
+@click.option(
+    "--plugin-library", type=FILE, help="Plugin library for an engine of --plugins native; loading it runs its code."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON and nothing else.")
 @click.option("--junit", type=FILE, help="Write a JUnit file, a test case for each output of each golden case.")
 @click.option("--html", type=FILE, help="Write the report as a page.")
 @verbose_option
@@ -78,7 +81,7 @@ def check(
     junit: Path | None,
     html: Path | None,
 ) -> int:
-    """Run the artifacts in DIR on its golden inputs and give the verdict."""
+    """Run the artifacts in DIR on its golden inputs and print the verdict."""
     from rich.console import Console
 
     from adaattn.export.artifacts.manifest import refuse_to_overwrite
@@ -116,10 +119,15 @@ def check(
     type=click.Choice(["ort-cpu", "ort-cuda", "ort-tensorrt"]),
     default="ort-cpu",
     show_default=True,
-    help="Which of ONNX Runtime's providers.",
+    help="Execution provider of ONNX Runtime.",
 )
 @click.option(
-    "--output", "-o", type=FILE, default="departure.onnx", show_default=True, help="The nodes that depart, as a model."
+    "--output",
+    "-o",
+    type=FILE,
+    default="departure.onnx",
+    show_default=True,
+    help="File for the departing nodes, as a model.",
 )
 @verbose_option
 def bisect(folder: Path, backend: str, output: Path) -> int:
@@ -153,7 +161,7 @@ def _say(line: str) -> None:
 
 
 def _say_where_else(report: Mapping[str, Any]) -> int:
-    """Say that nothing departs on the small case, and whether something does on the golden inputs."""
+    """Print that nothing departs on the small case, and whether something does on the golden inputs."""
     _say("no output departs on the small case")
     if report["verdict"] != "failed":
         return 0

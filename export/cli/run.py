@@ -1,4 +1,4 @@
-"""`adaattn-run`: run an artifact on arrays from files, and time it."""
+"""Define `adaattn-run`, which runs an artifact on arrays from files and times it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ booleans: true). It prints a line for each output; --output keeps them.
 \b
 Exit status
   0  the model ran
-  2  the arguments or the files are not usable, the model did not run, or the command was interrupted
+  2  the arguments or the files cannot be used, the model did not run, or the command was interrupted
 """
 
 
@@ -66,6 +66,7 @@ def main(
     seed: int,
     as_json: bool,
 ) -> int:
+    """Run `adaattn-run`; HELP is its help."""
     import numpy as np
 
     from adaattn.export.artifacts.arrays import save_arrays
@@ -146,7 +147,7 @@ def _array(name: str, given: str, dtype: str, random: Any) -> Any:
 
 
 def _load(name: str, path: Path) -> Any:
-    """The array of an .npy file."""
+    """Return the array of an .npy file."""
     import numpy as np
 
     from adaattn.export.artifacts.arrays import UNREADABLE
@@ -164,7 +165,7 @@ def _load(name: str, path: Path) -> Any:
 
 
 def _mean(x: Any) -> float | None:
-    """The mean; None where there is none, as JSON has no NaN."""
+    """Return the mean, or None where it is not finite, since JSON has no NaN."""
     import numpy as np
 
     mean = float(np.mean(x, dtype=np.float64)) if x.size else math.nan

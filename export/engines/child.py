@@ -25,7 +25,7 @@ Progress = Callable[[str, float], None]
 def run(
     target: str, engine: Path, log: Path, inputs: Mapping[str, Array], plugin_library: Path | None = None
 ) -> dict[str, Array]:
-    """Outputs of an engine on the GPU of this machine, by name; bfloat16 goes in and comes out as float32.
+    """Return the outputs of an engine on the GPU of this machine, by name; bfloat16 goes in and comes out as float32.
 
     Args:
         log: of the run.
@@ -48,6 +48,11 @@ def run(
 def run_child(
     job: Mapping[str, Any], scratch: Path, log: Path, on_progress: Progress = lambda phase, share: None
 ) -> None:
+    """Do a job in a child process, which writes what it prints to a log.
+
+    Raises:
+        TargetError: the child fails or crashes; the message is the first error of its log.
+    """
     reading, writing = os.pipe()
     job_file, said_file = scratch / "job.json", scratch / "log"
     with os.fdopen(reading) as progress, os.fdopen(writing, "wb") as end, said_file.open("wb") as stream:
@@ -68,7 +73,7 @@ def run_child(
 
 
 def _first_error(log: str) -> str:
-    """The line of a TensorRT log that says what went wrong."""
+    """Return the line of a TensorRT log that says what went wrong."""
     # Without a GPU each log starts with complaints about CUDA that are of no consequence.
     lines = [line for line in log.splitlines() if line.strip() and "catchCudaError" not in line]
     errors = [line for line in lines if "[E]" in line]

@@ -71,14 +71,14 @@ def sidecar(engine: Path) -> Path:
 
 
 def profile_of(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]], shapes: Mapping[str, Sequence[int]]) -> int:
-    """The first profile that all shapes lie in.
+    """Return the position of the first profile that all shapes lie in.
 
     Example:
         >>> profile_of([{"x": [[1, 8], [1, 8], [1, 8]]}, {"x": [[1, 8], [4, 8], [9, 8]]}], {"x": (3, 8)})
         1
 
     Raises:
-        ConfigError: none of them.
+        ConfigError: no profile has all of them.
     """
 
     def within(profile: Mapping[str, Sequence[Sequence[int]]]) -> bool:

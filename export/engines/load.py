@@ -83,7 +83,7 @@ def check_plugin_library(path: Path, info: EngineInfo, plugin_library: Path | No
 
 
 def _weights_of(path: Path, model: str) -> Path:
-    """The ONNX file that an engine takes its weights from, which must lie beside it or in a folder below."""
+    """Return the ONNX file that an engine takes its weights from, which must lie beside it or in a folder below."""
     weights = path.parent / model
     if not weights.resolve().is_relative_to(path.parent.resolve()):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Choose how engines are built, and say what is installed to build them."""
+"""Define the options of engine builds, and find what is installed to build engines."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ PLUGINS = ("python", "native", "none")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How engines are built; what is None is left to the builder.
+    """Options of the engine builder; None leaves one to the builder.
 
     Args:
-        plugins: what computes our ops in a tensorrt engine: "python", also where it is None, embeds the fused kernels
-            (the engine needs nothing else), "native" takes them from `plugin_library`, which the engine needs when it
-            runs too, "none" compiles the ops' bodies, as tensorrt-rtx always does.
-        plugin_library: what `adaattn-plugins build` made.
+        plugins: what computes the custom ops in a tensorrt engine. "python", the default, embeds the fused kernels, and
+            the engine needs nothing else; "native" takes them from `plugin_library`, which is loaded at run time too;
+            "none" compiles the ops' ONNX functions, as tensorrt-rtx always does.
+        plugin_library: the library that `adaattn-plugins build` made.
         compute_capabilities: of tensorrt-rtx, such as "8.9"; None for RTX_COMPUTE_CAPABILITIES.
         workspace: largest scratch memory of the engine, in MiB.
         optimization_level: 0 (build fast) to 5 (run fast).
-        timing_cache: of tensorrt: a file that is read where it exists, and written; the next build is faster by it.
-        version_compatible: later versions of the package shall run the engine.
-        hardware_compatible: of tensorrt: GPUs of other architectures, Ampere and newer, shall run it; without plugins.
-        weight_streaming: weights may stay in host memory where they do not fit the GPU's.
-        strip_weights: leave weights out of the engine; `open_runtime` takes them from the ONNX file.
+        timing_cache: TensorRT's timing cache, a file: read if present, then updated; it makes the next build faster.
+        version_compatible: build a version-compatible engine.
+        hardware_compatible: build a tensorrt engine for all GPUs from Ampere on; needs plugins="none".
+        weight_streaming: stream weights from host memory where they do not fit the GPU's memory.
+        strip_weights: build an engine without weights; `open_runtime` takes them from the ONNX file.
 
     Raises:
         ConfigError: options that do not go together.
@@ -99,11 +99,11 @@ class BuildOptions:
                 )
 
     def given(self) -> list[str]:
-        """Names of the options that are set."""
+        """Return the names of the options that are set."""
         return [each.name for each in fields(self) if getattr(self, each.name) not in (None, False)]
 
     def taken_by(self, target: str) -> BuildOptions:
-        """Those that a target takes."""
+        """Return the options that a target takes."""
         taken = [name for name in self.given() if target in TAKEN_BY.get(name, tuple(PACKAGES))]
         return BuildOptions(**{name: getattr(self, name) for name in taken})
 
@@ -116,7 +116,7 @@ TAKEN_BY = {
 
 
 def installed(target: str) -> bool:
-    """Whether the package of a TensorRT target is here."""
+    """Return whether the package of a TensorRT target is installed."""
     return importlib.util.find_spec(PACKAGES[target]) is not None
 
 
@@ -131,7 +131,7 @@ def compute_capabilities() -> list[str] | None:
 
 
 def versions_found(target: str) -> str:
-    """What there is to build and run engines with, for error messages.
+    """Return the versions of what builds and runs engines here, for error messages.
 
     Example:
         >>> versions_found("tensorrt-rtx")  # doctest: +SKIP

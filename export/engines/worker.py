@@ -1,4 +1,4 @@
-"""The child process that builds and runs engines: `python -m adaattn.export.engines.worker JOB.json`."""
+"""Run as the child process that builds and runs engines: `python -m adaattn.export.engines.worker JOB.json`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from adaattn.system.supervisor import end_with_parent
 
 
 def work(job: Mapping[str, Any]) -> None:
-    """Do a job; its last words are the first error of its log."""
+    """Do a job; an error becomes the last line of its log."""
     try:
         if job["do"] == "build":
             _build(job)
@@ -74,14 +74,14 @@ def _take_plugins(trt: Any, job: Mapping[str, Any]) -> None:
 
 
 def _network_flags(trt: Any) -> int:
-    """Types as the graph has them, which from TensorRT 11 on needs no flag; kernels embedded, not called back."""
+    """Return the flags of a strongly typed network (TensorRT 11 needs none) whose Python plugins are compiled ahead."""
     names = ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")
     flags = [getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in names]
     return sum(1 << int(flag) for flag in flags if flag is not None)
 
 
 def _configure(trt: Any, builder: Any, config: Any, job: Mapping[str, Any]) -> Any:
-    """Set what the job asks for; the timing cache, or None."""
+    """Set the options of a job; return the timing cache, or None."""
 
     def known(holder: Any, name: str, option: str) -> Any:
         found = getattr(holder, name, None)
@@ -128,7 +128,7 @@ def _configure(trt: Any, builder: Any, config: Any, job: Mapping[str, Any]) -> A
 
 
 def _monitor(trt: Any, pipe: int) -> Any:
-    """Writes the builder's progress into a pipe: a line of JSON for each step, its phase and the share that is done."""
+    """Return a monitor that writes the builder's progress into a pipe: a line of JSON for each step."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -187,7 +187,7 @@ def _described(trt: Any, logger: Any, network: Any, serialized: Any, job: Mappin
 
 
 def _ops(trt: Any, logger: Any, serialized: Any, model: str) -> dict[str, str]:
-    """For each node of ours "plugin", "body" or "unknown", by the layers that the engine itself lists."""
+    """Return for each custom op "plugin", "body" or "unknown", by the layers that the engine lists."""
     import onnx
 
     graph = onnx.load(model, load_external_data=False).graph
@@ -249,7 +249,7 @@ def _run(job: Mapping[str, Any]) -> None:
 
 
 def _as(kind: str, x: Any) -> Any:
-    """An input in the engine's type; numpy has no word for bfloat16."""
+    """Return an input in the engine's type; numpy has no bfloat16."""
     if kind != "BF16":
         return x
     import torch

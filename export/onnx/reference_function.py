@@ -27,6 +27,7 @@ class Recorder:
         self.nodes: dict[Any, onnx.NodeProto] = {}
 
     def __call__(self, op: str, *inputs: Value, **attributes: Any) -> Value:
+        """Record an operation, and return its value."""
         key = (op, *(x.name for x in inputs), *((name, repr(value)) for name, value in attributes.items()))
         if key not in self.nodes:
             name = f"{op.lower()}_{len(self.nodes)}"
@@ -53,7 +54,7 @@ class Recorder:
 
 
 class Value:
-    """A value of an ONNX function that answers as a tensor does. A size is a vector of one integer."""
+    """A value of an ONNX function with the methods of a tensor. A size is a vector of one integer."""
 
     device, dtype = None, torch.float32  # of what is computed
 
@@ -109,15 +110,18 @@ class Value:
 
     @property
     def shape(self) -> _Shape:
+        """The sizes."""
         return _Shape(self)
 
     def __getitem__(self, index: Value) -> Value:
         return self.record("Gather", self, index, axis=0)
 
     def index_select(self, dim: int, index: Value) -> Value:
+        """Return rows along a dimension."""
         return self.record("Gather", self, index, axis=dim)
 
     def gather(self, dim: int, index: Value) -> Value:
+        """Return one number along a dimension for each place of an index."""
         return self.record("GatherElements", self, index, axis=dim)
 
     def unbind(self, dim: int) -> list[Value]:
@@ -126,12 +130,15 @@ class Value:
         return [Value(self.record, part.name, integer=True) for part in parts]
 
     def unsqueeze(self, dim: int) -> Value:
+        """Insert a dimension of size 1."""
         return Value(self.record, self.record("Unsqueeze", self, self.record.numbers(dim)).name, integer=self.integer)
 
     def squeeze(self, dim: int) -> Value:
+        """Remove a dimension of size 1."""
         return self.record("Squeeze", self, self.record.numbers(dim))
 
     def expand(self, *sizes: Value | int) -> Value:
+        """Repeat dimensions of size 1 to sizes."""
         return self.record("Expand", self, self.record.vector(sizes))
 
     def repeat_interleave(self, repeats: Value, dim: int) -> Value:
@@ -143,39 +150,50 @@ class Value:
         return self.record("Reshape", grouped, self.record.vector([*before, rows * repeats, *rest]))
 
     def new_full(self, shape: Sequence[int], number: Value) -> Value:
+        """Return a size as a float32 tensor of a shape of ones."""
         return self.record("Reshape", number.to(torch.float32), self.record.numbers(*shape))
 
     def to(self, dtype: torch.dtype) -> Value:
+        """Cast to a type."""
         return self.record("Cast", self, to=_TYPES[dtype])
 
     def sum(self, dim: int) -> Value:
+        """Sum over a dimension."""
         return self._reduced("ReduceSum", dim)
 
     def mean(self, dim: int) -> Value:
+        """Average over a dimension."""
         return self._reduced("ReduceMean", dim)
 
     def amax(self, dim: int) -> Value:
+        """Return the maximum over a dimension."""
         return self._reduced("ReduceMax", dim)
 
     def amin(self, dim: int) -> Value:
+        """Return the minimum over a dimension."""
         return self._reduced("ReduceMin", dim)
 
     def _reduced(self, op: str, dim: int) -> Value:
         return self.record(op, self, self.record.numbers(dim), keepdims=0)
 
     def abs(self) -> Value:
+        """Return the magnitudes."""
         return self.record("Abs", self)
 
     def exp(self) -> Value:
+        """Return the exponentials."""
         return self.record("Exp", self)
 
     def sqrt(self) -> Value:
+        """Return the square roots."""
         return self.record("Sqrt", self)
 
     def square(self) -> Value:
+        """Return the squares."""
         return self * self
 
     def clamp_min(self, least: float) -> Value:
+        """Return the numbers, or a least one."""
         return self.record("Max", self, self._operand(least))
 
 

@@ -1,4 +1,4 @@
-"""The report on the console."""
+"""Print a report on the console."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from adaattn.export.parity.compare import coverage_text
 
 
 def print_report(report: Mapping[str, Any], where: str) -> None:
-    """Print a table of the targets, and why they are not all passed.
+    """Print a table of the targets, and the reasons of those that did not pass.
 
-    Names and reasons come from files and from other packages: none of their characters is markup or a control code.
+    Names and reasons come from files and from other packages, so they are printed as text, never as markup.
 
     Args:
-        where: the rest of the report can be read.
+        where: path of the whole report.
     """
     console = Console(markup=False, emoji=False, highlight=False)
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
@@ -56,7 +56,7 @@ def print_report(report: Mapping[str, Any], where: str) -> None:
         if plans and plans["differ"]:
             console.print(
                 f"{target['name']}: {plans['differ']} of {plans['heads']} plans differ from eager's, "
-                f"{plans['excused']} of them on the edge of their limit"
+                f"{plans['excused']} of them within rounding of their limit"
             )
     for package in report.get("serving", []):  # reports of 0.1.0 have none
         said = f"written; {package['command']}" if package["artifacts"] else "not written: the engine was not built"
@@ -67,7 +67,7 @@ def print_report(report: Mapping[str, Any], where: str) -> None:
 
 
 def _share(row: Mapping[str, Any]) -> float:
-    """How much of its limit an error takes; a limit that is not finite is None in a report."""
+    """Return the error as a share of its limit; a limit that is not finite is None in a report."""
     limit = math.inf if row["limit"] is None else row["limit"]
     return float(row["error"] / max(limit, 1e-300))
 

@@ -1,4 +1,4 @@
-"""The report of an export as one HTML file that opens anywhere: no network, no scripts, figures drawn inside."""
+"""Render the report of an export as one HTML file without scripts or network access, with its figures inside."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Bars = list[tuple[float, float, int]]  # left edge, right edge, count
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as one self-contained HTML page.
+    """Return the report as one self-contained HTML page.
 
     >>> page = render(json.loads(Path("out/report.json").read_text()))  # doctest: +SKIP
 
@@ -81,7 +81,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _without_controls(value: Any) -> Any:
-    """The value with control characters, which HTML forbids, as escapes; lines stay lines."""
+    """Return the value with control characters, which HTML forbids, as escapes; line breaks stay."""
     if isinstance(value, str):
         return "\n".join(map(printable, value.split("\n")))
     if isinstance(value, dict):
@@ -127,7 +127,7 @@ def _of_head(head: dict[str, Any]) -> float:
 
 
 def _sentence(targets: Sequence[dict[str, Any]]) -> str:
-    """Which targets passed, failed, were built but not run, and why."""
+    """Say which targets passed, failed, or were built but not run, and why."""
     passed = [target["name"] for target in targets if target["verdict"] == "passed"]
     parts = [" and ".join(filter(None, (", ".join(passed[:-1]), passed[-1]))) + " passed"] if passed else []
     rest = [target for target in targets if target["verdict"] != "passed"]
@@ -142,7 +142,7 @@ def _sentence(targets: Sequence[dict[str, Any]]) -> str:
 
 
 def _cells(layer: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the plan's table says of each head of a layer."""
+    """Return the cells of the plan's table for the heads of a layer."""
     cells, bounded = [], layer["tolerance"] is not None and bool(layer["measured"])
     lists = (layer[key] or [] for key in ("precision", "rank", "predicted", "measured"))
     for precision, *numbers in zip_longest(*lists):
@@ -156,7 +156,7 @@ def _cells(layer: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _side_by_side(targets: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any] | None]]:
-    """For each output of each case what the targets that ran have of it."""
+    """Return for each output of each case the rows of the targets that ran."""
     ran = [{(row["name"], row["case"]): row for row in target["outputs"] or []} for target in targets]
     names = dict.fromkeys(name for rows in ran for name in rows)
     return {f"{name}, {case}": [rows.get((name, case)) for rows in ran if rows] for name, case in names}
@@ -165,7 +165,7 @@ def _side_by_side(targets: Sequence[dict[str, Any]]) -> dict[str, list[dict[str,
 def _figures(
     targets: Sequence[Any], rows: Sequence[Any], tokens: dict[str, int], calibration: dict[str, Any] | None
 ) -> tuple[list[Markup | None], Markup | None, Markup | None, Markup | None]:
-    """A histogram for each target, the scatter of heads, errors over lengths, energies of a calibration; or None."""
+    """Draw a histogram for each target, the scatter of heads, errors over lengths, and energies of a calibration."""
     import matplotlib  # slow to import, and only a report needs it
 
     with matplotlib.rc_context():
@@ -229,7 +229,7 @@ def _scatter(rows: Sequence[Any]) -> Markup | None:
 
 
 def _lengths(targets: Sequence[Any], tokens: dict[str, int]) -> Markup | None:
-    """The worst error of an output at each length, of each target, of eager PyTorch, and what was allowed."""
+    """Draw the worst error of an output at each length, of each target and of eager PyTorch, and the limit."""
     lines: dict[str, dict[int, float]] = {}
     for target in targets:
         for row in target["outputs"] or []:
@@ -255,7 +255,7 @@ def _lengths(targets: Sequence[Any], tokens: dict[str, int]) -> Markup | None:
 
 
 def _energy(layers: Sequence[dict[str, Any]]) -> Markup | None:
-    """The share of energy that is left beyond each rank, a line a layer, before and after a calibration."""
+    """Draw the share of energy beyond each rank, one line a layer, before and after a calibration."""
     if not any(0 < _float(share) < math.inf for layer in layers for each in layer["beyond"] for share in each):
         return None
     figure, axes = _axes(4.6, 3.2)
@@ -272,7 +272,7 @@ def _energy(layers: Sequence[dict[str, Any]]) -> Markup | None:
 
 
 def _svg(figure: Figure, name: str) -> Markup:
-    """The figure as an element of the page, in the page's colours, its ids its own."""
+    """Return the figure as an element of the page, in the page's colours and with unique ids."""
     for axes in figure.axes:
         axes.minorticks_off()  # of logarithmic axes: they cost more time than all else
     buffer = io.StringIO()

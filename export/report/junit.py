@@ -10,7 +10,7 @@ from adaattn.command_line import printable
 
 
 def junit_xml(report: Mapping[str, Any]) -> bytes:
-    """The report in the form that CI servers read. XML knows no control characters: they are written as escapes."""
+    """Return the report as JUnit XML, with control characters, which XML forbids, as escapes."""
     root = ElementTree.Element("testsuites", name="adaattn-parity")
     for target in report["targets"]:
         suite = ElementTree.SubElement(root, "testsuite", name=printable(target["name"]))

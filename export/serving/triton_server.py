@@ -1,4 +1,4 @@
-"""What other servers want beside a model: ONNX Runtime's TensorRT provider and Triton Inference Server."""
+"""Write a model repository of Triton Inference Server."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def triton_repository(
 
 
 def triton_command(build: BuildOptions) -> str:
-    """How to start the server on the repository, in the folder of the export.
+    """Return the command that starts the server on the repository, in the folder of the export.
 
     Example:
         >>> triton_command(BuildOptions())
@@ -64,7 +64,7 @@ def triton_command(build: BuildOptions) -> str:
 
 
 def _link(source: Path, to: Path) -> Path:
-    """A second name of a file, a copy where the disk has no such thing."""
+    """Link a file, or copy it where the file system has no hard links."""
     try:
         os.link(source, to)
     except OSError:
@@ -88,7 +88,7 @@ def _config(name: str, graph: Any, dims: Mapping[str, Dimension], backend: str, 
 
 
 def _batches(graph: Any, dims: Mapping[str, Dimension], profiles: Sequence[Profile]) -> list[Dimension]:
-    """Sizes of the dimension along which requests may be joined, for each profile; none where they may not."""
+    """Return the sizes of the batch dimension for each profile; none where requests cannot be batched."""
     shapes = [x.type.tensor_type.shape.dim for x in (*graph.input, *graph.output)]
     first = {shape[0].dim_param if shape else "" for shape in shapes}
     batch = dims.get(first.pop()) if len(first) == 1 else None
@@ -101,17 +101,17 @@ def _batches(graph: Any, dims: Mapping[str, Dimension], profiles: Sequence[Profi
 
 def _tensor(kind: str, tensor: Any, batched: bool) -> str:
     sizes = [dim.dim_value or -1 for dim in tensor.type.tensor_type.shape.dim][1 if batched else 0 :]
-    # The server knows no tensor without dimensions.
+    # The server has no tensors without dimensions.
     shape = f"dims: [ {', '.join(map(str, sizes))} ]" if sizes else "dims: [ 1 ] reshape: { shape: [ ] }"
     word = onnx.TensorProto.DataType.Name(tensor.type.tensor_type.elem_type)
     return f'{kind} [ {{ name: "{_escape(tensor.name)}" data_type: TYPE_{_TYPES.get(word, word)} {shape} }} ]'
 
 
 def _escape(text: str) -> str:
-    """A string of protobuf's text format: a quotation mark in a name would begin another field."""
+    """Return a string in protobuf's text format, in which a quotation mark in a name would end the field."""
     escaped: str = CEscape(text.encode(errors="surrogateescape"), as_utf8=False)
     return escaped
 
 
 _TYPES = {"FLOAT": "FP32", "FLOAT16": "FP16", "DOUBLE": "FP64", "BFLOAT16": "BF16"}
-"""The server's words for types, where they are not ONNX's."""
+"""Triton's names of types, where they differ from ONNX's."""

@@ -1,6 +1,6 @@
 """Run the artifacts of an export and compare them with its golden results: in the export itself, and where they went.
 
-Nothing here needs torch, or the model: `check` gives on the machine of deployment the verdict that the export gave.
+Nothing here needs torch or the model: `verify_export` repeats the export's verdict on the machine of deployment.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def compare_inside(path: Path, run: backends.OnnxRuntimeBackend, trace: GoldenCa
 
 
 def _inside(folder: Path, run: backends.OnnxRuntimeBackend, reason: str | None) -> dict[str, Any]:
-    """The verdict of the values inside the graph on the small case, where the outputs say nothing."""
+    """Return the verdict on the values inside the graph in the small case, where the outputs prove nothing."""
     file = as_exported(folder, "trace.npz") if (folder / MARKER).is_file() else folder / "trace.npz"
     if not file.is_file():
         return {}
@@ -93,7 +93,7 @@ def verify_export(
     on_backend: Callable[[str], None] = lambda name: None,
     plugin_library: Path | None = None,
 ) -> dict[str, Any]:
-    """The report of an export's artifacts as they run on this machine.
+    """Run an export's artifacts on this machine and return the report.
 
     Args:
         folder: that `adaattn-export` made; its golden.npz says what is right.
@@ -102,10 +102,11 @@ def verify_export(
         plugin_library: for an engine that was built with plugins="native".
 
     Returns:
-        What `report.json` holds, a target a backend; it fails where one failed or none could run.
+        The content of `report.json` with a target for each backend; its verdict is "failed" where a backend failed or
+        none could run.
 
     Example:
-        >>> check(Path("model-export"), ["ort-cpu"])["verdict"]  # doctest: +SKIP
+        >>> verify_export(Path("model-export"), ["ort-cpu"])["verdict"]  # doctest: +SKIP
         'passed'
 
     Raises:
@@ -152,9 +153,9 @@ def withhold(targets: Sequence[TargetResult], unproven: Sequence[str]) -> list[T
 
 
 def _served(path: Path, goldens: Sequence[GoldenCase]) -> tuple[list[GoldenCase], list[str]]:
-    """The cases that a backend takes, and the names of the others; only engines are choosy.
+    """Return the cases that a backend takes, and the names of the others, whose shapes no profile of an engine takes.
 
-    Each forced plan takes another engine: only that of fp32, where the rule is sharp, is worth it.
+    A forced plan needs an engine with that plan: only the one of fp32, where limits are tight, is built.
     """
     if not description.sidecar(path).exists():
         return list(goldens), []
