@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adaattn.attention.base import AttentionBase, PlannedAttention, check_tokens
 from adaattn.attention.kinds import ATTENTION
 from adaattn.checks import as_bool, as_int, as_names
-from adaattn.planning.budget import Budget
+from adaattn.planning.budget import as_tolerance
 
 
 class EncoderLayer(nn.Module):
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         self.embed_dim = as_int("embed_dim", embed_dim, "a width of at least 1")
         self.num_heads = as_int("num_heads", num_heads, "a number of heads of at least 1")
         self.causal = as_bool("causal", causal)
-        self.tolerance = None if tolerance is None else Budget(tolerance).tolerance
+        self.tolerance = None if tolerance is None else as_tolerance(tolerance)
         self.stack = nn.ModuleList(EncoderLayer(self._attention(name)) for name in self.layers)
         self.norm = nn.LayerNorm(self.embed_dim)
 

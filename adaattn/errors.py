@@ -44,3 +44,9 @@ class TargetError(ExportError):
 def _visible(character: str) -> str:
     """A line break as a space; other characters that a terminal or a decoder would act on as an escape sequence."""
     return " " if character.isspace() else character.encode("unicode_escape").decode()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

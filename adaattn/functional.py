@@ -1,8 +1,8 @@
-"""Attention under an error budget as one call, and the two roads that the modules take."""
+"""Compute attention within an error budget in one call, and in the steps that the modules share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,8 +22,6 @@ from adaattn.planning.error_model import Moments, Plan
 from adaattn.planning.ladder import ladder_table_for
 from adaattn.planning.precision import PRECISIONS
 from adaattn.tensor_checks import check_tensor
-
-PlanMaker = Callable[[Moments, Moments, Moments], Plan]
 
 _as_exported = False
 
@@ -102,34 +100,46 @@ def adaptive_attention(
         raise ShapeError(f"query has {query.shape[1]} heads and key {key.shape[1]}; pass enable_gqa=True to share keys")
     scale = as_scale(scale, query.shape[-1])
     table = ladder_table_for(budget, query.shape[-1], query.device)
+    with torch.no_grad():  # a decision has no gradient
+        moments = operand_moments(query, key, value, attn_mask, impl)
+        plan = plan_within(budget, table, *moments, scale, impl)
+    return attend_by_plan(query, key, value, moments, plan, attn_mask, is_causal, scale, impl)
 
-    def make_plan(q: Moments, k: Moments, v: Moments) -> Plan:
-        return plan_within(budget, table, q, k, v, scale, impl)
 
-    return planned_attention(query, key, value, attn_mask, is_causal, scale, make_plan, impl)[0]
+def operand_moments(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, impl: str = "auto"
+) -> tuple[Moments, Moments, Moments]:
+    """Return the moments of query, key (centred) and value that a plan is made from.
+
+    Args:
+        query, key, value: (B, H, S, D), already checked.
+        attn_mask: with four axes; keys that no query attends to do not count.
+    """
+    keys = attended_keys(attn_mask, key.shape[1])
+    return (
+        Moments(*moments_op(query, None, False, impl)),
+        Moments(*moments_op(key, keys, True, impl)),
+        Moments(*moments_op(value, keys, False, impl)),
+    )
 
 
-def planned_attention(
+def attend_by_plan(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    moments: tuple[Moments, Moments, Moments],
+    plan: Plan,
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
-    make_plan: PlanMaker,
     impl: str = "auto",
-) -> tuple[Tensor, Plan]:
-    """Statistics, plan, attention: operands (B, H, S, D) and a mask of four axes, already checked."""
-    with torch.no_grad():  # a decision has no gradient
-        keys = attended_keys(attn_mask, key.shape[1])
-        q = Moments(*moments_op(query, None, False, impl))
-        k = Moments(*moments_op(key, keys, True, impl))
-        v = Moments(*moments_op(value, keys, False, impl))
-        plan = make_plan(q, k, v)
-    output = attention_op(
+) -> Tensor:
+    """Return attention in which each head follows its plan, from operands and their `operand_moments`."""
+    _, k, v = moments
+    output: Tensor = attention_op(
         query, key, value, k.mean, v.channel_peak, plan.precision, plan.rank, attn_mask, scale, is_causal, impl
     )
-    return output, plan
+    return output
 
 
 def dense_attention(

@@ -1,39 +1,34 @@
-"""What an attention mask says about keys and queries. Masks are boolean (True attends) or added to the scores."""
+"""Bring attention masks into one form, and read from them which keys are attended to."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from adaattn.errors import ShapeError
-from adaattn.tensor_checks import check_mask_dtype, check_tensor
+from adaattn.tensor_checks import check_mask
 
 
-def expand_mask(mask: Tensor, batch: int, heads: int, queries: int, keys: int) -> Tensor:
-    """A module's mask as (B or 1, H or 1, Sq or 1, Sk): axes are added, nothing is copied.
+def expand_mask(
+    mask: Tensor, batch: int, heads: int, queries: int, keys: int, device: torch.device | None = None
+) -> Tensor:
+    """Return a module's mask as (B or 1, H or 1, Sq or 1, Sk or 1), without copying it.
 
     Args:
         mask: (batch, keys), (batch, queries, keys) or (batch, heads, queries, keys).
 
     Raises:
-        ShapeError, DtypeError: a mask of another shape or type.
+        ShapeError, DtypeError, DeviceError: a mask of another shape, of another type, or on another device.
     """
-    check_tensor("attention_mask", mask)
-    check_mask_dtype("attention_mask", mask)
-    shapes = {2: (batch, keys), 3: (batch, queries, keys), 4: (batch, heads, queries, keys)}
-    want = shapes.get(mask.dim())
-    if want is None or any(got != size and got != 1 for got, size in zip(mask.shape, want, strict=True)):
-        raise ShapeError(
-            f"attention_mask has shape {tuple(mask.shape)}; expected (batch, keys) = {shapes[2]}, "
-            f"(batch, queries, keys) = {shapes[3]} or (batch, heads, queries, keys) = {shapes[4]}"
-        )
+    of_keys, scores = {"batch": batch, "keys": keys}, {"batch": batch, "queries": queries, "keys": keys}
+    of_heads = {"batch": batch, "heads": heads, "queries": queries, "keys": keys}
+    check_mask("attention_mask", mask, of_keys, scores, of_heads, device=device)
     if mask.dim() == 2:
         return mask[:, None, None, :]
     return mask.unsqueeze(1) if mask.dim() == 3 else mask
 
 
 def attended_keys(mask: Tensor | None, kv_heads: int) -> Tensor | None:
-    """Which keys any query attends to, boolean (B or 1, Hk or 1, Sk), or None for all: the tokens statistics count.
+    """Return the keys that any query attends to, boolean (B or 1, Hk or 1, Sk), or None for all.
 
     A key that an additive mask puts more than 100 below the best of its row has a probability under e⁻¹⁰⁰: none.
     """
@@ -46,5 +41,5 @@ def attended_keys(mask: Tensor | None, kv_heads: int) -> Tensor | None:
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Boolean (Sq, Sk): query i attends to keys j ≤ i."""
+    """Return a boolean mask (Sq, Sk) by which query i attends to keys j ≤ i."""
     return torch.arange(keys, device=device) <= torch.arange(queries, device=device).unsqueeze(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,38 @@ def check_device(name: str, x: Tensor, device: torch.device, other: str = "query
         raise DeviceError(f"{name} is on {x.device} and {other} on {device}; move them to one device")
 
 
-def check_mask_dtype(name: str, mask: Tensor) -> None:
-    """Raise DtypeError where a mask is neither boolean nor of one of `FLOATS`."""
-    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
+def check_mask(
+    name: str,
+    mask: Tensor,
+    *shapes: Mapping[str, int],
+    device: torch.device | None = None,
+    true: str = "attends",
+    additive: bool = True,
+    broadcasts: bool = True,
+) -> None:
+    """Raise an error where a mask has another type, shape or device than attention takes.
+
+    Args:
+        shapes: that it may have, one for each number of dimensions, as sizes by the names of the dimensions.
+        device: where it must be; None where that is checked elsewhere.
+        true: what True means, for the message.
+        additive: whether a floating-point mask, added to the scores, is accepted too.
+        broadcasts: whether a size of 1 is accepted for any size.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: the mask does not fit.
+    """
+    check_tensor(name, mask)
+    if mask.dtype != torch.bool and not (additive and mask.dtype in FLOATS):
+        other = ", or float32, float16, bfloat16 or float64 to add to the scores" if additive else ""
         raise DtypeError(
-            f"{name} is {mask.dtype}; give bool, True where a query attends (mask.bool() for a mask of ones and "
-            "zeros), or float32, float16, bfloat16 or float64 to be added to the scores"
+            f"{name} is {mask.dtype}; give bool, True where a token {true} "
+            f"(mask.bool() for a mask of ones and zeros){other}"
         )
+    want = next((tuple(shape.values()) for shape in shapes if len(shape) == mask.dim()), None)
+    if want is None or any(n != size and not (broadcasts and n == 1) for n, size in zip(mask.shape, want, strict=True)):
+        expected = " or ".join(f"({', '.join(shape)}) = {tuple(shape.values())}" for shape in shapes)
+        one = ", or 1 for any size" if broadcasts else ""
+        raise ShapeError(f"{name} has shape {tuple(mask.shape)}; expected {expected}{one}")
+    if device is not None:
+        check_device(name, mask, device)

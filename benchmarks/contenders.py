@@ -71,7 +71,7 @@ def inputs(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
 
 def planned(setting: Setting, precision: str, low_rank_heads: float) -> tuple[Run, Shares]:
     """Ours at a fixed plan: some of the heads at half the rank."""
-    from adaattn.functional import planned_attention
+    from adaattn.functional import attend_by_plan, operand_moments
     from adaattn.planning.error_model import Plan
     from adaattn.planning.precision import PRECISIONS
 
@@ -80,29 +80,28 @@ def planned(setting: Setting, precision: str, low_rank_heads: float) -> tuple[Ru
     rank = torch.full_like(code, setting.head_dim)
     few = round(low_rank_heads * setting.heads)
     rank[:, :few] = setting.head_dim // 2
+    plan = Plan(code, rank, torch.zeros(shape, device=DEVICE))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        make_plan = lambda *_: Plan(code, rank, None)  # noqa: E731
-        return planned_attention(q, k, v, None, setting.causal, setting.scale, make_plan, "triton")[0]
+        with torch.no_grad():
+            moments = operand_moments(q, k, v, None, "triton")
+        return attend_by_plan(q, k, v, moments, plan, None, setting.causal, setting.scale, "triton")
 
     whole = {(precision, setting.head_dim): 1 - few / setting.heads}
     return run, whole | ({(precision, setting.head_dim // 2): few / setting.heads} if few else {})
 
 
 def plan_of_budget(setting: Setting, tolerance: float, qkv: tuple[Tensor, Tensor, Tensor]) -> Any:
-    from adaattn import ops
+    from adaattn.functional import operand_moments
     from adaattn.ops.plan.api import plan_within
     from adaattn.planning.budget import Budget
     from adaattn.planning.ladder import ladder_table_for
 
     q, k, v = qkv
-    table = ladder_table_for(Budget(tolerance), setting.head_dim, q.device)
-    moments = (
-        ops.token_moments(q, impl="triton"),
-        ops.token_moments(k, center=True, impl="triton"),
-        ops.token_moments(v, impl="triton"),
-    )
-    return plan_within(Budget(tolerance), table, *moments, setting.scale, "triton")
+    budget = Budget(tolerance)
+    table = ladder_table_for(budget, setting.head_dim, q.device)
+    moments = operand_moments(q, k, v, None, "triton")
+    return plan_within(budget, table, *moments, setting.scale, "triton")
 
 
 def within(setting: Setting, tolerance: float) -> tuple[Run, Shares]:

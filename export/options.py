@@ -23,7 +23,7 @@ from adaattn.errors import ConfigError
 from adaattn.export.engines import options as engine_options
 from adaattn.export.onnx import lower
 from adaattn.input_spec import Dimension
-from adaattn.planning.budget import Budget
+from adaattn.planning.budget import as_tolerance
 
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 SERVERS = ("triton", "onnxruntime")
@@ -87,7 +87,7 @@ class Options:
         if self.dtype is not None:
             as_choice("dtype", self.dtype, DTYPES)
         if self.tolerance is not None:
-            object.__setattr__(self, "tolerance", Budget(self.tolerance).tolerance)
+            object.__setattr__(self, "tolerance", as_tolerance(self.tolerance))
         if self.external_data_threshold is not None:
             as_int("external_data_threshold", self.external_data_threshold, "bytes, 0 or more", least=0)
         for name in ("emit_plan", "verify", "force"):

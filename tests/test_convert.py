@@ -487,8 +487,16 @@ def test_bad_options_say_what_was_expected(options: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"key_padding_mask": torch.zeros(3, 5, dtype=torch.bool)}, ShapeError, r"\(3, 5\); expected \(2, 5\)"),
-        ({"attn_mask": torch.zeros(2, 5, 5, dtype=torch.bool)}, ShapeError, r"\(5, 5\) or \(8, 5, 5\)"),
+        (
+            {"key_padding_mask": torch.zeros(3, 5, dtype=torch.bool)},
+            ShapeError,
+            r"\(3, 5\); expected \(batch, keys\) = \(2, 5\)",
+        ),
+        (
+            {"attn_mask": torch.zeros(2, 5, 5, dtype=torch.bool)},
+            ShapeError,
+            r"\(5, 5\) or \(batch·heads, queries, keys\) = \(8, 5, 5\)",
+        ),
         ({"attn_mask": torch.zeros(5, 5, dtype=torch.int64)}, DtypeError, "attn_mask is torch.int64; give bool"),
         ({"key": torch.zeros(5, WIDTH)}, ShapeError, "3, 2 and 3 axes"),
         ({"query": torch.nested.nested_tensor([torch.zeros(5, WIDTH)] * 2, layout=torch.jagged)}, ShapeError, "nested"),

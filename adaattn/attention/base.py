@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaattn.checks import as_bool, as_float, as_int, described
-from adaattn.errors import ConfigError, DeviceError, DtypeError, ShapeError
-from adaattn.functional import planned_attention
+from adaattn.errors import ConfigError, DeviceError, DtypeError, ShapeError, first_line
+from adaattn.functional import attend_by_plan, operand_moments
 from adaattn.heads import per_query_head
 from adaattn.masks import expand_mask
 from adaattn.ops.adaptive_attention.impl.reference import attention_weights
 from adaattn.ops.plan.api import plan_within
-from adaattn.planning.budget import POLICIES, Budget, resolve_tolerance
+from adaattn.planning.budget import POLICIES, Budget, as_tolerance, resolve_tolerance
 from adaattn.planning.error_model import Moments, Plan
 from adaattn.planning.ladder import ladder_table_for
 from adaattn.planning.precision import PRECISIONS
@@ -74,7 +74,7 @@ class AttentionBase(nn.Module, ABC):
         except (RuntimeError, MemoryError) as error:  # of sizes that no memory holds
             raise ConfigError(
                 f"weights for embed_dim {embed_dim}, kdim {self.kdim}, vdim {self.vdim} cannot be made: "
-                f"{(str(error) or type(error).__name__).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
 
     def forward(
@@ -109,8 +109,7 @@ class AttentionBase(nn.Module, ABC):
         batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
         mask = attention_mask
         if mask is not None:
-            mask = expand_mask(mask, batch, self.num_heads, queries, keys)
-            check_device("attention_mask", mask, query.device)
+            mask = expand_mask(mask, batch, self.num_heads, queries, keys, query.device)
         q, k, v = self._project(query, key, value)
         weights: Tensor | None
         if self.training and self.dropout > 0:
@@ -195,7 +194,7 @@ class PlannedAttention(AttentionBase):
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, causal, bias, kdim, vdim, num_kv_heads)
         if tolerance is not None and policy is None:
-            tolerance = Budget(tolerance).tolerance
+            tolerance = as_tolerance(tolerance)
         self.tolerance, self.policy = tolerance, policy
         resolve_tolerance(tolerance, policy)
         checked = Budget(POLICIES["balanced"], safety, precisions, self.low_rank)
@@ -222,7 +221,7 @@ class PlannedAttention(AttentionBase):
         Raises:
             ConfigError: the tolerance is out of range, or the module's plan is fixed.
         """
-        self.tolerance, self.policy = Budget(tolerance).tolerance, None
+        self.tolerance, self.policy = as_tolerance(tolerance), None
 
     def _plan_within(self, budget: Budget, q: Moments, k: Moments, v: Moments) -> Plan:
         table = ladder_table_for(budget, self.head_dim, q.token_peak.device)
@@ -233,16 +232,15 @@ class PlannedAttention(AttentionBase):
         """The plan of each head, from the moments of q, k (centred) and v; dtype is theirs."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        def make_plan(q_moments: Moments, k_moments: Moments, v_moments: Moments) -> Plan:
-            return self._make_plan(q_moments, k_moments, v_moments, q.dtype)
-
-        output, plan = planned_attention(q, k, v, mask, self.causal, self.scale, make_plan)
+        with torch.no_grad():  # a decision has no gradient
+            moments = operand_moments(q, k, v, mask)
+            plan = self._make_plan(*moments, q.dtype)
+        output = attend_by_plan(q, k, v, moments, plan, mask, self.causal, self.scale)
         if not torch.compiler.is_exporting() and q.shape[0] and not q.is_meta:
             self._record(plan)
         return output, plan.rank
 
     def _record(self, plan: Plan) -> None:
-        assert plan.predicted_error is not None
         self._move_statistics(plan.rank.device)
         place = plan.precision * (self.head_dim + 1) + plan.rank
         self._plan_counts.view(self.num_heads, -1).scatter_add_(

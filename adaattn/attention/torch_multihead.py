@@ -5,13 +5,15 @@ Masks mean here what they mean in torch: True shuts a key out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from adaattn.attention.base import AttentionBase
 from adaattn.checks import as_bool, check_instance
-from adaattn.errors import ConfigError, DtypeError, ShapeError
-from adaattn.tensor_checks import FLOATS, check_device, check_tensor
+from adaattn.errors import ConfigError, ShapeError
+from adaattn.tensor_checks import check_device, check_mask, check_tensor
 
 
 class MultiheadAttention(nn.Module):
@@ -101,6 +103,11 @@ class MultiheadAttention(nn.Module):
         return output if self.batch_first else output.transpose(0, 1), weights
 
 
+def _check(name: str, mask: Tensor, *shapes: Mapping[str, int]) -> None:
+    """Check a mask in torch's convention, which does not broadcast."""
+    check_mask(name, mask, *shapes, true="is masked", broadcasts=False)
+
+
 def merge_masks(
     key_padding_mask: Tensor | None, attn_mask: Tensor | None, scores: tuple[int, int, int, int], dtype: torch.dtype
 ) -> Tensor | None:
@@ -118,10 +125,11 @@ def merge_masks(
     batch, heads, queries, keys = scores
     masks = []
     if key_padding_mask is not None:
-        _check("key_padding_mask", key_padding_mask, {2: (batch, keys)})
+        _check("key_padding_mask", key_padding_mask, {"batch": batch, "keys": keys})
         masks.append(key_padding_mask[:, None, None, :])
     if attn_mask is not None:
-        _check("attn_mask", attn_mask, {2: (queries, keys), 3: (batch * heads, queries, keys)})
+        scores_of_heads = {"batch·heads": batch * heads, "queries": queries, "keys": keys}
+        _check("attn_mask", attn_mask, {"queries": queries, "keys": keys}, scores_of_heads)
         masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads)))
     if not masks:
         return None
@@ -133,11 +141,3 @@ def merge_masks(
         for mask in masks
     ]
     return added[0] if len(added) == 1 else added[0] + added[1]
-
-
-def _check(name: str, mask: Tensor, shapes: dict[int, tuple[int, ...]]) -> None:
-    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
-        raise DtypeError(f"{name} is {mask.dtype}; give bool, True where a key is shut out, or a float that is added")
-    if tuple(mask.shape) != shapes.get(mask.dim()):
-        expected = " or ".join(str(shape) for shape in shapes.values())
-        raise ShapeError(f"{name} has shape {tuple(mask.shape)}; expected {expected}")

@@ -36,12 +36,9 @@ class Budget:
     low_rank: bool = True
 
     def __post_init__(self) -> None:
-        for name, wanted in (
-            ("tolerance", "a relative error above 0, such as 1e-2"),
-            ("safety", "a factor above 0, usually 1 to 2"),
-        ):
-            number = as_float(name, getattr(self, name), wanted, lambda x: 0 < x < float("inf"))
-            object.__setattr__(self, name, number)
+        object.__setattr__(self, "tolerance", as_tolerance(self.tolerance))
+        wanted = "a factor above 0, usually 1 to 2"
+        object.__setattr__(self, "safety", as_float("safety", self.safety, wanted, lambda x: 0 < x < float("inf")))
         object.__setattr__(self, "precisions", as_names("precisions", self.precisions, PRECISIONS))
         object.__setattr__(self, "low_rank", as_bool("low_rank", self.low_rank))
 
@@ -49,6 +46,16 @@ class Budget:
     def limit(self) -> float:
         """Largest predicted error that is accepted."""
         return self.tolerance / self.safety
+
+
+def as_tolerance(tolerance: float) -> float:
+    """Return an accepted relative error as a float.
+
+    Raises:
+        ConfigError: it is not a number above 0.
+    """
+    wanted = "a relative error above 0, such as 1e-2"
+    return as_float("tolerance", tolerance, wanted, lambda x: 0 < x < float("inf"))
 
 
 def resolve_tolerance(tolerance: float | None, policy: str | None) -> float | None:

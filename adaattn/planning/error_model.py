@@ -44,14 +44,11 @@ def for_query_heads(x: Moments, query: Moments) -> Moments:
 
 
 class Plan(NamedTuple):
-    """Precision code (int32), rank (int32) and predicted error (float32) of each head, all of shape (B, H).
-
-    The error of a plan that no budget made is left out of exported programs: nothing there reads it.
-    """
+    """Precision code (int32), rank (int32) and predicted error (float32) of each head, all of shape (B, H)."""
 
     precision: Tensor
     rank: Tensor
-    predicted_error: Tensor | None
+    predicted_error: Tensor
 
 
 def energy(query: Moments, key: Moments, scale: float) -> Tensor:
@@ -98,8 +95,8 @@ def noise(query: Moments, key: Moments, value: Moments, scale: float) -> Tensor:
 
 def plan_of(precision: Tensor, rank: Tensor, query: Moments, key: Moments, value: Moments, scale: float) -> Plan:
     """The plan that a given precision and rank (B, H) make, with its predicted error."""
-    if torch.compiler.is_exporting():
-        return Plan(precision, rank, None)
+    if torch.compiler.is_exporting():  # nothing in a program reads the error; tracing its formula would take a second
+        return Plan(precision, rank, torch.full_like(rank, torch.inf, dtype=torch.float32))
     dims = torch.arange(query.second_moment.shape[-1], device=rank.device)
     tail = torch.where(dims >= rank.unsqueeze(-1), energy(query, key, scale), 0).sum(-1)
     rounding = noise(query, key, value, scale).gather(-1, precision.long().unsqueeze(-1)).squeeze(-1)

@@ -400,8 +400,6 @@ def _head_errors(
     size = exact.square().mean(dim=(2, 3)).sqrt()
     predicted = plan_of(precision, rank, q, k, v, scale).predicted_error
     rounding = plan_of(precision, torch.full_like(rank, query.shape[3]), q, k, v, scale).predicted_error
-    assert predicted is not None
-    assert rounding is not None
     # Where a head attends to nothing there is nothing to round, and the model divides by next to nothing.
     predicted, rounding = (torch.where(size > 0, x, 0) for x in (predicted, rounding))
     return HeadErrors(query.shape[3], predicted, rounding, torch.where(size > 0, difference / size, difference))

@@ -198,7 +198,7 @@ def _weights_in(folder: Path) -> int:
 
 
 def _own_attention(architecture: type, version: str) -> str:
-    return f"{architecture.__name__} of {version} computes attention by itself and calls no other; {ELSE}"
+    return f"{architecture.__name__} of {version} does not dispatch through transformers' AttentionInterface; {ELSE}"
 
 
 @contextmanager

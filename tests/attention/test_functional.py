@@ -118,7 +118,11 @@ BAD: list[tuple[dict[str, Any], type[AdaAttnError], str]] = [
         "query has 4 heads and key 3",
     ),
     ({"attn_mask": torch.zeros(SQ, SK).long()}, DtypeError, "attn_mask is torch.int64; give bool"),
-    ({"attn_mask": torch.zeros(SQ, SK + 1)}, ShapeError, r"attn_mask has shape .* broadcasts to \(2, 4, 17, 19\)"),
+    (
+        {"attn_mask": torch.zeros(SQ, SK + 1)},
+        ShapeError,
+        r"attn_mask has shape .*keys\) = \(2, 4, 17, 19\), or 1 for any size",
+    ),
     ({"attn_mask": torch.zeros(1, B, H, SQ, SK)}, ShapeError, "attn_mask has shape"),
 ]
 
@@ -162,7 +166,7 @@ def test_bad_plans_say_what_was_expected(change: dict[str, Any], kind: type[AdaA
     ],
 )
 def test_bad_moments_say_what_was_expected(x: Tensor, mask: Tensor | None, kind: type[AdaAttnError]) -> None:
-    with pytest.raises(kind, match="expected"):
+    with pytest.raises(kind, match=r"expected|give bool"):
         ops.token_moments(x, mask)
 
 

@@ -285,7 +285,7 @@ def test_whole_models_are_refused() -> None:
         capped(**inputs("gemma2", 1, 5))
     # Its code adds the mask to the scores by itself.
     alone = hf.AutoModel.from_config(hf.MPNetConfig(**architectures.SIZES), attn_implementation="adaattn")
-    with pytest.raises(ConfigError, match="modeling_mpnet of this transformers computes attention by itself"):
+    with pytest.raises(ConfigError, match="modeling_mpnet of this transformers does not dispatch through"):
         alone(**inputs("mpnet", 1, 5))
 
 
@@ -323,9 +323,9 @@ def test_a_model_that_attends_by_itself_takes_no_tolerance() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     config = hf.DebertaV2Config(vocab_size=99, **sizes)
     model = hf.AutoModel.from_config(config, attn_implementation="adaattn")
-    with pytest.raises(ConfigError, match="DebertaV2Model computes attention by itself and calls no other"):
+    with pytest.raises(ConfigError, match="DebertaV2Model does not dispatch through"):
         set_tolerance(model, 1e-2)
-    assert set(find_projections(model).values()) == {"it computes attention by itself, and calls no other"}
+    assert set(find_projections(model).values()) == {"it does not dispatch through transformers' AttentionInterface"}
 
 
 def test_a_model_typed_into_a_shell_is_calibrated(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from adaattn.errors import ConfigError
 from adaattn.export import Options, export
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import options as engine_options
+from adaattn.export.engines.description import read_engine_info, sidecar
 from adaattn.export.parity import compare, criterion, golden_case
 from adaattn.export.verification import backends, graph_copies
 from adaattn.export.verification.verify import verify_export
 from adaattn.planning.precision import PRECISIONS
+from tests.support.engine_files import described
 
 WIDTH, HEADS = 32, 4
 INPUTS = dict.fromkeys(("query", "key", "value"), f"B,S,{WIDTH}")
@@ -78,12 +81,14 @@ def test_the_copy_with_constant_plans_builds_as_an_engine(adaptive: Path, tmp_pa
     copy = graph_copies.exact_copy(model / "model.onnx", tmp_path / "exact.onnx")
     profile = dict.fromkeys(INPUTS, ((1, 1, WIDTH), (1, 17, WIDTH), (1, 33, WIDTH)))
     options = engine_options.BuildOptions(compute_capabilities=("8.9",), optimization_level=0)
-    about = engine_build.engine_from_onnx(copy, "tensorrt-rtx", tmp_path / "exact.engine", [profile], options)
-    assert about["inputs"]
+    info = engine_build.engine_from_onnx(copy, "tensorrt-rtx", tmp_path / "exact.engine", [profile], options)
+    assert info.inputs
 
 
 def test_an_engine_runs_with_plans_of_its_own_or_with_exact_ones(adaptive: Path, tmp_path: Path) -> None:
-    run = backends.EngineBackend(adaptive / "tensorrt.engine", tmp_path / "log", {"target": "tensorrt", "options": {}})
+    engine = tmp_path / "tensorrt.engine"
+    sidecar(engine).write_text(json.dumps(described()))
+    run = backends.EngineBackend(engine, tmp_path / "log", read_engine_info(engine))
     case = next(case for case in golden_case.load(adaptive / "golden.npz") if case.forced)
     with pytest.raises(backends.TargetError, match="no engine has plans that are forced to fp32"):
         run(case)

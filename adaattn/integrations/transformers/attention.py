@@ -46,7 +46,7 @@ def attention_mask(sdpa_mask: Any, *arguments: Any, **options: Any) -> Tensor | 
 
 
 def _check_code(config: type) -> None:
-    """Raises ConfigError where a model computes attention by itself: it would take our mask and never call us.
+    """Raise ConfigError where a model does not dispatch through AttentionInterface: it would take the mask alone.
 
     Transformers asks no model whether its code calls the registered function. Its own test, before an implementation is
     changed, is to look for the call beside the attention classes, as here.
@@ -58,8 +58,8 @@ def _check_code(config: type) -> None:
         own = [cls for cls in vars(code).values() if isinstance(cls, type) and cls.__module__ == name]
         if any("Attention" in cls.__name__ and cls.__base__ is nn.Module for cls in own):
             raise ConfigError(
-                f"{name.rpartition('.')[2]} of this transformers computes attention by itself and calls no other; use "
-                'attn_implementation="eager" for its models, or a newer transformers'
+                f"{name.rpartition('.')[2]} of this transformers does not dispatch through transformers' "
+                'AttentionInterface; use attn_implementation="eager" for its models, or a newer transformers'
             )
 
 

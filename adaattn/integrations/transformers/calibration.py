@@ -27,7 +27,7 @@ def match_attention(module: nn.Module) -> QueryKeyProjections | str | None:
     children = dict(module.named_children())
     projections = next(((children[q], children[k]) for q, k in NAMES if {q, k} <= children.keys()), None)
     if not takes_implementations(module):
-        return "it computes attention by itself, and calls no other"
+        return "it does not dispatch through transformers' AttentionInterface"
     try:
         code = inspect.getsource(type(module).forward)
     except (OSError, TypeError):  # a class that was typed into a shell, or code without its source

@@ -19,7 +19,7 @@ from adaattn.integrations.transformers.registry import (
     takes_implementations,
     tolerance_of,
 )
-from adaattn.planning.budget import POLICIES, Budget
+from adaattn.planning.budget import POLICIES, Budget, as_tolerance
 from adaattn.planning.precision import PRECISIONS
 
 
@@ -78,14 +78,14 @@ def set_tolerance(model: nn.Module, tolerance: float) -> None:
     Raises:
         ConfigError: the tolerance is out of range, or the model does not attend by `register`'s implementation.
     """
-    tolerance = Budget(tolerance).tolerance  # refuses what is out of range
+    tolerance = as_tolerance(tolerance)
     check_instance("model", model, nn.Module, "a model of transformers")
     configs = configs_of(model)
     attending = [module for module in model.modules() if tolerance_of(module) is not None]
     alone = [type(module).__name__ for module in attending if not takes_implementations(module)]
     if alone and not any(is_model(module) and takes_implementations(module) for module in attending):
         raise ConfigError(
-            f"{alone[0]} computes attention by itself and calls no other: a tolerance changes nothing in it"
+            f"{alone[0]} does not dispatch through transformers' AttentionInterface: a tolerance changes nothing in it"
         )
     if not configs:
         names = " or ".join(map(repr, registered)) or "'adaattn', after register()"

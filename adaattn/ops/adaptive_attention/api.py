@@ -11,7 +11,7 @@ from adaattn.checks import as_bool, as_choice, as_float
 from adaattn.errors import DtypeError, ShapeError
 from adaattn.ops.adaptive_attention.ops import adaptive_attention as op
 from adaattn.ops.dispatch import IMPLEMENTATIONS
-from adaattn.tensor_checks import check_device, check_float, check_mask_dtype, check_tensor
+from adaattn.tensor_checks import check_device, check_float, check_mask, check_tensor
 
 
 def adaptive_attention(
@@ -113,11 +113,6 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask:
         raise ShapeError(
             f"query has {queries} tokens and key {keys}, of {head_dim} dimensions; at least one of each is needed"
         )
-    if attn_mask is None:
-        return
-    check_tensor("attn_mask", attn_mask)
-    check_mask_dtype("attn_mask", attn_mask)
-    check_device("attn_mask", attn_mask, query.device)
-    full = (batch, heads, queries, keys)
-    if attn_mask.dim() != 4 or any(got != want and got != 1 for got, want in zip(attn_mask.shape, full, strict=True)):
-        raise ShapeError(f"attn_mask has shape {tuple(attn_mask.shape)}; expected one that broadcasts to {full}")
+    if attn_mask is not None:
+        scores = {"batch": batch, "heads": heads, "queries": queries, "keys": keys}
+        check_mask("attn_mask", attn_mask, scores, device=query.device)

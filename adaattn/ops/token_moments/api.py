@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from adaattn.checks import as_bool, as_choice
-from adaattn.errors import DtypeError, ShapeError
+from adaattn.errors import ShapeError
 from adaattn.ops.dispatch import IMPLEMENTATIONS
 from adaattn.ops.token_moments.ops import token_moments as op
 from adaattn.planning.error_model import Moments
-from adaattn.tensor_checks import check_device, check_float, check_tensor
+from adaattn.tensor_checks import check_device, check_float, check_mask, check_tensor
 
 
 def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = False, *, impl: str = "auto") -> Moments:
@@ -42,12 +41,8 @@ def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = Fals
         raise ShapeError(f"x has shape {tuple(x.shape)}; expected (batch, heads, tokens, head_dim)")
     check_float("x", x)
     if key_mask is not None:
-        check_tensor("key_mask", key_mask)
-        shape = tuple(x.shape[:3])
-        if key_mask.dim() != 3 or any(n not in (1, want) for n, want in zip(key_mask.shape, shape, strict=True)):
-            raise ShapeError(f"key_mask has shape {tuple(key_mask.shape)}; expected one that broadcasts to {shape}")
-        if key_mask.dtype != torch.bool:
-            raise DtypeError(f"key_mask is {key_mask.dtype}; expected bool, True where a token counts")
+        shape = dict(zip(("batch", "heads", "tokens"), x.shape, strict=False))
+        check_mask("key_mask", key_mask, shape, true="counts", additive=False)
         check_device("key_mask", key_mask, x.device, "x")
     as_choice("impl", impl, IMPLEMENTATIONS)
     return Moments(*op(x, key_mask, as_bool("center", center), impl))
