@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from adaattn.attention.base import AttentionBase, PlannedAttention, check_tokens
 from adaattn.attention.kinds import ATTENTION
 from adaattn.checks import as_bool, as_int, as_names
+from adaattn.input_spec import InputSpec
 from adaattn.planning.budget import as_tolerance
 
 
@@ -71,6 +72,10 @@ class Encoder(nn.Module):
         if self.tolerance is not None and isinstance(attention, PlannedAttention):
             attention.set_tolerance(self.tolerance)
         return attention
+
+    def input_specs(self) -> tuple[InputSpec, ...]:
+        """Return the input of an export: x of B×S tokens."""
+        return (InputSpec("x", ("B", "S", self.embed_dim)),)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """x (batch, tokens, embed_dim) to the same; the mask as in the attention modules.

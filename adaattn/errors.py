@@ -50,3 +50,9 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's message, where ONNX Runtime says what is wrong, or the name of its type."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

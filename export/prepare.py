@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from adaattn.attention.base import PlannedAttention
 from adaattn.calibration import Calibration, calibrate
 from adaattn.errors import AdaAttnError, ConfigError
+from adaattn.export.artifacts.dtypes import dtype_name
 from adaattn.export.capture.captured import Captured
 from adaattn.export.capture.module import capture_module, default_inputs, with_specs
 from adaattn.export.capture.saved_program import capture_program
@@ -62,7 +63,7 @@ def split_inputs(inputs: Mapping[str, str | InputSpec | Tensor]) -> tuple[list[I
         elif isinstance(given, str):
             specs.append(InputSpec.parse(name, given))
         else:
-            specs.append(InputSpec(name, tuple(given.shape), str(given.dtype).removeprefix("torch.")))
+            specs.append(InputSpec(name, tuple(given.shape), dtype_name(given.dtype)))
             examples[name] = given.detach().cpu().clone()
     if examples and len(examples) < len(specs):
         raise ConfigError("some inputs are tensors and some specifications; give all of one kind")

@@ -25,10 +25,10 @@ ARROWS = {
     "adaattn/masks": "errors tensor_checks",
     "adaattn/ops": "checks errors heads planning tensor_checks",
     "adaattn/functional": "checks errors masks ops planning tensor_checks",
-    "adaattn/attention": "checks errors functional heads masks ops planning tensor_checks",
+    "adaattn/attention": "checks errors functional heads input_spec masks ops planning tensor_checks",
     "adaattn/checkpoint": "adaattn archive attention checks errors input_spec system",
     "adaattn/conversion": "attention checks errors parameters planning",
-    "adaattn/encoder": "attention checks planning",
+    "adaattn/encoder": "attention checks input_spec planning",
     "adaattn/calibration": "attention checkpoint checks errors masks parameters planning",
     "adaattn/integrations": "calibration checks errors functional masks planning",
     "plugins/native": "onnx_file op_variants plugins ptx",
@@ -42,7 +42,7 @@ ARROWS = {
     "export/report": "artifacts capture parity",
     "export/runtime": "artifacts engines",
     "export/serving": "engines",
-    "export/prepare": "capture engines options",
+    "export/prepare": "artifacts capture engines options",
     "export/verification": "artifacts engines parity runtime",
     "export/pipeline": (
         "artifacts capture engines golden onnx options parity prepare report serving sources verification"

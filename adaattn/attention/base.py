@@ -17,6 +17,7 @@ from adaattn.checks import as_bool, as_float, as_int, described
 from adaattn.errors import ConfigError, DeviceError, DtypeError, ShapeError, first_line
 from adaattn.functional import attend_by_plan, operand_moments
 from adaattn.heads import per_query_head
+from adaattn.input_spec import InputSpec
 from adaattn.masks import expand_mask
 from adaattn.ops.adaptive_attention.impl.reference import attention_weights
 from adaattn.ops.plan.api import plan_within
@@ -121,6 +122,11 @@ class AttentionBase(nn.Module, ABC):
         if weights is None or not need_weights:
             return output, None
         return output, (weights if need_weights == "per head" else weights.mean(dim=1)).to(query.dtype)
+
+    def input_specs(self) -> tuple[InputSpec, ...]:
+        """Return the inputs of an export: query of B×S tokens, key and value of B×K."""
+        widths = {"query": self.embed_dim, "key": self.kdim or self.embed_dim, "value": self.vdim or self.embed_dim}
+        return tuple(InputSpec(name, ("B", "S" if name == "query" else "K", width)) for name, width in widths.items())
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, Sq, D), k and v (B, Hk, Sk, D)."""

@@ -34,19 +34,13 @@ from adaattn.input_spec import Dimension, InputSpec, default_dimension
 
 
 def default_inputs(model: nn.Module) -> tuple[InputSpec, ...]:
-    """Inputs of the modules of this package, which need no description.
+    """Return the inputs of a module of this package, which needs no description.
 
     Raises:
-        ConfigError: another model, whose inputs nobody described.
+        ConfigError: it is another model.
     """
-    if isinstance(model, Encoder):
-        return (InputSpec("x", ("B", "S", model.embed_dim)),)
-    if isinstance(model, AttentionBase):
-        widths = {"query": model.embed_dim, "key": model.kdim, "value": model.vdim}
-        return tuple(
-            InputSpec(name, ("B", "S" if name == "query" else "K", width or model.embed_dim))
-            for name, width in widths.items()
-        )
+    if isinstance(model, (Encoder, AttentionBase)):
+        return model.input_specs()
     names = ", ".join(inspect.signature(model.forward).parameters)
     raise ConfigError(
         f"the inputs of {type(model).__name__} are not described; its forward takes ({names}): describe each that you "

@@ -14,21 +14,17 @@ from torch import Tensor
 
 from adaattn.errors import ConfigError
 from adaattn.export.artifacts.arrays import Array
+from adaattn.export.artifacts.dtypes import dtype_name
 from adaattn.export.capture.captured import Captured
 from adaattn.export.golden.cases import Case
 from adaattn.export.golden.plan_mode import PlanCall, PlanMode, run, to_double
 from adaattn.export.parity.criterion import (
     EXACT,
-    FLIPS,
-    FLOOR,
-    HALF_ULP,
-    LARGEST,
-    LOOSE,
-    NOISE,
-    NUDGE,
     OPERAND,
     PROBE_EDGE,
-    SHAKE,
+    ROUNDING_SHARE,
+    RULES,
+    WARN_LIMIT,
     PlanPair,
     largest_relative_error,
     limit_of,
@@ -87,7 +83,7 @@ class EagerReference:
     """Eager PyTorch in the model's type and in float64."""
 
     def __init__(self, captured: Captured) -> None:
-        self.dtype = str(captured.dtype).removeprefix("torch.")
+        self.dtype = dtype_name(captured.dtype)
         self._eager, self._double, self._names = captured.eager, captured.in_double(), captured.output_names
         self.written = captured.written
         self.double_mode = partial(PlanMode, double=True, dtype=captured.dtype)
@@ -234,7 +230,7 @@ class EagerReference:
         """float64 outputs with q and k a rounding off, each way."""
         if not expected.mode.plans:
             return []
-        shake = SHAKE[self.dtype]
+        shake = RULES[self.dtype].shake
         modes = [self._replayed(expected, shake=share) for share in (shake, -shake)]
         return [self._in_double(expected.case, mode)[0] for mode in modes]
 
@@ -244,7 +240,7 @@ class EagerReference:
         if not whole and self.dtype != "float64" and not self._errs(expected):
             return []
         # By pairs: what one moves off an edge, the other moves over it.
-        shares = product(range(5 if whole else 2), (NOISE[self.dtype], -NOISE[self.dtype]))
+        shares = product(range(5 if whole else 2), (RULES[self.dtype].noise, -RULES[self.dtype].noise))
         modes = [self._replayed(expected, noise=share, seed=seed) for seed, share in shares]
         return [self._in_double(expected.case, mode)[0] for mode in modes]
 
@@ -255,7 +251,7 @@ class EagerReference:
     def _errs(self, expected: Expected) -> bool:
         """Whether eager PyTorch is farther from float64 in an output than depth, or the plans, explain."""
         pairs = ((array(to_double(x)), array(expected.exact[name])) for name, x in expected.outputs.items())
-        most = 10 * FLOOR[self.dtype] + rounding_of(expected.mode)
+        most = 10 * RULES[self.dtype].floor + rounding_of(expected.mode)
         return any(_error(got, exact) > most for got, exact in pairs)
 
     def output(
@@ -275,12 +271,12 @@ class EagerReference:
             moved: the same in float64 with what lies on an edge moved to either side of it.
             unsure: numbers that a rounding decides, which are not compared.
         """
-        dtype = str(eager.dtype).removeprefix("torch.")
+        dtype = dtype_name(eager.dtype)
         if not eager.is_floating_point():
             lost = torch.stack([x != eager for x in (exact, *moved)]).any(0)
             return ExpectedOutput(array(eager), dtype, 0.0, 0.0, lost=array(lost) if lost.any() else None)
         got, wanted = array(eager.double()), within(array(exact), dtype)
-        held = np.isfinite(array(exact)) & (np.isnan(got) | (np.abs(array(exact)) <= LARGEST[dtype]))
+        held = np.isfinite(array(exact)) & (np.isnan(got) | (np.abs(array(exact)) <= RULES[dtype].largest))
         lost_to_eager = ~((np.isfinite(got) & np.isfinite(wanted)) | (got == wanted))
         broken = int((lost_to_eager & held).sum())
         if unsure is not None:
@@ -310,7 +306,7 @@ class EagerReference:
             if call is not None:
                 moved = [array(other.predicted) for mode in nudged if (other := mode.planned[place]) is not None]
                 predicted = array(call.predicted)
-                predicted_limit = _spread(predicted, moved) + 2 * FLIPS * rounding
+                predicted_limit = _spread(predicted, moved) + 2 * ROUNDING_SHARE * rounding
                 predicted_limit = predicted_limit + _centring(call, expected.mode.key_means[place])
         layer = ExpectedAttention(
             array(precision), array(rank), array(edge), predicted=predicted, predicted_limit=predicted_limit
@@ -322,14 +318,14 @@ class EagerReference:
         difference = (eager.double() - exact).square().mean(dim=(0, 2, 3)).sqrt()
         size = exact.square().mean(dim=(0, 2, 3)).sqrt()
         errors = torch.where(size > 0, difference / size, difference)
-        dtype = str(eager.dtype).removeprefix("torch.")
+        dtype = dtype_name(eager.dtype)
         return replace(layer, exact=array(exact.float()), eager_error=array(errors), dtype=dtype)
 
     def _nudged_modes(self, case: Case) -> list[PlanMode]:
         """What eager plans with its moments moved a little, each way."""
         if self._nudged is None or self._nudged[0] is not case:
             found = []
-            for nudge in (NUDGE[self.dtype], -NUDGE[self.dtype]):
+            for nudge in (RULES[self.dtype].nudge, -RULES[self.dtype].nudge):
                 for tilt in (False, True):
                     mode = PlanMode(nudge=nudge, tilt=tilt)
                     run(self._eager, case.inputs, mode)
@@ -388,7 +384,7 @@ def plan_probe(layer: str, call: PlanCall) -> GoldenCase:
 
 def _centring(call: PlanCall, key_mean: Tensor) -> Array:
     """By what share a predicted error may differ where keys are alike: what centring leaves of them is rounding."""
-    left = (2 * HALF_ULP["float32"] * key_mean.double()).square()
+    left = (2 * RULES["float32"].half_ulp * key_mean.double()).square()
     of_query = call.moments["query_second_moment"].double()
     energy = (of_query * per_query_head(left, of_query.shape[1])).sum(-1) * call.scale**2
     share = energy / (2 * call.predicted.double().square())
@@ -414,7 +410,7 @@ def disagreements(goldens: Sequence[GoldenCase]) -> list[str]:
         "type; one of them is wrong, or the output hangs on roundings"
         for golden in goldens
         for name, output in golden.outputs.items()
-        if output.eager_error > LOOSE and golden.forced in ("", EXACT)
+        if output.eager_error > WARN_LIMIT and golden.forced in ("", EXACT)
     ]
 
 
@@ -448,8 +444,9 @@ def _refuse_chance(case: Case, outputs: Mapping[str, Tensor], again: Sequence[Te
             raise ConfigError(f"two runs of the model on {case.name!r} return {name} of shape {shapes}; {_CHANCE}")
         a, b = (array(to_double(x)) for x in (one, other))
         differ = ~((a == b) | ((a != a) & (b != b)))
-        floor = FLOOR.get(str(one.dtype).removeprefix("torch."))
-        if differ.any() and (floor is None or not np.isfinite([a[differ], b[differ]]).all() or _error(a, b) > floor):
+        rule = RULES.get(dtype_name(one.dtype))
+        finite = np.isfinite([a[differ], b[differ]]).all()
+        if differ.any() and (rule is None or not finite or _error(a, b) > rule.floor):
             raise ConfigError(
                 f"the model is random: two runs on the golden inputs {case.name!r} differ in {name}, in "
                 f"{differ.sum()} of {differ.size} elements; {_CHANCE}"

@@ -16,7 +16,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 from torch.export.graph_signature import OutputKind
 
 import adaattn.ops  # registers the ops that the program calls
-from adaattn.errors import AdaAttnError, ExportError
+from adaattn.errors import AdaAttnError, ExportError, first_line
 from adaattn.export.onnx import sdpa
 from adaattn.export.onnx.functions import DOMAIN, DOMAIN_VERSION, PLUGIN, attributes, function
 from adaattn.ops.signatures import OPS, VARIANTS, Signature
@@ -253,12 +253,7 @@ def _module_path(node: ir.Node) -> str:
 
 
 def innermost_cause(error: BaseException) -> BaseException:
-    """The innermost cause of an error."""
+    """Return the innermost cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

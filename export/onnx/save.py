@@ -7,10 +7,10 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from adaattn.errors import ExportError
+from adaattn.errors import ExportError, first_line
 from adaattn.export.artifacts.files import utf8
 from adaattn.export.onnx.inline_weights import inline_weights
-from adaattn.export.onnx.lower import first_line, innermost_cause
+from adaattn.export.onnx.lower import innermost_cause
 
 EXTERNAL_ABOVE = 1 << 30  # bytes of weights in all: protobuf files end at 2 GiB
 SMALL_TENSOR = 1 << 10  # bytes: what is smaller stays in the file

@@ -15,11 +15,11 @@ import numpy as np
 
 from adaattn.export.artifacts.arrays import Array
 from adaattn.export.parity.criterion import (
-    DIGITS,
-    LOOSE,
+    MAX_LIMIT,
     MIN_SHARE,
     NOTHING_SHOWS,
-    USELESS,
+    RULES,
+    WARN_LIMIT,
     PlanPair,
     agree,
     separate_fill_values,
@@ -247,7 +247,7 @@ def compare_output(
     row["compared"] = int(exact.size - lost.sum())
     left = f"{lost.sum()} of {lost.size} elements are not compared: {_why_lost(output.dtype, 'them')}"
     passed = {"verdict": "passed", "reason": left if lost.any() else None}
-    if output.dtype not in DIGITS:
+    if output.dtype not in RULES:
         off = (got != exact) & ~lost
         return row | (_reason(off, "differ from eager's") if off.any() else passed)
     found = _compare_numbers(output, got, within(exact, output.dtype), lost)
@@ -265,7 +265,7 @@ def _compare_numbers(output: ExpectedOutput, got: Array, exact: Array, lost: Arr
     off = standing & ~agree(got, exact, output.fill_limit)
     if off.any():
         return row | _reason(off, "are not the infinities or fill values that eager has")
-    if not output.limit <= USELESS:  # NaN is no limit either
+    if not output.limit <= MAX_LIMIT:  # NaN is no limit either
         row["compared"] = 0
         reason = f"eager PyTorch errs too much itself: the limit would be {output.limit:.1e}"
         return row | {"verdict": "not run", "reason": reason}
@@ -275,12 +275,12 @@ def _compare_numbers(output: ExpectedOutput, got: Array, exact: Array, lost: Arr
         error, at = metrics["error"], metrics["worst"]
         return row | {"reason": f"error {error:.1e} is over the limit {output.limit:.1e}, worst at {at}"}
     loose = f"the limit is {output.limit:.1e}: so uncertain is eager PyTorch itself"
-    return row | {"verdict": "passed", "reason": loose if output.limit > LOOSE else None}
+    return row | {"verdict": "passed", "reason": loose if output.limit > WARN_LIMIT else None}
 
 
 def _why_lost(dtype: str, what: str) -> str:
     rounded = f"a rounding decides {what}"
-    return f"eager PyTorch has NaN or Inf for {what}, or {rounded}" if dtype in DIGITS else rounded
+    return f"eager PyTorch has NaN or Inf for {what}, or {rounded}" if dtype in RULES else rounded
 
 
 def _reason(off: Array, what: str) -> dict[str, Any]:

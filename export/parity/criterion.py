@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,20 +13,9 @@ from adaattn.export.artifacts.arrays import Array
 from adaattn.export.parity.golden_case import GoldenCase
 
 FACTOR = 2.0  # two summation orders of equal merit differ by about this
-# The most that a limit may have beside eager's error: a few ulps of the type after a handful of layers.
-FLOOR = {"float64": 1e-14, "float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
 # Where an operand is between two integers of int8, or numbers of bf16, the last bit of a sum decides: some 1e-4 of them
 # may round the other way, and noise of √1e-4 steps is this share of the rounding error that the plan has anyway.
-FLIPS = 0.05
-# A head may choose another plan where its moments, moved by so much, make eager do so: sums of thousands of terms.
-NUDGE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
-# Twice by how much q and k differ (rms, relative) where a projection sums in another order: 1e-7 was measured for a
-# width of 32 in float32; the others round such a sum, which is a quarter of their last place.
-SHAKE = {"float64": 4e-16, "float32": 2e-7, "float16": 5e-4, "bfloat16": 4e-3}
-# What every result of an operator may be off by, to see which integers that come of it hang on a rounding.
-NOISE = {dtype: 2 * share for dtype, share in SHAKE.items()}
-# Half a unit in the last place: an output that eager has exactly right may be rounded once more.
-HALF_ULP = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+ROUNDING_SHARE = 0.05
 # One number's error in one run may be this much smaller than in another; that of n numbers a √n-th of it.
 LUCK = 8.0
 # The mean share of an output's elements, over all cases but the trivial one, that a verdict "passed" needs.
@@ -36,14 +26,49 @@ PROBE_POWERS = {"mean": 1, "second_moment": 2, "channel_peak": 1, "token_peak": 
 # Plans of a probe may differ where they do so within limits that differ by this share: sums in float32.
 PROBE_EDGE = 1e-4
 # A larger limit would pass zeros, or nearly: eager PyTorch does not know the answer itself.
-USELESS = 0.5
-LOOSE = 0.1  # and one above this is worth a word
+MAX_LIMIT = 0.5
+WARN_LIMIT = 0.1  # and one above this is worth a word
 OPERAND = "operand."  # begins the name of an input of a probe that is an operand of the attention, not of the model
 NOTHING_SHOWS = "nothing of the graph shows in them"
 EXACT = "fp32"  # the name of plans that are forced to fp32 at full rank
-DIGITS = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}  # of the mantissa
-LARGEST = {"float64": math.inf, "float32": 3.4028235e38, "float16": 65504.0, "bfloat16": 3.3895314e38}
-SMALLEST = {"float64": -1022, "float32": -126, "float16": -14, "bfloat16": -126}  # exponent of a normal number
+
+
+@dataclass(frozen=True)
+class DtypeRule:
+    """The parity rule's constants for a type.
+
+    Args:
+        floor: the most that a limit may have beside eager's error: a few ulps of the type after a handful of layers.
+        nudge: share by which moments are moved to see which heads then choose another plan: sums of thousands of terms.
+        shake: twice the relative difference (rms) of q and k where a projection sums in another order. 1e-7 was
+            measured for a width of 32 in float32; the others round such a sum, a quarter of their last place.
+        half_ulp: half a unit in the last place: an output that eager has exactly right may be rounded once more.
+        digits: of the mantissa.
+        largest: the largest finite number.
+        smallest: the exponent of the smallest normal number.
+    """
+
+    floor: float
+    nudge: float
+    shake: float
+    half_ulp: float
+    digits: int
+    largest: float
+    smallest: int
+
+    @property
+    def noise(self) -> float:
+        """The most that a result of an operator may be off, to see which integers made from it hang on a rounding."""
+        return 2 * self.shake
+
+
+RULES = {
+    "float64": DtypeRule(1e-14, 1e-12, 4e-16, 2.0**-53, 52, math.inf, -1022),
+    "float32": DtypeRule(2e-6, 1e-5, 2e-7, 2.0**-24, 23, 3.4028235e38, -126),
+    "float16": DtypeRule(5e-4, 1e-3, 5e-4, 2.0**-11, 10, 65504.0, -14),
+    "bfloat16": DtypeRule(4e-3, 1e-2, 4e-3, 2.0**-8, 7, 3.3895314e38, -126),
+}
+"""By the type of an output; other types are compared exactly."""
 
 PlanPair = tuple[Array, Array]  # precision and rank, (B, H) each
 
@@ -62,7 +87,7 @@ def limit_of(
         eager_error: of eager PyTorch in the model's type.
         dtype: of the output.
         rounding: largest predicted rounding error of a head.
-        shaken: errors of float64 with q and k off by SHAKE, each way. What lies on an edge (two keys that nearly tie
+        shaken: errors of float64 with q and k off by `shake`, each way. What lies on an edge (two keys that nearly tie
             for a row, a number between two integers of int8) falls to the other side in one of them.
         inner: the type of the weights, whose floor counts as far as eager's error shows that it matters.
 
@@ -72,15 +97,15 @@ def limit_of(
     that fails. The fewer numbers there are, the less their error in one run says of that in another.
     """
     luck = 1 + LUCK / math.sqrt(max(1, count))
-    floor = min(max(FLOOR[dtype], FLOOR[inner or dtype]), luck * max(eager_error, HALF_ULP[dtype]))
-    return max(FACTOR * eager_error, math.hypot(*shaken)) + floor + FLIPS * rounding
+    floor = min(max(RULES[dtype].floor, RULES[inner or dtype].floor), luck * max(eager_error, RULES[dtype].half_ulp))
+    return max(FACTOR * eager_error, math.hypot(*shaken)) + floor + ROUNDING_SHARE * rounding
 
 
 def within(exact: Array, dtype: str) -> Array:
     """Finite numbers of float64 as far as the type goes: the least number of a type is often written for -inf."""
-    if dtype not in LARGEST:
+    if dtype not in RULES:
         return exact
-    return np.where(np.isinf(exact), exact, np.clip(exact, -LARGEST[dtype], LARGEST[dtype]))
+    return np.where(np.isinf(exact), exact, np.clip(exact, -RULES[dtype].largest, RULES[dtype].largest))
 
 
 def separate_fill_values(exact: Array, lost: Array | None) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from adaattn.export.artifacts.arrays import Array
-from adaattn.export.parity.criterion import DIGITS, SMALLEST
+from adaattn.export.parity.criterion import RULES
 
 HISTOGRAM_EDGES = [-12 + 0.5 * i for i in range(29)]
 ULP_QUANTILES = (0.5, 0.99, 1.0)
@@ -54,8 +54,8 @@ def _ulps(difference: Array, exact: Array, dtype: str) -> list[float]:
     """Quantiles of the error in units of the last place that the type has at what was wanted."""
     if not exact.size:
         return []
-    exponent = np.maximum(np.frexp(exact)[1] - 1, SMALLEST[dtype])
-    steps = np.ldexp(1.0, exponent - DIGITS[dtype])
+    exponent = np.maximum(np.frexp(exact)[1] - 1, RULES[dtype].smallest)
+    steps = np.ldexp(1.0, exponent - RULES[dtype].digits)
     return [float(x) for x in np.quantile(difference / steps, ULP_QUANTILES)]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from adaattn.calibration import Calibration
+from adaattn.export.artifacts.dtypes import dtype_name
 from adaattn.export.capture.captured import Captured
 
 RESIDUE = 1e-3  # share of a head's energy that a rank may leave out, where ranks are compared
@@ -18,7 +19,7 @@ def about(captured: Captured, source: str) -> dict[str, Any]:
     return {
         "source": source,
         "class": captured.model_name,
-        "dtype": str(captured.dtype).removeprefix("torch."),
+        "dtype": dtype_name(captured.dtype),
         "parameters": sum(x.numel() for x in weights),
     }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from adaattn.errors import ConfigError
+from adaattn.export.artifacts.dtypes import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -109,16 +110,9 @@ class Runtime(ABC):
         for name, info in self.inputs.items():
             if name not in inputs:
                 raise ConfigError(f"the input {name!r} is missing{takes}")
-            dtype, shape = _dtype(inputs[name]), tuple(inputs[name].shape)
+            dtype, shape = dtype_name(inputs[name].dtype), tuple(inputs[name].shape)
             fits = len(shape) == len(info.shape) and all(
                 want == got or isinstance(want, str) or want < 0 for want, got in zip(info.shape, shape, strict=True)
             )
             if dtype != info.dtype or not fits:
                 raise ConfigError(f"{name} is {dtype}({', '.join(map(str, shape))}); expected {info}")
-
-
-DTYPE_NAMES = {"float": "float32", "double": "float64", "half": "float16", "bf16": "bfloat16"}
-
-
-def _dtype(x: Value) -> str:
-    return str(x.dtype).removeprefix("torch.")

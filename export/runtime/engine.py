@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adaattn.errors import TargetError
+from adaattn.export.artifacts.dtypes import dtype_name
 from adaattn.export.engines.description import EngineTensor, profile_of
 from adaattn.export.engines.load import open_engine
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     Value = np.ndarray[Any, Any] | torch.Tensor
-from adaattn.export.runtime.base import DTYPE_NAMES, Runtime, TensorInfo
+from adaattn.export.runtime.base import Runtime, TensorInfo
 
 
 class EngineRuntime(Runtime):
@@ -101,5 +102,4 @@ class EngineRuntime(Runtime):
 
 
 def _tensor_info(x: EngineTensor) -> TensorInfo:
-    word = x.type.lower()
-    return TensorInfo(x.name, DTYPE_NAMES.get(word, word), tuple(x.shape))
+    return TensorInfo(x.name, dtype_name(x.type), tuple(x.shape))

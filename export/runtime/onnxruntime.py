@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adaattn.errors import ConfigError, TargetError
+from adaattn.errors import ConfigError, TargetError, last_line
 from adaattn.export.runtime.session import PROVIDERS, session_of
 
 if TYPE_CHECKING:
     import torch
 
     Value = np.ndarray[Any, Any] | torch.Tensor
-from adaattn.export.runtime.base import DTYPE_NAMES, Runtime, TensorInfo
+from adaattn.export.artifacts.dtypes import ONNX_TYPES, dtype_name
+from adaattn.export.runtime.base import Runtime, TensorInfo
 
 
 class OnnxRuntime(Runtime):
@@ -33,14 +34,14 @@ class OnnxRuntime(Runtime):
             try:
                 found = self._session.run(list(self.outputs), dict(inputs))
             except Exception as error:  # its exceptions have no public base class
-                raise TargetError(f"ONNX Runtime does not run it: {str(error).strip().splitlines()[-1]}") from error
+                raise TargetError(f"ONNX Runtime does not run it: {last_line(error)}") from error
             return dict(zip(self.outputs, found, strict=True))
         import torch
 
         binding = self._session.io_binding()
         kept = {name: torch.as_tensor(x).contiguous() for name, x in inputs.items()}
         for name, x in kept.items():
-            element = _ONNX_TYPES[self.inputs[name].dtype]
+            element = ONNX_TYPES[self.inputs[name].dtype]
             binding.bind_input(name, x.device.type, x.device.index or 0, element, tuple(x.shape), x.data_ptr())
         for name in self.outputs:
             binding.bind_output(name, self._device)
@@ -55,22 +56,7 @@ class OnnxRuntime(Runtime):
         del self._session
 
 
-_ONNX_TYPES = {
-    "float32": 1,
-    "uint8": 2,
-    "int8": 3,
-    "int32": 6,
-    "int64": 7,
-    "bool": 9,
-    "float16": 10,
-    "float64": 11,
-    "bfloat16": 16,
-}
-"""Numbers of onnx.TensorProto.DataType."""
-
-
 def _onnx_info(x: Any) -> TensorInfo:
     if not x.type.startswith("tensor("):
         raise ConfigError(f"{x.name} of the model is a {x.type}; only tensors can be run")
-    word = x.type.removeprefix("tensor(").removesuffix(")")
-    return TensorInfo(x.name, DTYPE_NAMES.get(word, word), tuple(-1 if size is None else size for size in x.shape))
+    return TensorInfo(x.name, dtype_name(x.type), tuple(-1 if size is None else size for size in x.shape))

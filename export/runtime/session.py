@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adaattn.errors import TargetError
+from adaattn.errors import TargetError, last_line
 from adaattn.export.artifacts.arrays import Array
 from adaattn.export.artifacts.files import utf8
 from adaattn.system import cuda_driver
@@ -54,7 +54,7 @@ def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
     try:
         session = onnxruntime.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # its exceptions have no public base class
-        reason = str(error).strip().splitlines()[-1]
+        reason = last_line(error)
         if "NOT_IMPLEMENTED" in reason or "Could not find an implementation" in reason:
             raise CannotRun(f"{provider} cannot run it: {reason.split(' : ')[-1]}") from error
         file = model if isinstance(model, Path) else "the file"

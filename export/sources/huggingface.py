@@ -19,6 +19,7 @@ from adaattn.export.sources import sentence_pooling
 from adaattn.export.sources.source import EXPERTS, Source, loops_over_experts
 from adaattn.input_spec import Dimension, InputSpec
 from adaattn.integrations.transformers import registration as integration
+from adaattn.integrations.transformers import takes_implementations
 
 # Of its own, for the process may have registered another; dense never, for a program has one road for all lengths.
 IMPLEMENTATION = "adaattn-export"
@@ -166,7 +167,7 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
         if "ignore_mismatched_sizes" in line:  # what does not fit, transformers logs
             line = "its weights have other sizes than config.json says"
         raise CheckpointError(f"{folder} cannot be loaded by {version}: {line}") from error
-    if not model._can_set_attn_implementation():  # transformers would use its own attention, and not say so
+    if not takes_implementations(model):  # transformers would use its own attention and not say so
         raise CheckpointError(_own_attention(type(model), version))
     missing = sorted(found["missing_keys"])
     if pooled:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaattn.errors import TargetError
+from adaattn.errors import TargetError, last_line
 from adaattn.export.artifacts.arrays import Array
+from adaattn.export.artifacts.dtypes import ONNX_TYPES
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import child, description
 from adaattn.export.engines import options as engine_options
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     pass
 from adaattn.export.runtime.session import PROVIDERS, CannotRun, feed_of, session_of, wide
 from adaattn.export.verification.graph_copies import (
-    element_type,
     exact_copy,
     forced_input,
     input_alone,
@@ -159,7 +159,7 @@ class OnnxRuntimeBackend:
                     node.input[place] = input_alone(argument)
             kinds = value_types(model.graph)
             types = {
-                name: (kinds[name][0] if name in kinds else element_type(str(x.dtype)), x.ndim)
+                name: (kinds[name][0] if name in kinds else ONNX_TYPES[str(x.dtype)], x.ndim)
                 for name, x in feed.items()
             }
             alone = part(model, self._path.parent, names, set(feed), types)
@@ -176,8 +176,7 @@ class OnnxRuntimeBackend:
         try:
             return {name: wide(x) for name, x in zip(names, session.run(names, feed), strict=True)}
         except Exception as error:  # its exceptions have no public base class
-            said = str(error).strip().splitlines()[-1]
-            raise TargetError(f"ONNX Runtime fails on {case}: {said}") from error
+            raise TargetError(f"ONNX Runtime fails on {case}: {last_line(error)}") from error
 
 
 def engine_backend(path: Path, log: Path, plugin_library: Path | None = None) -> EngineBackend:

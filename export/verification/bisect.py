@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 
 from adaattn.errors import TargetError
+from adaattn.export.artifacts.dtypes import ONNX_TYPES
 from adaattn.export.artifacts.manifest import as_exported
 from adaattn.export.parity import compare, criterion, golden_case
 from adaattn.export.parity.golden_case import GoldenCase
@@ -76,7 +77,7 @@ def _departure(path: Path, backend: backends.OnnxRuntimeBackend, graph: Any, tra
 
 
 def _types(trace: GoldenCase) -> dict[str, tuple[int, int]]:
-    return {name: (graph_copies.element_type(x.dtype), x.exact.ndim) for name, x in trace.outputs.items()}
+    return {name: (ONNX_TYPES[x.dtype], x.exact.ndim) for name, x in trace.outputs.items()}
 
 
 def _by_layer(

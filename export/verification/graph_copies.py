@@ -152,25 +152,13 @@ def value_types(graph: onnx.GraphProto) -> dict[str, tuple[int, int]]:
     return {name: (kind.elem_type, len(kind.shape.dim)) for name, kind in kinds.items()}
 
 
-def element_type(dtype: str) -> int:
-    """Return the number that ONNX has for a type of numpy, or for "bfloat16".
-
-    Example:
-        >>> element_type("float32"), element_type("bfloat16")
-        (1, 16)
-    """
-    import onnx
-
-    names = {"float32": "FLOAT", "float64": "DOUBLE"}
-    return int(onnx.TensorProto.DataType.Value(names.get(dtype, dtype.upper())))
-
-
 def input_alone(argument: str) -> str:
-    """The name of an input that a node gets for itself."""
+    """Return the name of an input that replaces an operand of one node."""
     return f"alone/{argument}"
 
 
 def forced_input(layer: str, what: str) -> str:
+    """Return the name of an input that forces the precision or the rank of a planned attention."""
     return f"forced/{layer}/{what}"
 
 

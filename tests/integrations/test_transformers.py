@@ -20,7 +20,7 @@ from adaattn.calibration.projections import find_projections
 from adaattn.errors import AdaAttnError, ConfigError
 from adaattn.export.golden.plan_mode import PlanMode, run
 from adaattn.export.options import Options
-from adaattn.export.parity.criterion import FACTOR, FLOOR
+from adaattn.export.parity.criterion import FACTOR, RULES
 from adaattn.export.parity.metrics import relative_error
 from adaattn.export.pipeline import export
 from adaattn.integrations.transformers import attention as attention_module
@@ -75,7 +75,7 @@ def test_unrounded_attention_is_eager_attention(name: str) -> None:
     for batch, length, padding in SHAPES:
         given = inputs(name, batch, length, padding)
         want = shown(name, exact(eager, given), given)
-        limit = FACTOR * error(shown(name, first(eager, given), given), want) + FLOOR["float32"]
+        limit = FACTOR * error(shown(name, first(eager, given), given), want) + RULES["float32"].floor
         found = error(shown(name, first(model, given), given), want)
         assert found <= limit, (batch, length, padding, found, limit)
 

@@ -318,7 +318,7 @@ def test_what_a_rounding_decides_is_not_compared_and_the_rest_has_a_sharp_limit(
     assert output.lost is not None
     assert output.lost[0].all()
     assert not output.lost[1].any()
-    assert output.limit < 10 * criterion.FLOOR[dtype]
+    assert output.limit < 10 * criterion.RULES[dtype].floor
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
