@@ -5,7 +5,7 @@
 Cross-compiles every launch of eager mode: of `attend`, with the precisions that share a kernel, and of the kernels
 around it. Reads registers, spills, shared memory and tensor-core instructions from the machine code, and how many
 programs fit on a multiprocessor. Exits with 1 where a kernel spills, does not fit or misses its tensor cores. `--write`
-keeps the numbers in benchmarks/results/static.json and the tables in docs/kernels.md.
+keeps a line for each kernel in benchmarks/results/static.jsonl, and a summary in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from adaattn.ops.plan.impl.triton import plan_spec
 from adaattn.ops.token_moments.impl.triton import finish_spec, moments_spec, reduce_spec
 from adaattn.planning.precision import PRECISIONS
 
-RESULTS = Path(__file__).parent / "results" / "static.json"
+RESULTS = Path(__file__).parent / "results" / "static.jsonl"
 MARKS = ("<!-- what benchmarks.static wrote -->", "<!-- its end -->")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
 TENSOR_CORES = re.compile(r"\b(HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|UTC\w*MMA)\b")
@@ -217,16 +217,32 @@ def _cell(got: Measured | None) -> str:
     return f"{got.registers}{spilled}, {got.shared / 1024:.0f} KiB, {got.programs}× {instructions}".strip()
 
 
-def _write(rows: dict[Case, Measured], tables: str) -> None:
+def _summary(rows: Mapping[Case, Measured]) -> str:
+    """Return a table with a line for each architecture and head_dim."""
+    lines = ["", "| architecture | head_dim | kernels | most registers | spilled | most shared memory | instructions |"]
+    lines.append("|" + "---|" * 7)
+    places = sorted({(case.capability, case.head_dim) for case in rows})
+    for place in places:
+        found = [got for case, got in rows.items() if (case.capability, case.head_dim) == place]
+        registers, spilled, shared = (
+            max(getattr(x, name) for x in found) for name in ("registers", "spilled", "shared")
+        )
+        names = " ".join(sorted({name for got in found for name in got.instructions}))
+        cells = (f"sm_{place[0]}", place[1], len(found), registers, f"{spilled} B", f"{shared / 1024:.0f} KiB", names)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _write(rows: Mapping[Case, Measured]) -> None:
+    about = {"triton": importlib.metadata.version("triton")}
     kept = [
         {**asdict(case), "options": {name: str(value) for name, value in case.options}, **asdict(got)}
         for case, got in rows.items()
     ]
-    content = {"triton": importlib.metadata.version("triton"), "kernels": kept}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    RESULTS.write_text("".join(f"{json.dumps(line)}\n" for line in (about, *kept)))
     text = DOCUMENT.read_text()
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    DOCUMENT.write_text(before + MARKS[0] + "\n" + tables + "\n" + MARKS[1] + after)
+    DOCUMENT.write_text(before + MARKS[0] + "\n" + _summary(rows) + "\n" + MARKS[1] + after)
 
 
 @click.command(help=__doc__)
@@ -250,10 +266,9 @@ def main(arches: tuple[str, ...], head_dims: tuple[int, ...], only: str, write: 
             found[futures[future]] = future.result()
             progress.advance(task)
     found = {case: found[case] for case in every}
-    tables = _tables(found)
-    click.echo(tables)
+    click.echo(_tables(found))
     if write:
-        _write(found, tables)
+        _write(found)
     missed = [
         f"sm_{case.capability}, head_dim {case.head_dim}, {case.inputs}, {case.name}: {said}"
         for case, got in found.items()

@@ -464,7 +464,7 @@ def test_a_failure_after_the_move_is_not_called_nothing_written(
         patched.setattr("shutil.rmtree", refuse)
         result = run(*LINEAR, "--no-verify", "-o", "out", "--force")
     assert result.exit_code == 0, result.stderr
-    assert "could not be deleted whole; the rest is in" in " ".join(result.stderr.split())
+    assert "could not be deleted completely; the rest is in" in " ".join(result.stderr.split())
     folder.check(tmp_path / "out", force=True)
     with pytest.raises(ConfigError, match="exists"):
         folder.check(tmp_path / "out", force=False)
