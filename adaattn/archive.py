@@ -1,4 +1,4 @@
-"""Files of torch.save, checked before torch reads them: torch itself verifies no checksum."""
+"""Check files of torch.save before torch reads them: torch itself verifies no checksum."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class SavedFile:
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
-    """The tensors of a state dict, or of one within a dict."""
+    """Return the tensors of a state dict, or of one within a dict."""
     if isinstance(content, dict):
         for value in content.values():
             for x in value.values() if isinstance(value, dict) else (value,):
@@ -190,7 +190,7 @@ def _opened(file: IO[bytes]) -> zipfile.ZipFile:
 
 
 def _check_kind(archive: zipfile.ZipFile) -> dict[str, int]:
-    """The sizes of its records by their names, if they are those of torch.save."""
+    """Return the sizes of its records by their names, if they are those of torch.save."""
     names = [name.rpartition("/")[2] for name in archive.namelist()]
     if "archive_format" in names or "serialized_exported_program.json" in names:
         raise CheckpointError("is a program saved by torch.export.save; give its name the ending .pt2")

@@ -1,4 +1,4 @@
-"""model.pt without pickle's powers: class, configuration, weights and inputs, readable by `weights_only=True`."""
+"""Save and load model.pt: class, configuration, weights and inputs, in a format for `weights_only=True`."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def write_whole(payload: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) -> nn.Module:
-    """The module of a file that `save` wrote.
+    """Return the module of a file that `save` wrote.
 
     Args:
         path: the file.
@@ -151,7 +151,7 @@ def is_payload(loaded: object) -> bool:
 
 
 def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Checkpoint:
-    """The checkpoint in a file.
+    """Return the checkpoint in a file.
 
     Its weights are read last, when the module is known to take weights of such shapes, so that they are held once.
 
@@ -273,7 +273,7 @@ def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> No
 
 
 def _tied_names(module: nn.Module) -> list[list[str]]:
-    """The names of each parameter or buffer that has several."""
+    """Return the names of each parameter or buffer that has several."""
     names: dict[int, list[str]] = {}
     for key, x in module.state_dict(keep_vars=True).items():
         if isinstance(x, Tensor):

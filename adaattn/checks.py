@@ -1,4 +1,4 @@
-"""Checks of options. Each returns the value in plain Python, or raises an error that says what was given.
+"""Check options. Each function returns the value in plain Python, or raises an error that says what was given.
 
 This module imports no torch, because what it checks for, such as `adaattn.planning.budget`, is used without torch too.
 """
@@ -153,7 +153,7 @@ def check_mapping(name: str, given: object, kinds: tuple[type, ...], wanted: str
 
 
 def _scalar(given: Any) -> Any:
-    """What a number of numpy, or an array or a tensor without axes, holds; anything else as it is."""
+    """Return the number in a numpy scalar or in an array or tensor without axes; anything else as it is."""
     if getattr(given, "ndim", None) != 0 or not hasattr(given, "item"):
         return given
     try:

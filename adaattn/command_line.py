@@ -1,4 +1,4 @@
-"""How each command of this package begins and ends: its help, one line for an error, the exit status.
+"""Define how each command begins and ends: its help, one line for an error, the exit status.
 
 A command returns its exit status. 0 is success and 1 a verdict "failed"; every error is status 2.
 """

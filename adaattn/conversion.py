@@ -1,4 +1,4 @@
-"""Models built of `torch.nn.MultiheadAttention` become models of ours, their weights carried over bit by bit.
+"""Replace `torch.nn.MultiheadAttention` by AdaAttn modules; weights are copied exactly.
 
 What cannot be carried over without changing results is left as it is, and the reason is given.
 """
@@ -70,7 +70,7 @@ class Conversion:
             raise ConfigError("'dense' approximates nothing; leave tolerance, policy and safety out")
 
     def options(self) -> dict[str, Any]:
-        """The arguments of the module's constructor that this asks for."""
+        """Return the arguments of the module's constructor that this asks for."""
         if self.kind == "dense":
             return {}
         policy = "balanced" if self.tolerance is None and self.policy is None else self.policy
@@ -145,8 +145,8 @@ def convert(model: nn.Module, config: Conversion | None = None) -> list[Converte
             model.get_submodule(parent).register_module(child, made[module])
     for encoder in model.modules():
         # Torch decides on nested tensors when it builds an encoder, from the layers of then.
-        ours = any(isinstance(module, MultiheadAttention) for module in encoder.modules())
-        if isinstance(encoder, nn.TransformerEncoder) and ours:
+        converted = any(isinstance(module, MultiheadAttention) for module in encoder.modules())
+        if isinstance(encoder, nn.TransformerEncoder) and converted:
             encoder.use_nested_tensor = False
     if complaint is not None:
         warnings.warn(complaint, stacklevel=2)
@@ -189,7 +189,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
 
 
 def _complaint(model: nn.Module, records: Sequence[Converted], handwritten: Collection[str]) -> str | None:
-    """What to warn of: nothing was replaced, or attention was left that `convert` does not know."""
+    """Return what to warn of: nothing was replaced, or attention that `convert` does not know was left."""
     left = [record for record in records if record.name in handwritten]
     if left:
         kinds = Counter(type(model.get_submodule(record.name)).__name__ for record in left)
@@ -219,7 +219,7 @@ def replacement(attention: nn.MultiheadAttention, config: Conversion | None = No
         torch.Size([10, 2, 64])
 
     Raises:
-        ConfigError: it does something that ours does not; the message says what.
+        ConfigError: it uses a feature that AdaAttn lacks; the message names it.
     """
     config = Conversion() if config is None else config
     check_instance("attention", attention, nn.MultiheadAttention, "a torch.nn.MultiheadAttention")
@@ -230,7 +230,7 @@ def replacement(attention: nn.MultiheadAttention, config: Conversion | None = No
     weights = _split_weights(attention)
     kdim, vdim = weights["k_proj.weight"].shape[1], weights["v_proj.weight"].shape[1]
     with torch.random.fork_rng(devices=[]):  # the first weights are random, and not kept
-        ours: AttentionBase = ATTENTION[config.kind](
+        replaced: AttentionBase = ATTENTION[config.kind](
             attention.embed_dim,
             attention.num_heads,
             dropout=attention.dropout,
@@ -239,12 +239,12 @@ def replacement(attention: nn.MultiheadAttention, config: Conversion | None = No
             vdim=None if vdim == attention.embed_dim else vdim,
             **config.options(),
         )
-    ours.to(attention.out_proj.weight.device)
+    replaced.to(attention.out_proj.weight.device)
     for name, weight in weights.items():
         projection, _, kind = name.partition(".")
         copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        setattr(ours.get_submodule(projection), kind, copy)
-    return MultiheadAttention(ours, attention.batch_first).train(attention.training)
+        setattr(replaced.get_submodule(projection), kind, copy)
+    return MultiheadAttention(replaced, attention.batch_first).train(attention.training)
 
 
 def refusal(attention: nn.MultiheadAttention) -> str | None:
@@ -275,7 +275,7 @@ def refusal(attention: nn.MultiheadAttention) -> str | None:
 
 
 def _split_weights(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
-    """Weights under the names that they have in our modules; parts of in_proj are views of it."""
+    """Return the weights by their names in AdaAttn's modules; parts of in_proj are views of it."""
     packed = attention.in_proj_weight
     names = ("q_proj", "k_proj", "v_proj")
     weights: dict[str, Tensor] = {}

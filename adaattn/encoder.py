@@ -1,4 +1,4 @@
-"""A pre-norm Transformer encoder of our attention modules: a whole model to save, export and measure."""
+"""Define a pre-norm Transformer encoder with any kind of attention: a complete model to save, export and measure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class EncoderLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """x (batch, tokens, width) to the same; the mask as in the attention modules."""
+        """Map x (batch, tokens, width) to the same shape; the mask is as in the attention modules."""
         normed = self.attention_norm(x)
         x = x + self.attention(normed, normed, normed, attention_mask)[0]
         output: Tensor = x + self.mlp(self.mlp_norm(x))
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         return (InputSpec("x", ("B", "S", self.embed_dim)),)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """x (batch, tokens, embed_dim) to the same; the mask as in the attention modules.
+        """Map x (batch, tokens, embed_dim) to the same shape; the mask is as in the attention modules.
 
         Raises:
             ShapeError, DtypeError, DeviceError: inputs that do not go together.

@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose. A message names what was got, what was expected and what to do."""
+"""Define the errors of this package. A message names what was given, what was expected and what to do."""
 
 LONGEST = 2000  # characters of a message; what is quoted in it may be of any length
 
@@ -42,7 +42,7 @@ class TargetError(ExportError):
 
 
 def _visible(character: str) -> str:
-    """A line break as a space; other characters that a terminal or a decoder would act on as an escape sequence."""
+    """Return a line break as a space, and a character that a terminal or a decoder acts on as an escape sequence."""
     return " " if character.isspace() else character.encode("unicode_escape").decode()
 
 

@@ -1,4 +1,4 @@
-"""How a model's inputs are written down: `B,S,512:float32`, and the sizes that B and S may take: `1:128:4096`.
+"""Parse a model's inputs, `B,S,512:float32`, and the sizes of dimensions, `1:128:4096`.
 
 What an input means to the model may be said too, as in `B,S:bool:masked`.
 """
@@ -40,6 +40,7 @@ class Dimension:
 
     @classmethod
     def parse(cls, name: str, sizes: str) -> Dimension:
+        """Parse "min:opt:max"."""
         parts = sizes.split(":")
         if not name.isidentifier() or len(parts) != 3 or not all(_is_number(part.strip()) for part in parts):
             raise ConfigError(f"dimension {name}={sizes}; write NAME=min:opt:max, such as S=1:128:4096")
@@ -59,7 +60,7 @@ class Dimension:
 
     @property
     def is_batch(self) -> bool:
-        """Whether it is named like one: B… or N…"""
+        """Whether it is a batch, by its name, which begins with B or N."""
         return self.name[0] in "BNbn"
 
 
@@ -85,6 +86,7 @@ class InputSpec:
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:
+        """Parse SHAPE[:TYPE[<LIMIT]][:MEANING]."""
         match = re.fullmatch(r"([^:<]*)(?:: *(\w*) *)?(?:< *(\d{1,100}) *)?(?:: *(\w+) *)?", text.strip())
         if not name.isidentifier() or match is None or (match[2] == "" and match[4] is None):
             raise ConfigError(f"input {name}={text}; write NAME=SHAPE[:TYPE[:MEANING]], such as query=B,S,512:float32")

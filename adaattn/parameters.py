@@ -1,4 +1,4 @@
-"""Who holds which weights: what conversion and calibration look at before they change any."""
+"""Find which modules hold which weights, before conversion or calibration changes any."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of tensors: class, layout, type and device. They run in every call, in a trace too, and read no data."""
+"""Check tensors: class, layout, type and device. The checks run in every call, in a trace too, and read no data."""
 
 from __future__ import annotations
 

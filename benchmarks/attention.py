@@ -1,9 +1,9 @@
-"""Attention by our plans and by everything else that is installed, side by side in one run on one GPU.
+"""Time attention by AdaAttn's plans and by everything else that is installed, in one run on one GPU.
 
     python -m benchmarks.attention [--minutes 5] [--render FILE] [--tiny]
 
-Times are medians over calls that take turns, each on the next of several sets of inputs; ours hold all that a call
-does: statistics, plan, packing, attention. Inputs are N(0,1) + N(0,100)·Bernoulli(0.001), on which FlashAttention-3
+Times are medians over calls that take turns, each on the next of several sets of inputs; AdaAttn's include moments, plan,
+packing and attention. Inputs are N(0,1) + N(0,100)·Bernoulli(0.001), on which FlashAttention-3
 reports its fp8 error. Errors are against float64, over 128 queries of each head. TFLOP/s count what dense attention
 would do. Settings are measured in the order of their importance until the minutes are over, and kept one by one in
 benchmarks/results/attention-GPU.json; from it come docs/attention.md and its plot (`--render`, on any machine).
@@ -77,7 +77,7 @@ class Result:
 
 
 def exact(setting: Setting, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Some queries, and softmax(q kᵀ/√D) v of them in float64: (B, H, CHECKED, D)."""
+    """Return some queries, and softmax(q kᵀ/√D) v of them in float64: (B, H, CHECKED, D)."""
     q, k, v = qkv
     rows = torch.linspace(0, setting.tokens - 1, min(CHECKED, setting.tokens), device=q.device).long()
     want = torch.empty(*q.shape[:2], len(rows), setting.head_dim, dtype=torch.float64, device=q.device)
@@ -166,7 +166,7 @@ def _peak() -> int:
 
 
 def _repetitions(run: Run, sets: list[tuple[Tensor, Tensor, Tensor]]) -> int:
-    """Calls of a round: a twentieth of a second of them."""
+    """Return the calls of a round, which take a twentieth of a second."""
     if not torch.cuda.is_available():
         return 1
     return max(3, min(100, int(0.05 / statistics.median(_times(run, sets, 3)))))
@@ -200,7 +200,7 @@ def compile_ahead(setting: Setting) -> None:
 
 
 def aims(results: list[Result]) -> list[tuple[str, float | None, str]]:
-    """What was aimed at on an H100, head_dim 128, 16k tokens, not causal: a ratio, what it came to, its limit."""
+    """Return the aims on an H100, head_dim 128, 16k tokens, not causal: ratio, measured value, limit."""
 
     def of(contender: str, dtype: str, what: str = "milliseconds") -> float | None:
         found = [r for r in results if r.contender == contender and r.setting == _headline(dtype)]
@@ -230,7 +230,7 @@ def _headline(dtype: str) -> Setting:
 
 
 def document(gpu_name: str, results: list[Result]) -> str:
-    """The tables of docs/attention.md."""
+    """Return the tables of docs/attention.md."""
     lines = [f"On one {gpu_name}. What was aimed at:", "", "| | measured | aim |", "|---|---|---|"]
     for name, measured, limit in aims(results):
         lines.append(f"| {name} | {'—' if measured is None else f'{measured:.3g}'} | {limit} |")

@@ -1,4 +1,4 @@
-"""What `benchmarks.attention` compares: our plans, and every other attention that is installed."""
+"""Define what `benchmarks.attention` compares: AdaAttn's plans, and every other attention that is installed."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def within(setting: Setting, tolerance: float) -> tuple[Run, Shares]:
 
 
 def statistics_alone(setting: Setting) -> tuple[Run, Shares]:
-    """What ours spends before the attention kernels: moments and plan."""
+    """Run only what comes before the attention kernels: moments and plan."""
     return lambda *qkv: plan_of_budget(setting, 5e-3, qkv).predicted_error, {}
 
 

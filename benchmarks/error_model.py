@@ -98,7 +98,7 @@ class Heads(NamedTuple):
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-    """softmax(q kᵀ/√D) v in float64, whole, by nothing of ours."""
+    """Return softmax(q kᵀ/√D) v in float64, without any code of AdaAttn."""
     scores = q.double() @ k.double().mT / q.shape[-1] ** 0.5
     return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v.double()
 
@@ -153,7 +153,7 @@ def planned(sizes: dict[int, Heads], tolerance: float, safety: float) -> tuple[T
 
 
 def needed_safety(sizes: dict[int, Heads]) -> dict[str, float]:
-    """The least candidates that keep the share of heads, as every greater one does."""
+    """Return the least candidates that keep the share of heads, as every greater one does."""
     kept = [
         [(planned(sizes, tolerance, safety)[0] <= tolerance).double().mean() for tolerance in TOLERANCES]
         for safety in track(SAFETIES, "safety factors", console=Console(stderr=True))
@@ -181,7 +181,7 @@ def ratios(sizes: dict[int, Heads]) -> dict[str, list[float]]:
 
 
 def plans(sizes: dict[int, Heads]) -> list[dict[str, float]]:
-    """What plans of the default safety do, a row a tolerance."""
+    """Return a table of the plans at the default safety, one row a tolerance."""
     rows = []
     for tolerance in TOLERANCES:
         error, cheaper = planned(sizes, tolerance, Budget.safety)

@@ -73,7 +73,7 @@ def measure_ours(layers: int, width: int, heads: int, attention: str) -> dict[st
 
 
 def measure_runtime(tokens: int, width: int, heads: int, runs: int) -> dict[str, float]:
-    """A dense module's ONNX file in ONNX Runtime, against torch's own export of scaled_dot_product_attention."""
+    """Return a dense module's ONNX file in ONNX Runtime, against torch's own export of scaled_dot_product_attention."""
     import onnxruntime
     import torch
     import torch.nn.functional as F
@@ -143,7 +143,7 @@ def help_over_import(rounds: int) -> float:
 
 
 def _peak() -> float:
-    """Largest resident size so far, in bytes. (getrusage also counts the parent that a process was started from.)"""
+    """Return the largest resident size so far, in bytes; getrusage would also count the parent process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024.0
 

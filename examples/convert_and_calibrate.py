@@ -1,4 +1,4 @@
-"""A model of torch's attention becomes one of ours, and sample data make it cheaper.
+"""Convert a model with torch's attention, and calibrate it with sample data.
 
 python examples/convert_and_calibrate.py
 

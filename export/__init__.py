@@ -1,4 +1,4 @@
-"""From a model to verified ONNX and TensorRT artifacts.
+"""Export a model to verified ONNX and TensorRT artifacts.
 
 `export` loads on first use: the command line must answer before torch has been imported.
 """

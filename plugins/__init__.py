@@ -1,4 +1,4 @@
-"""How TensorRT finds the plugins of our ops: every exported node carries this namespace and version."""
+"""Name the namespace and version by which TensorRT finds the plugins; every exported node carries them."""
 
 NAMESPACE = "adaattn"
 VERSION = "1"

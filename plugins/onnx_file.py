@@ -1,4 +1,4 @@
-"""An ONNX file from a user, or from a folder that may have been changed since its export."""
+"""Read an ONNX file of a user, or of a folder that may have been changed since its export."""
 
 from __future__ import annotations
 

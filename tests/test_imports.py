@@ -23,7 +23,7 @@ EVERYTHING = "from adaattn import *; import adaattn, adaattn.ops; [getattr(adaat
 
 
 def fresh(code: str) -> str:
-    """What a new interpreter prints, one that has seen no import but those of its own start."""
+    """Return what a new interpreter prints, which has imported nothing but what its start imports."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Attention that chooses precision and rank of each head within a tolerance."""
+"""Define attention that chooses precision and rank of each head within a tolerance."""
 
 from __future__ import annotations
 

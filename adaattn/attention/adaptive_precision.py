@@ -1,4 +1,4 @@
-"""Attention that chooses the precision of each head."""
+"""Define attention that chooses the precision of each head."""
 
 from __future__ import annotations
 
@@ -71,6 +71,11 @@ class AdaptivePrecisionAttention(PlannedAttention):
         return super()._default_tolerance() if self.default_precision == "adaptive" else None
 
     def set_tolerance(self, tolerance: float) -> None:
+        """Let the error budget decide from now on, with this tolerance.
+
+        Raises:
+            ConfigError: the tolerance is out of range, or the precision is fixed.
+        """
         self._check_precision(self.default_precision, has_tolerance=True)
         super().set_tolerance(tolerance)
 

@@ -1,4 +1,4 @@
-"""Attention that chooses the rank of each head: how many leading dimensions of q and k its scores use."""
+"""Define attention that chooses the rank of each head: how many leading dimensions of q and k its scores use."""
 
 from __future__ import annotations
 

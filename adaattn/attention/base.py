@@ -1,4 +1,4 @@
-"""What all attention modules share: projections, checks, masks, dropout and weights.
+"""Define what all attention modules share: projections, checks, masks, dropout and weights.
 
 Every constructor argument stays readable as an attribute of the same name; `adaattn.save` relies on it.
 """
@@ -129,7 +129,7 @@ class AttentionBase(nn.Module, ABC):
         return tuple(InputSpec(name, ("B", "S" if name == "query" else "K", width)) for name, width in widths.items())
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, Sq, D), k and v (B, Hk, Sk, D)."""
+        """Project to q (B, H, Sq, D), k and v (B, Hk, Sk, D)."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
@@ -167,6 +167,7 @@ class AttentionBase(nn.Module, ABC):
             )
 
     def extra_repr(self) -> str:
+        """Describe the module in `repr`, as torch's modules do."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, causal={self.causal}"
 
 
@@ -218,7 +219,7 @@ class PlannedAttention(AttentionBase):
         return None if tolerance is None else Budget(tolerance, self.safety, self.precisions, self.low_rank)
 
     def _default_tolerance(self) -> float | None:
-        """The tolerance where none was given; None where the plan is made by another rule."""
+        """Return the tolerance where none was given; None where the plan is made by another rule."""
         return POLICIES["balanced"]
 
     def set_tolerance(self, tolerance: float) -> None:
@@ -235,7 +236,7 @@ class PlannedAttention(AttentionBase):
 
     @abstractmethod
     def _make_plan(self, q: Moments, k: Moments, v: Moments, dtype: torch.dtype) -> Plan:
-        """The plan of each head, from the moments of q, k (centred) and v; dtype is theirs."""
+        """Make the plan of each head from the moments of q, k (centred) and v, whose type is dtype."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():  # a decision has no gradient

@@ -1,4 +1,4 @@
-"""Attention without approximation: the baseline, and what the adaptive modules are measured against."""
+"""Define attention without approximation, the baseline of the adaptive modules."""
 
 from __future__ import annotations
 

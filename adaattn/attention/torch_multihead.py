@@ -1,6 +1,6 @@
-"""The call of `torch.nn.MultiheadAttention`, answered by one of our modules: what `adaattn.convert` puts in its place.
+"""Define the drop-in replacement of `torch.nn.MultiheadAttention` that `adaattn.convert` inserts.
 
-Masks mean here what they mean in torch: True shuts a key out.
+Masks follow torch's convention for that module: True masks the key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from adaattn.tensor_checks import check_device, check_mask, check_tensor
 
 
 class MultiheadAttention(nn.Module):
-    """One of our attention modules under the signature of `torch.nn.MultiheadAttention`.
+    """Attend with a module of this package under the signature of `torch.nn.MultiheadAttention`.
 
     Args:
         attention: the module that attends; not causal by itself, as torch's is not.
@@ -57,7 +57,7 @@ class MultiheadAttention(nn.Module):
 
         Args:
             query, key, value: (batch, tokens, width) if batch_first, else (tokens, batch, width); or (tokens, width).
-            key_padding_mask: (batch, keys), or (keys) without a batch: True shuts a key out, a float is added.
+            key_padding_mask: (batch, keys), or (keys) without a batch: True masks the key, a float is added.
             attn_mask: (queries, keys) or (batch·heads, queries, keys): the same for single scores.
             need_weights: also return the attention weights, at a cost.
             average_attn_weights: over heads.
@@ -111,7 +111,7 @@ def _check(name: str, mask: Tensor, *shapes: Mapping[str, int]) -> None:
 def merge_masks(
     key_padding_mask: Tensor | None, attn_mask: Tensor | None, scores: tuple[int, int, int, int], dtype: torch.dtype
 ) -> Tensor | None:
-    """Both of torch's masks as one of ours with four axes: boolean if they are, else added to the scores.
+    """Merge torch's two masks into one with four axes: boolean (True attends) if both are, else added to the scores.
 
     Args:
         key_padding_mask: (batch, keys).

@@ -1,4 +1,4 @@
-"""The basis in which queries and keys waste the fewest dimensions: second moments, their balancing, and its folding.
+"""Compute the basis in which queries and keys need the fewest dimensions, and fold it into the weights.
 
 For one head take L with Lq·Lqᵀ = E[qᵀq] and Lk·Lkᵀ = Cov[k], rows being tokens. The mean square of the scores, keys
 centred, is ‖Lqᵀ·Lk‖²; by the singular values Lqᵀ·Lk = U·S·Vᵀ no r dimensions hold more of it than the first r of
@@ -39,6 +39,8 @@ class SecondMoments:
 
     @classmethod
     def zeros(cls, pair: QueryKeyProjections) -> SecondMoments:
+        """Return the second moments of no tokens."""
+
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64)
 
@@ -64,6 +66,7 @@ class SecondMoments:
         return self.query / self.queries[:, None, None], self.key / self.keys.clamp_min(1)[:, None, None]
 
     def state(self) -> dict[str, Tensor]:
+        """Return the sums by name, as a state file keeps them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -73,7 +76,7 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def balance(moments: SecondMoments) -> tuple[Tensor, Tensor]:
-    """A and A⁻¹ (Hk, D, D) of each key head, from the pooled queries of all heads that use it, float64.
+    """Return a and A⁻¹ (Hk, D, D) of each key head, from the pooled queries of all heads that use it, float64.
 
     A head whose queries are zero or whose keys are constant has no energy to gather, and keeps its basis.
     """

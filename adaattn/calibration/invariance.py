@@ -1,7 +1,8 @@
-"""The proof of a calibration: an attention's output in float64, at full rank, must not change with the basis.
+"""Check that a change of basis leaves an attention's output unchanged, in float64 and at full rank.
 
-What an attention makes of its queries and keys stands in its code, which is not ours: a scale for each dimension or a
-second product would break in silence. So another basis is tried, on a copy and real inputs, before any weight changes.
+Third-party attention may use q and k in ways that its signature does not show, such as a scale for each dimension or a
+second product, and calibration would break it silently. So a random basis is tried on a copy, with real inputs, before
+any weight changes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from adaattn.planning.precision import FP32
 
 MOVED = 1e-3  # of what a basis for the queries alone does; an attention that a basis moves by more must keep its own
 SEEN = 1e-11  # relative: scores that move the output by less are lost in float64's rounding, as those of a single token
-CLEAR = 1e-5  # and by less than this in float32's, which some code goes through on its way
+CLEAR = 1e-5  # and less than this in float32's, in which some code computes
 UNTRIED = "no batch shows whether a basis of its queries and keys would change its output"
 
 
@@ -39,7 +40,7 @@ def check_invariance(
     if control < CLEAR:
         return False, UNTRIED
     said = f"another basis of its queries and keys changes its output (by {moved:.1e})"
-    return True, f"{said}: more is made of them than products"
+    return True, f"{said}: it uses them for more than their products"
 
 
 def _moved(pair: QueryKeyProjections, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, float]:
@@ -62,7 +63,7 @@ def _moved(pair: QueryKeyProjections, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def _random_basis(pair: QueryKeyProjections) -> tuple[Tensor, Tensor, Tensor]:
-    """A well-conditioned A of each key head, its inverse, and the identity; float64."""
+    """Return a well-conditioned A of each key head, its inverse, and the identity; float64."""
     size, generator = (pair.num_kv_heads, pair.head_dim, pair.head_dim), torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(size, generator=generator, dtype=torch.float64))[0]
     stretch = torch.linspace(0.5, 2, pair.head_dim, dtype=torch.float64)
@@ -71,7 +72,7 @@ def _random_basis(pair: QueryKeyProjections) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _doubled(arguments: Any) -> Any:
-    """Copies, for a call may change its arguments, caches above all; tensors in float64."""
+    """Return copies of arguments, which a call may change (caches do), with tensors in float64."""
 
     def copied(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -82,7 +83,7 @@ def _doubled(arguments: Any) -> Any:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The numbers in an output, not those in caches: keys are in the new basis there."""
+    """Return the tensors of an output without those in caches, whose keys are in the new basis."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if is_dataclass(output):
@@ -93,7 +94,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _distance(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest relative difference, of what is finite without a basis; NaN is larger than all."""
+    """Return the largest relative difference, of what is finite without a basis; NaN is larger than all."""
     if not want:
         raise ValueError("its output holds no tensor")
     distances = []

@@ -1,4 +1,4 @@
-"""Balanced calibration: sample data decide in which basis queries and keys are projected, so that lower ranks suffice.
+"""Calibrate: choose from sample data a basis of queries and keys in which lower ranks suffice.
 
 At full rank nothing changes but rounding, and the basis costs nothing: it folds into the weights. What it is, and the
 mathematics, are in `adaattn.calibration.balancing`; which attentions it acts on, in `adaattn.calibration.projections`.

@@ -1,4 +1,4 @@
-"""Find the query and key projections that calibration may change: of this package, and of registered matchers.
+"""Find the query and key projections that calibration may change, in this package and by registered matchers.
 
 An integration describes the attention of another library by `QueryKeyProjections` and registers a matcher for it.
 """

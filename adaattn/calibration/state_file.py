@@ -1,4 +1,4 @@
-"""The statistics of a calibration in a file of plain tensors, so that one that was interrupted goes on."""
+"""Save and load the statistics of a calibration, so that an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def read(
 def _damage(
     done: int, tried: dict[Any, Any], layers: Mapping[Any, Any], expected: Mapping[str, Mapping[str, Tensor]]
 ) -> str | None:
-    """What in a file no calibration can have written, or None."""
+    """Return what no calibration can have written into a file, or None."""
     if not 0 <= done <= sys.maxsize:
         return "its number of batches is none"
     if not tried.keys() <= expected.keys() or not all(x is None or isinstance(x, str) for x in tried.values()):

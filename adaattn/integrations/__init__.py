@@ -1,1 +1,1 @@
-"""Other libraries' models on this attention. Each module imports its library only when it is asked to register."""
+"""Let models of other libraries use this attention. Each module imports its library only when it registers."""

@@ -1,4 +1,4 @@
-"""The custom ops `token_moments`, `plan` and `adaptive_attention` of namespace `adaattn`: this import registers them.
+"""Register the custom ops `token_moments`, `plan` and `adaptive_attention` of namespace `adaattn`.
 
 `plan` is not called by hand; `adaattn.ops.plan.api.plan_within` is its entrance.
 """

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: `impl` is "auto", "reference" or "triton", and only "auto" ever chooses."""
+"""Choose the implementation of an op: `impl` is "auto", "reference" or "triton", and only "auto" chooses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A kernel launch, described once: eager mode, cross-compilation, plugins and benchmarks read the same description."""
+"""Describe a kernel launch once, for eager mode, cross-compilation, plugins and benchmarks."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class KernelSpec:
     """What compilation ahead may take for granted: 1 for a scalar that is 1, 16 for one that 16 divides."""
 
     def launch(self, values: Mapping[str, Any]) -> None:
-        """Runs the kernel on tensors and numbers, named as in `arguments`."""
+        """Run the kernel on tensors and numbers, named as in `arguments`."""
         ordered = [None if kind is None else values[name] for name, kind in self.arguments.items()]
         self.kernel[(self.grid(values),)](*ordered, **self.constants, num_warps=self.warps, enable_fp_fusion=True)
 
     def bound(self, **values: Any) -> KernelSpec:
-        """The same launch with some of its scalars fixed at compile time."""
+        """Return the same launch with some of its scalars fixed at compile time."""
         return replace(self, constants={**self.constants, **values})
 
     @property
@@ -66,7 +66,7 @@ class KernelSpec:
         return [name for name, kind in self.arguments.items() if kind is not None and name not in fixed]
 
     def compile(self, capability: int, ptx_version: int | None = None) -> Any:
-        """The compiled kernel for an architecture (90: sm_90), with `asm["ptx"]`, `asm["cubin"]` and `metadata`.
+        """Return the compiled kernel for an architecture (90: sm_90), with `asm["ptx"]`, `asm["cubin"]` and `metadata`.
 
         Needs no GPU. Pointers are taken to be aligned to 16 bytes. `ptx_version` (84: 8.4) is the newest PTX that the
         driver to come takes; the compiler's own by default.

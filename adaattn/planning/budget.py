@@ -1,4 +1,4 @@
-"""Options that more than one place reads: the precisions, the named tolerances and the error budget."""
+"""Define the named tolerances and the error budget."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def as_tolerance(tolerance: float) -> float:
 
 
 def resolve_tolerance(tolerance: float | None, policy: str | None) -> float | None:
-    """The tolerance that a pair of `tolerance` and `policy` arguments asks for, or None where neither is given.
+    """Return the tolerance that a pair of `tolerance` and `policy` arguments asks for, or None where neither is given.
 
     Example:
         >>> resolve_tolerance(None, "balanced")

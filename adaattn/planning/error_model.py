@@ -1,4 +1,4 @@
-"""The error model, and the plans made from it.
+"""Predict the error of a plan from moments.
 
 Noise of standard deviation e on the scores q·k is a relative error of about e on the output of attention, whether it
 comes from rounding or from dimensions that were left out. So one budget buys both:
@@ -65,7 +65,7 @@ def noise(query: Moments, key: Moments, value: Moments, scale: float) -> Tensor:
     energies = energy(query, key, scale)
     key, value = for_query_heads(key, query), for_query_heads(value, query)
     # How far the mean query can put the loudest key of one dimension above all others. If that key has no value, they
-    # make the output: each errs by the rounding of this score, and its probability is exp(-gap) of the largest.
+    # make the output: each is off by the rounding of this score, and its probability is exp(-gap) of the largest.
     gap = (scale * query.mean * key.channel_peak).abs().amax(-1)
     rarity2 = 3 * (2 * gap).exp()  # (½ step / exp(-gap))², in units of a uniform error's step²/12
     total = energies.sum(-1) + gap.square()
@@ -94,7 +94,7 @@ def noise(query: Moments, key: Moments, value: Moments, scale: float) -> Tensor:
 
 
 def plan_of(precision: Tensor, rank: Tensor, query: Moments, key: Moments, value: Moments, scale: float) -> Plan:
-    """The plan that a given precision and rank (B, H) make, with its predicted error."""
+    """Return the plan that a given precision and rank (B, H) make, with its predicted error."""
     if torch.compiler.is_exporting():  # nothing in a program reads the error; tracing its formula would take a second
         return Plan(precision, rank, torch.full_like(rank, torch.inf, dtype=torch.float32))
     dims = torch.arange(query.second_moment.shape[-1], device=rank.device)
@@ -104,5 +104,6 @@ def plan_of(precision: Tensor, rank: Tensor, query: Moments, key: Moments, value
 
 
 def square_root(squared: Tensor) -> Tensor:
+    """Return the root of a predicted squared error; NaN gives inf."""
     # NaN (moments that overflowed to inf, times zero) means unknown, and unknown must not look small.
     return torch.where(squared >= 0, squared, torch.inf).sqrt()

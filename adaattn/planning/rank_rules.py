@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def effective_rank(weights: Tensor) -> Tensor:
-    """exp of the Shannon entropy of the normalised energies, rounded up, int32: Roy and Vetterli, EUSIPCO 2007.
+    """Return exp of the Shannon entropy of the normalised energies, rounded up (Roy and Vetterli, EUSIPCO 2007).
 
     Args:
         weights: energies (..., D).
@@ -38,5 +38,5 @@ def power_rank(weights: Tensor, threshold: float) -> Tensor:
 
 
 def _known(rank: Tensor, total: Tensor, full: int) -> Tensor:
-    """The rank where the energies are finite; all dimensions where they overflowed, and say nothing."""
+    """Return the rank, or all dimensions where the energies overflowed."""
     return torch.where(total < torch.inf, rank, full)

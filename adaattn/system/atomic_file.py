@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: every file that this package writes for a user is written here.
+"""Write files and folders that appear whole or not at all; everything that is written for a user is written here.
 
 A new file or folder is made in a scratch folder beside its place, `.adaattn-…`, and moved when it is complete. The
 scratch folder is readable by its owner only and holds a file that its process keeps locked. The lock is gone when the
@@ -73,7 +73,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _followed(path: Path) -> Path:
-    """The file that a path leads to."""
+    """Return the file that a path leads to, following links."""
     for _ in range(40):  # as many links as Linux follows
         try:
             found = path.lstat()
@@ -151,7 +151,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _make(parent: Path) -> tuple[Path, int]:
-    """A new scratch folder and its lock."""
+    """Make a scratch folder and lock it."""
     for _ in range(100):
         folder = parent / (PREFIX + secrets.token_hex(8))
         folder.mkdir(0o700)

@@ -1,4 +1,4 @@
-"""Processes that this one starts: they import nothing from the current folder and end when it ends, however it ends."""
+"""Start processes that import nothing from the current folder and end when this one ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the CUDA driver of this machine says of itself and its GPU; without torch, whose build may know no CUDA."""
+"""Ask the CUDA driver of this machine for its version and GPU, without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 @functools.cache
 def _driver() -> Any:
-    """The driver's library, None where there is none."""
+    """Load the driver's library; None where there is none."""
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
             library = ctypes.CDLL(name)
@@ -36,7 +36,7 @@ def capability(device: int = 0) -> int | None:
 
 
 def cuda_version() -> tuple[int, int] | None:
-    """The newest CUDA that the driver takes, (12, 8) for 12.8; None without a driver that finds a GPU."""
+    """Return the newest CUDA that the driver takes, (12, 8) for 12.8; None without a driver that finds a GPU."""
     driver, found = _driver(), ctypes.c_int()
     if driver is None or driver.cuDriverGetVersion(ctypes.byref(found)):
         return None
@@ -44,7 +44,7 @@ def cuda_version() -> tuple[int, int] | None:
 
 
 def ptx_version() -> int | None:
-    """The newest PTX that the driver takes, 84 for 8.4; None without a driver."""
+    """Return the newest PTX that the driver takes, 84 for 8.4; None without a driver."""
     cuda = cuda_version()
     if cuda is None:
         return None

@@ -1,4 +1,4 @@
-"""Signals that ask a command to end: they raise KeyboardInterrupt, but never inside a step that must be whole."""
+"""Turn signals that ask a command to end into KeyboardInterrupt, but never inside a step that must be whole."""
 
 from __future__ import annotations
 

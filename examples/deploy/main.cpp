@@ -1,4 +1,4 @@
-// Run an engine that adaattn-export made, without Python and without a library of ours:
+// Run an engine that adaattn-export made, without Python and without AdaAttn:
 //
 //     ./run model-export/tensorrt.engine x=1,128,256
 //

@@ -1,1 +1,1 @@
-"""The files of an export: output folder, manifest, JSON and NumPy files. Nothing here needs torch."""
+"""Read and write the files of an export: output folder, manifest, JSON and NumPy files. No torch is needed."""

@@ -23,7 +23,7 @@ UNREADABLE = (
 
 
 def save_arrays(file: Path | IO[bytes], arrays: Mapping[str, Array]) -> None:
-    """An .npz of arrays; numpy.savez would take names such as `file` for its own."""
+    """Write an .npz of arrays; numpy.savez takes names such as `file` for its own arguments."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, x in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:

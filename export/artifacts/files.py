@@ -14,7 +14,7 @@ from adaattn.errors import ConfigError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What an export wrote into a .json file.
+    """Return the content of a .json file that an export wrote.
 
     Raises:
         ConfigError: there is no such file, or it is cut off, or no export wrote it.
@@ -89,7 +89,7 @@ def read_checked(path: Path, schema: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value with NaN and Inf, which JSON has not, as None."""
+    """Return the value with None for NaN and Inf, which JSON lacks."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The output folder: whole, or as it was before. --force replaces what an export wrote, and nothing else."""
+"""Write the output folder whole, or leave it as it was. --force replaces only what an export wrote."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Staging:
 
 
 def model_name(source: str) -> str:
-    """A name for what is made of a model, which is a file, `module:factory` or a class.
+    """Return a name for the artifacts of a model, which is a file, `module:factory` or a class.
 
     Example:
         >>> model_name("a/model.pt"), model_name("shop.models:ranker"), model_name("hf:a/minilm")
@@ -109,7 +109,7 @@ def _raise(error: OSError) -> None:
 
 
 def _refuse_what_no_export_wrote(out: Path, place: Path, found: Snapshot) -> None:
-    """Raises ConfigError unless every file in the folder is as the export that made it wrote it.
+    """Raise ConfigError unless every file in the folder is as its export wrote it.
 
     Args:
         out: the folder's name for messages.
@@ -137,7 +137,7 @@ def _refuse_what_no_export_wrote(out: Path, place: Path, found: Snapshot) -> Non
 
 
 def _files_of(out: Path, place: Path, found: Snapshot) -> dict[str, str]:
-    """The hashes of the files that an export wrote into a folder, by their names."""
+    """Return the hashes of the files that an export wrote into a folder, by their names."""
     refusal = f"{out} was not made by an export, and --force would delete it; give another folder"
     if MARKER not in found or not stat.S_ISREG(found[MARKER][0]):
         raise ConfigError(f"{out} holds no {MARKER}: {refusal}")
@@ -161,7 +161,7 @@ def staging(
     reads: Sequence[Path] = (),
     on_written: Callable[[], None] = lambda: None,
 ) -> Iterator[Staging]:
-    """A temporary folder beside the output, moved into its place at the end and deleted on any failure.
+    """Yield a temporary folder beside the output, moved into its place at the end and deleted on any failure.
 
     An error or a signal leaves the folder as it was until it is in its place, and nothing undoes it afterwards.
 

@@ -1,4 +1,4 @@
-"""What the .json files of an export hold. They may come from elsewhere, or be changed: readers check them first."""
+"""Define what the .json files of an export hold, and check it: they may come from elsewhere or be changed."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def as_exported(folder: Path, name: str) -> Path:
 
 
 def changed_files(folder: Path) -> list[str]:
-    """A line for each file that is not the one which was exported."""
+    """Return a line for each file that is not the one which was exported."""
     lines = []
     for name, about in manifest_files(folder).items():
         if not (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""What report.json holds: an export, the result of each target, and the packages for servers."""
+"""Define what report.json holds: an export, the result of each target, the packages for servers."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class CapturedInput:
     hides: bool = True
 
     def sizes(self, values: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape at given values of the symbols, by their names in the program."""
+        """Return the shape at given values of the symbols, by their names in the program."""
         return tuple(_at(size, values) for size in self.shape)
 
     def limit(self, values: Mapping[str, int]) -> int | None:
@@ -94,7 +94,7 @@ def program_outputs(program: ExportedProgram) -> tuple[tuple[str, ...], list[str
 
 
 def output_values(program: ExportedProgram) -> list[Any]:
-    """What a program returned to its caller when it was traced."""
+    """Return what the traced program gave its caller."""
     node = next(node for node in program.graph.nodes if node.op == "output")
     return [
         getattr(x, "meta", {}).get("val", x) if isinstance(x, torch.fx.Node) else x
@@ -125,6 +125,7 @@ def with_limits(
 
 
 def check_dims(dims: Mapping[str, Dimension], used: set[str], where: str = "") -> None:
+    """Raise ConfigError where a dimension is described that no input uses."""
     for name in dims:
         if name not in used:
             known = ", ".join(sorted(used)) or "none"
@@ -132,6 +133,7 @@ def check_dims(dims: Mapping[str, Dimension], used: set[str], where: str = "") -
 
 
 def program_inputs(program: ExportedProgram) -> tuple[CapturedInput, ...]:
+    """Return the inputs of a program, with symbolic shapes."""
     users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     inputs = []
@@ -144,7 +146,7 @@ def program_inputs(program: ExportedProgram) -> tuple[CapturedInput, ...]:
 
 
 def tensors_of(output: Any, taken: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors that a model returns, by name and in order, and a line on each other value.
+    """Return the tensors that a model returns, by name and in order, and a line on each other value.
 
     `output`, or `output_0`, `output_1` …; of a dictionary its keys.
 

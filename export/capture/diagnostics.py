@@ -1,4 +1,4 @@
-"""Why torch.export refused a model: one line, in the names of the user's own dimensions, that says what to do."""
+"""Explain why torch.export refused a model: one line, with the user's names of dimensions and what to do."""
 
 from __future__ import annotations
 
@@ -159,6 +159,6 @@ def _named_shape(spec: InputSpec, x: Tensor) -> str:
 
 
 def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no more is said"]
+    lines = str(error).strip().splitlines() or ["no message"]
     kind = "" if isinstance(error, (RuntimeError, AdaAttnError)) else f"{type(error).__name__}: "
     return kind + lines[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""How large the integers of an input may be: found in the program, where they become indices of something."""
+"""Find in a program how large the integers of an input may be, from where they are used as indices."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def _numel(table: Any) -> Size | None:
 
 
 def _axes(indices: Sequence[Any], node: Node) -> Iterator[int]:
-    """The dimensions that a node indexes among the indices of x[…]; a mask stands for as many as it has."""
+    """Return the dimensions that a node indexes among the indices of x[…]; a mask covers as many as it has."""
     axis = 0
     for index in indices:
         value = index.meta.get("val") if isinstance(index, Node) else None
@@ -225,7 +225,7 @@ def _axes(indices: Sequence[Any], node: Node) -> Iterator[int]:
 
 
 def _reach(node: Any) -> Size | None:
-    """The end of the range that a tensor counts up to, and one more: torch.arange, in another shape perhaps."""
+    """Return the end of the range of a tensor made by torch.arange, in any shape."""
     while isinstance(node.target, OpOverload) and _name(node) in _SAME and isinstance(node.args[0], Node):
         node = node.args[0]
     if not isinstance(node.target, OpOverload) or _name(node) != "arange" or _dtype(node) not in INTEGERS:

@@ -1,4 +1,4 @@
-"""One form for every model: a program captured by torch.export, with names and sizes for its dimensions."""
+"""Capture a module with torch.export, with names and sizes for its dimensions."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class _Tracer:
         self.notes: list[str] = []
 
     def capture(self) -> tuple[ExportedProgram, dict[str, Dimension]]:
-        """The program, and the sizes that it may be captured for.
+        """Return the program, and the sizes that it may be captured for.
 
         What torch proves of sizes without help comes first, since it holds for all of them. Then torch defers to
         assertions what it cannot prove; and then it reads the model's bytecode, which keeps `int(x.shape[0])` dynamic.
@@ -202,7 +202,7 @@ class _Tracer:
         raise diagnostics.explain_capture_error(first, _copy(self.model), self.specs, tried) from first
 
     def inputs(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """Inputs of these sizes; the user's own where there are some."""
+        """Return inputs of these sizes, or the user's own tensors."""
         if self.example is not None:  # copies: torch.export takes one tensor given twice for one input
             return {spec.name: self.example[spec.name].clone() for spec in self.specs}
         found = {}
@@ -285,7 +285,7 @@ class _Tracer:
 
 
 def _copy(model: nn.Module, share: bool = True) -> nn.Module:
-    """A copy of a module, by default with the same weights: what a call does to attributes stays in it."""
+    """Copy a module, by default sharing its weights, so that a call's changes of attributes stay in the copy."""
     memo: dict[int, Any] = {}
     if share:
         memo = {id(x): x for x in [*model.parameters(), *model.buffers()]}
@@ -293,7 +293,7 @@ def _copy(model: nn.Module, share: bool = True) -> nn.Module:
 
 
 def _named_outputs(model: nn.Module) -> Callable[..., Any]:
-    """A model that returns its tensors by name, as the captured program does."""
+    """Return a model that returns its tensors by name, as the captured program does."""
 
     def call(**inputs: Tensor) -> dict[str, Tensor]:
         with without_fast_paths():

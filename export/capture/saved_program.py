@@ -29,7 +29,7 @@ from adaattn.input_spec import INT_MAX, Dimension
 
 
 def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> Captured:
-    """A program as it was saved: its dimensions are its symbols, their sizes its range constraints.
+    """Return a program as it was saved: its dimensions are its symbols, their sizes its range constraints.
 
     Args:
         dims: sizes by symbol; within the program's own range, or needed where that has no end.
@@ -102,7 +102,7 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
 
 
 def _example_sizes(inputs: Sequence[CapturedInput], example: Mapping[str, Tensor] | None) -> dict[str, int]:
-    """The sizes of a program's example, by symbol."""
+    """Return the sizes of a program's example, by symbol."""
     return {
         str(symbol): size
         for item in inputs
@@ -112,7 +112,7 @@ def _example_sizes(inputs: Sequence[CapturedInput], example: Mapping[str, Tensor
 
 
 def _without_constants(program: ExportedProgram) -> ExportedProgram:
-    """A program that returns its tensors alone: ONNX has no outputs of other kinds."""
+    """Return a program that returns only tensors, since ONNX has no other outputs."""
     tensors = [isinstance(x, Tensor) for x in output_values(program)]
     if all(tensors):
         return program

@@ -1,4 +1,4 @@
-"""Which sizes a captured program takes: what torch.export asserted of them, and at which the model itself runs.
+"""Find which sizes a captured program takes: what torch.export asserts of them, and where the model runs.
 
 torch.export defers what it cannot prove of sizes into assertions. Some of them are facts of the model, such as that a
 length is a multiple of 8; others only say how the program was traced, such as that a batch is not 1.

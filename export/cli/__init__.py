@@ -1,1 +1,1 @@
-"""The commands adaattn-export, adaattn-parity and adaattn-run. Their modules import little, so `--help` is fast."""
+"""Define the commands adaattn-export, adaattn-parity and adaattn-run. Their modules import little: help is fast."""

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX engines, built and run in a child process: their builders can end the process they are in.
+"""Build TensorRT and TensorRT-RTX engines in a child process, since a builder can end its process.
 
 The two packages share one API, so one piece of code serves both. This is the side of the caller; `worker` is the child.
 """

@@ -17,7 +17,7 @@ from adaattn.planning.precision import PRECISIONS
 def attention_statistics(
     names: Sequence[str], expected: Sequence[Expected], module: nn.Module | None
 ) -> list[dict[str, Any]]:
-    """What each planned attention did, over all cases: its usual precision, mean rank and worst errors a head."""
+    """Return each planned attention's usual precision, mean rank and worst errors of each head over all cases."""
     found = []
     for index, name in enumerate(names):
         modes = [want.mode for want in expected if len(want.mode.plans) == len(names)]

@@ -1,4 +1,4 @@
-"""Inputs that a model must survive: the shortest, odd and longest sizes, masked rows, outliers. Seeded.
+"""Make inputs that a model must survive, seeded: shortest, odd and longest sizes, masked rows, outliers.
 
 What a mask means to the model is stated, or found by trying: the first meaning with which eager PyTorch has numbers.
 """
@@ -63,7 +63,7 @@ def cases(captured: Captured) -> list[Case]:
 
 
 def length(case: Case, captured: Captured) -> int | None:
-    """The largest size, in a case, of a dynamic dimension that is no batch; None where there is none."""
+    """Return the largest size, in a case, of a dynamic dimension that is no batch; None where there is none."""
     dims = {symbol for symbol, dim in captured.dims.items() if not dim.is_batch}
     sizes = [
         size
@@ -75,7 +75,7 @@ def length(case: Case, captured: Captured) -> int | None:
 
 
 def small(captured: Captured) -> Case:
-    """A case whose intermediate values are few enough to keep."""
+    """Return a case whose intermediate values are few enough to keep."""
     generator = torch.Generator().manual_seed(SEED)
     sizes = {name: min(max(dim.min, 2 if dim.is_batch else SMALL), dim.max) for name, dim in captured.dims.items()}
     sizes = captured.sizes.nearest(sizes)
@@ -83,7 +83,7 @@ def small(captured: Captured) -> Case:
 
 
 def _between(dim: Dimension) -> int:
-    """An odd size between the least and the usual one, by their ratio: errors are looked at over the length."""
+    """Return an odd size between the least and the usual one, by their ratio; the report shows errors over length."""
     return _odd(Dimension(dim.name, dim.min, round((dim.min * dim.opt) ** 0.5), dim.max))
 
 
@@ -137,14 +137,14 @@ def _integers(shape: Sequence[int], below: int, distinct: bool, generator: torch
 
 
 def _hide_first_row(mask: Tensor, nothing: bool | float) -> Tensor:
-    """A query, or for a mask (batch, keys) a sequence, that may attend to nothing."""
+    """Mask one query, or for a mask (batch, keys) one sequence, completely."""
     if mask.numel():
         mask[(0,) * (mask.dim() - 1)] = nothing
     return mask
 
 
 def _meanings(item: CapturedInput) -> tuple[str, ...]:
-    """What the values of an input may mean, the likeliest first."""
+    """Return the possible meanings of an input's values, the likeliest first."""
     named = MASK.search(item.name) is not None
     first, second = ("masked", "attend") if named and "pad" in item.name.lower() else ("attend", "masked")
     if item.meaning is not None:

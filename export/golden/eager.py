@@ -1,4 +1,4 @@
-"""What eager PyTorch says of a case: once in the model's own type and once in float64, at the same plans."""
+"""Run a case in eager PyTorch, in the model's own type and in float64 at the same plans, and set its limits."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class EagerReference:
         return self._named(run(self._double, inputs, mode, self.written)), mode
 
     def golden(self, expected: Expected, layers: Sequence[str]) -> GoldenCase:
-        """What a verdict needs of a case.
+        """Return the golden case that a verdict needs.
 
         Args:
             layers: names of the planned attentions, in the order of their calls.
@@ -322,7 +322,7 @@ class EagerReference:
         return replace(layer, exact=array(exact.float()), eager_error=array(errors), dtype=dtype)
 
     def _nudged_modes(self, case: Case) -> list[PlanMode]:
-        """What eager plans with its moments moved a little, each way."""
+        """Run eager with its moments moved a little, each way, and return the modes that saw it."""
         if self._nudged is None or self._nudged[0] is not case:
             found = []
             for nudge in (RULES[self.dtype].nudge, -RULES[self.dtype].nudge):
@@ -467,5 +467,5 @@ _CHANCE = (
 
 
 def array(x: Tensor) -> Array:
-    """numpy's form of a tensor; bfloat16, which it has no word for, as float32."""
+    """Return a tensor as a numpy array; bfloat16, which numpy lacks, as float32."""
     return np.asarray((x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy())

@@ -1,4 +1,4 @@
-"""What a model should compute: eager PyTorch in float64, with plans that are recorded, replayed, or set aside.
+"""Run eager PyTorch in float64, with plans that are recorded, replayed or set aside.
 
 A torch dispatch mode sees every operator of a run, whatever the model's source, so the model needs no hooks.
 """
@@ -180,7 +180,7 @@ class PlanMode(TorchDispatchMode):
         return output
 
     def in_double(self, x: Any) -> Any:
-        """An argument of an operator, whatever type it has or names, in float64."""
+        """Return an argument of an operator, whatever type it has or names, in float64."""
         if isinstance(x, torch.dtype):
             return torch.float64 if x.is_floating_point else torch.complex128 if x.is_complex else x
         if isinstance(x, float):
@@ -193,7 +193,7 @@ class PlanMode(TorchDispatchMode):
         return self._copies[x]
 
     def _within(self, x: Any) -> Any:
-        """A branch of an operator, run under this mode."""
+        """Return a branch of an operator that runs under this mode."""
         if isinstance(x, Tensor) or not callable(x):
             return x
 
@@ -257,7 +257,7 @@ def run(
     mode: PlanMode | None = None,
     written: Sequence[str] = (),
 ) -> list[Tensor]:
-    """The tensors that a model returns, in order, and what it makes of the inputs that are `written`.
+    """Return a model's output tensors in order, and the `written` inputs as it leaves them.
 
     It may write into its inputs, which are copies.
     """
@@ -311,7 +311,7 @@ def attention(
 
 
 def _narrowed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an operator, with those that are attributes in ONNX moved by what float32 may lose of them."""
+    """Return an operator's arguments, with ONNX attributes among them moved by a last place of float32."""
     # Of other operators, numbers that are of any type (`Scalar`) become tensors of the operand's own type.
     kinds = ("float", "number") if func.overloadpacket in _WITH_ATTRIBUTES else ("float",)
     known = {argument.name: any(kind in str(argument.type) for kind in kinds) for argument in func._schema.arguments}
@@ -326,7 +326,7 @@ def _narrowed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
 
 
 def _attention_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], narrow: bool) -> Any:
-    """What an operator of ATTENTION returns."""
+    """Compute an operator of ATTENTION by its formula."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | dict(kwargs)
     wanted = {name: given[name] for name in ("attn_mask", "is_causal", "scale") if name in given}
     if narrow and wanted.get("scale") is None:

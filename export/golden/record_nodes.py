@@ -1,4 +1,4 @@
-"""What the values inside a graph are in eager PyTorch, on one small case: `bisect` finds a fault's node by them."""
+"""Record the values inside a graph from eager PyTorch on one small case, by which `bisect` finds a fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ops' arithmetic as ONNX functions: what a runtime computes that has no plugin for them.
+"""Make the ONNX functions of the ops, which a runtime without a plugin for them computes.
 
 `plan` and `token_moments` are made from their references. `adaptive_attention` is a text in ONNX's own syntax: its
 reference works in blocks of queries and rounds to types that a graph cannot hold, fp8 above all. Its low precisions are

@@ -1,4 +1,4 @@
-"""A captured program as an ONNX model: our ops stay nodes of their own, each with its body attached."""
+"""Lower a captured program to an ONNX model, in which custom ops stay nodes with their functions attached."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def lower(
     output_names: Sequence[str],
     emit_plan: bool = False,
 ) -> Lowered:
-    """The ONNX model of a captured program.
+    """Return the ONNX model of a captured program.
 
     Args:
         program: what torch.export captured.
@@ -112,7 +112,7 @@ def lower(
 
 
 def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
-    """Attention nodes of ours, in order, by the path of the module that they come from.
+    """Return the adaptive attention nodes, in order, by the paths of their modules.
 
     Those in branches of torch.cond are not among them: their plans are known only where a branch is taken.
     """
@@ -133,7 +133,7 @@ def _forget_paths(model: ir.Model) -> None:
 
 
 def _refuse_state(program: torch.export.ExportedProgram) -> None:
-    """Raises ExportError where a call leaves something for the next one: an artifact has nothing to keep it in."""
+    """Raise ExportError where a call changes state for the next one: an artifact keeps none."""
     changed = [
         str(item.target)
         for item in program.graph_signature.output_specs
@@ -238,7 +238,7 @@ def _name_dims(graph: ir.Graph, names: Mapping[str, str]) -> None:
 
 
 def _unused(name: str, taken: set[str]) -> str:
-    """A name that is not taken yet, and now is."""
+    """Return a free name and mark it as taken."""
     unused, count = name, 1
     while unused in taken:
         count += 1

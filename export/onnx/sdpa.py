@@ -1,4 +1,4 @@
-"""`scaled_dot_product_attention` as ONNX, with the results of eager PyTorch in every runtime.
+"""Translate `scaled_dot_product_attention` to ONNX, with the results of eager PyTorch in every runtime.
 
 torch.onnx's own translation differs from eager in three ways: a query that may attend to nothing gets a mean of all
 values or NaN where eager gives zeros, scores of float16 overflow, and ONNX Runtime's `Attention` does not broadcast a
@@ -72,7 +72,7 @@ def _refuse_dropout(p: float) -> None:
 
 
 def _scale(query: Any, scale: float | None) -> Any:
-    """The softmax scale: a number, or a value of the graph where the head size is dynamic."""
+    """Return the softmax scale: a number, or a value of the graph where the head size is dynamic."""
     if scale is not None:
         return scale
     if isinstance(query.shape[-1], int):
@@ -111,7 +111,7 @@ def _one_node(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: 
 
 
 def _formula(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: Any) -> tuple[Any, Any]:
-    """The output, and the scores: in float32 where the operands are narrower."""
+    """Return the output, and the scores: in float32 where the operands are narrower."""
     kind = _score_type(query)
     some = None
     q, k = (op.Cast(x, to=kind) if x.dtype != kind else x for x in (query, key))
@@ -130,7 +130,7 @@ def _formula(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: A
 
 
 def _safe_mask(query: Any, key: Any, mask: Any, causal: bool, kind: int) -> tuple[Any, Any]:
-    """What to add to the scores, in which no row hides all keys, and which queries may attend to a key.
+    """Return what to add to the scores, with no row that hides all keys, and which queries may attend to a key.
 
     A query without a key attends to all of them here, so that no runtime meets a softmax of nothing; the second result,
     or None where there is no such query, is there to set its output to zero.

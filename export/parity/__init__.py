@@ -1,1 +1,1 @@
-"""The parity rule: when an artifact agrees with eager PyTorch. Nothing here needs torch."""
+"""Decide by the parity rule whether an artifact agrees with eager PyTorch. Nothing here needs torch."""

@@ -1,4 +1,4 @@
-"""The verdict on a backend: its numbers against eager PyTorch in float64, with the rule and its constants.
+"""Give the verdict on a backend: compare its numbers with eager PyTorch in float64, by the parity rule.
 
 Both the backend and eager PyTorch in the model's own type are measured against float64 at the same plan. The backend
 passes where its error is at most FACTOR times eager's own (or what a rounding of q and k makes of the output, if that
@@ -267,14 +267,14 @@ def _compare_numbers(output: ExpectedOutput, got: Array, exact: Array, lost: Arr
         return row | _reason(off, "are not the infinities or fill values that eager has")
     if not output.limit <= MAX_LIMIT:  # NaN is no limit either
         row["compared"] = 0
-        reason = f"eager PyTorch errs too much itself: the limit would be {output.limit:.1e}"
+        reason = f"eager PyTorch is too inaccurate itself: the limit would be {output.limit:.1e}"
         return row | {"verdict": "not run", "reason": reason}
     difference = np.abs(got[usable] - exact[usable])
     row["counts"] = histogram(difference, root_mean_square(exact[usable]))
     if not metrics["error"] <= output.limit:
         error, at = metrics["error"], metrics["worst"]
         return row | {"reason": f"error {error:.1e} is over the limit {output.limit:.1e}, worst at {at}"}
-    loose = f"the limit is {output.limit:.1e}: so uncertain is eager PyTorch itself"
+    loose = f"loose limit {output.limit:.1e}: eager PyTorch in this dtype is that inaccurate"
     return row | {"verdict": "passed", "reason": loose if output.limit > WARN_LIMIT else None}
 
 

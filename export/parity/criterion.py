@@ -1,4 +1,4 @@
-"""The parity rule: its constants, the limit of an output, and which elements of it the error is of."""
+"""Define the parity rule: its constants, the limit of an output, and which elements its error includes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def limit_of(
     inner: str | None = None,
     count: int = 1 << 30,
 ) -> float:
-    """The error that a backend may have.
+    """Return the error that a backend may have.
 
     Args:
         eager_error: of eager PyTorch in the model's type.
@@ -131,7 +131,7 @@ def separate_fill_values(exact: Array, lost: Array | None) -> tuple[Array, Array
 
 
 def largest_relative_error(got: Array, exact: Array) -> float:
-    """The largest relative error of finite fill values."""
+    """Return the largest relative error of finite fill values."""
     with np.errstate(invalid="ignore", over="ignore"):
         errors = np.abs(got.astype(np.float64) - exact) / np.abs(exact)
     return float(errors[np.isfinite(exact)].max(initial=0.0))

@@ -1,4 +1,4 @@
-"""Golden results: all that a verdict needs of eager PyTorch, in numpy, for machines that have no torch."""
+"""Save and load golden cases: all that a verdict needs of eager PyTorch, in numpy."""
 
 from __future__ import annotations
 

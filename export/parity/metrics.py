@@ -20,6 +20,7 @@ def relative_error(difference: Array, exact: Array) -> float:
 
 
 def root_mean_square(x: Array) -> float:
+    """Return the root mean square of an array; 0 of an empty one."""
     peak = float(np.abs(x).max(initial=0.0))  # squares of huge and tiny numbers leave float64's range
     return peak * float(np.sqrt(np.square(x / peak).mean())) if peak > 0 else peak
 
@@ -60,5 +61,6 @@ def _ulps(difference: Array, exact: Array, dtype: str) -> list[float]:
 
 
 def histogram(difference: Array, size: float) -> Array:
+    """Count differences, relative to a size, in the bins of HISTOGRAM_EDGES."""
     logs = np.log10(np.maximum(difference / max(size, 1e-300), 1e-300))
     return np.histogram(np.clip(logs, HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1]), HISTOGRAM_EDGES)[0]

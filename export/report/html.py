@@ -169,7 +169,7 @@ def _figures(
     import matplotlib  # slow to import, and only a report needs it
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the reader shall not get the writer's own style
+        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
         matplotlib.rcParams.update(STYLE)
         bars = [_bars(target["histogram"] or {"log10_edges": [], "counts": []}) for target in targets]
         edges = [edge for target in bars for bar in target for edge in bar[:2]]

@@ -1,4 +1,4 @@
-"""The interface that all runtimes share."""
+"""Define the interface that all runtimes share."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Runtime(ABC):
     outputs: Mapping[str, TensorInfo]
 
     def __call__(self, **inputs: Value) -> dict[str, Any]:
-        """Outputs by name.
+        """Run the model and return its outputs by name.
 
         Raises:
             ConfigError: inputs that the model does not have, or of other types or shapes.

@@ -73,7 +73,7 @@ class EngineRuntime(Runtime):
             raise TargetError("the engine did not run; its runtime has logged why")
 
     def _replay(self, graphs: dict[Any, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Copies into the inputs of a graph of these shapes; its outputs are overwritten by the next call."""
+        """Replay a CUDA graph of these shapes on copied inputs; the next call overwrites its outputs."""
         torch = self._torch
         key = tuple(tuple(x.shape) for x in given.values())
         if key not in graphs:
@@ -97,6 +97,7 @@ class EngineRuntime(Runtime):
         self._torch.cuda.synchronize()
 
     def close(self) -> None:
+        """Free the engine, its context and its CUDA graphs."""
         self._graphs = None
         del self._context, self._opened
 

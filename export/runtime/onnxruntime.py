@@ -53,6 +53,7 @@ class OnnxRuntime(Runtime):
         pass  # a call of ONNX Runtime returns when it is done
 
     def close(self) -> None:
+        """Free the session."""
         del self._session
 
 

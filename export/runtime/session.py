@@ -65,7 +65,7 @@ def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
 
 
 def feed_of(session: Any, values: Mapping[str, Array]) -> dict[str, Array]:
-    """What a session takes, of named values.
+    """Return the values that a session takes, in its types.
 
     Raises:
         TargetError: it takes something else.
@@ -78,7 +78,7 @@ def feed_of(session: Any, values: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def as_type(kind: str, x: Array) -> Array:
-    """An input in the type that the model takes: golden results hold bfloat16 as float32."""
+    """Return an input in the type that the model takes: golden results hold bfloat16 as float32."""
     if kind == "tensor(bfloat16)":
         import ml_dtypes
 
@@ -87,5 +87,5 @@ def as_type(kind: str, x: Array) -> Array:
 
 
 def wide(x: Array) -> Array:
-    """An output as reports compare it."""
+    """Return an output as reports compare it."""
     return x.astype(np.float32) if x.dtype.name == "bfloat16" else x

@@ -1,4 +1,4 @@
-"""Sample data for `--calibrate`: an .npz of inputs, or batches that a function of the user's makes."""
+"""Load sample data for `--calibrate`: an .npz of inputs, or batches from a user's function."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPECTED = (
 
 
 def batches(source: str) -> Iterable[Any]:
-    """The batches that a command line names.
+    """Return the batches that a command line names.
 
     Args:
         source: an .npz with an array (samples, ...) for each input, which come BATCH at a time; a Python file with a

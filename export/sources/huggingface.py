@@ -1,4 +1,4 @@
-"""A local folder of Hugging Face transformers as a model that takes named tensors and returns named tensors."""
+"""Load a local folder of Hugging Face transformers as a model with named input and output tensors."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class HuggingFaceModel(nn.Module):
         decoder_input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        """Call the model with the inputs that are given; return its tensors, or the pooled sentence embedding."""
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -63,7 +64,7 @@ class HuggingFaceModel(nn.Module):
 
 
 def load(folder: Path, allow_pickle: bool = False) -> Source:
-    """The model of a folder with config.json and weights, and its inputs.
+    """Return the model of a folder with config.json and weights, and its inputs.
 
     A folder of sentence-transformers, which has modules.json, becomes its sentence embedding.
 
@@ -88,7 +89,7 @@ def load(folder: Path, allow_pickle: bool = False) -> Source:
 
 
 def inputs_of(model: Any, folder: Path) -> tuple[InputSpec, ...]:
-    """What the model takes for its task: tokens with their mask, or an image."""
+    """Return the inputs of the model's task: tokens with their mask, or an image."""
     config, takes = model.config, inspect.signature(model.forward).parameters
     kinds = [kind for kind in ("input_ids", "pixel_values", "input_values", "input_features") if kind in takes]
     if kinds == ["pixel_values"]:
@@ -116,7 +117,7 @@ def inputs_of(model: Any, folder: Path) -> tuple[InputSpec, ...]:
 
 
 def longest_of(model: Any) -> int:
-    """The longest text: what the table of positions holds, and not more than LONGEST."""
+    """Return the longest sequence: the size of the table of positions, at most LONGEST."""
     table = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
     for name, module in model.named_modules():
         # As in RoBERTa: positions are counted from behind the padding's own.

@@ -1,4 +1,4 @@
-"""Where a model comes from: a file, a factory with weights, a folder of transformers, or, with permission, a pickle."""
+"""Load a model from a file, a factory with weights, a folder of transformers or, with permission, a pickle."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WEIGHTS = "give a state dict, .safetensors or .pt"
 
 
 def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> Source:
-    """The model that a command line names.
+    """Return the model that a command line names.
 
     Args:
         model: a file, package.module:factory, or hf:FOLDER.

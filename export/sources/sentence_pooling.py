@@ -1,4 +1,4 @@
-"""From token states to the embedding of a sentence, as modules.json of sentence-transformers describes it."""
+"""Pool token states to the embedding of a sentence, as modules.json of sentence-transformers says."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pooling:
 
 
 def pooling_of(folder: Path) -> Pooling | None:
-    """What modules.json says; None where there is none.
+    """Return the pooling that modules.json names; None where there is no such file.
 
     Raises:
         CheckpointError: modules or modes that are not known here.
@@ -60,7 +60,7 @@ def pooling_of(folder: Path) -> Pooling | None:
 
 
 def _mode(settings: Any) -> str:
-    """The modes by name, from flags such as pooling_mode_mean_tokens or the text that newer files have."""
+    """Return the modes by name, from flags such as pooling_mode_mean_tokens or the text that newer files have."""
     if not isinstance(settings, dict):
         return repr(settings)
     if "pooling_mode" in settings:

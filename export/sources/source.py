@@ -74,7 +74,7 @@ def usable(model: object) -> nn.Module | ExportedProgram:
 
 
 def kind_of(x: torch.Tensor) -> tuple[str, str] | None:
-    """What a tensor is that cannot be exported as a weight, and what to do; None for an ordinary one."""
+    """Say why a tensor cannot be exported as a weight, and what to do; return None for an ordinary one."""
     if nn.parameter.is_lazy(x):
         return "parameter without a shape, of a lazy module", "run the module once on an example, which gives it one"
     if x.layout is not torch.strided:
@@ -89,7 +89,7 @@ def kind_of(x: torch.Tensor) -> tuple[str, str] | None:
 
 
 def loops_over_experts(model: nn.Module) -> list[Any]:
-    """The mixtures of experts of transformers in a model whose graph would depend on which tokens each expert gets."""
+    """Return the mixtures of experts in a model of transformers whose graph depends on each expert's tokens."""
     modules: list[Any] = list(model.modules())
     settable = [module for module in modules if hasattr(module, "_can_set_experts_implementation")]
     return [
@@ -100,6 +100,7 @@ def loops_over_experts(model: nn.Module) -> list[Any]:
 
 
 def unwrapped(model: object) -> object:
+    """Return the module inside the wrappers of torch.compile and DataParallel."""
     if isinstance(model, WRAPPERS):
         return unwrapped(model.module)
     return unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model  # of torch.compile

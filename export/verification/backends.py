@@ -1,4 +1,4 @@
-"""Runtimes as the parity rule sees them: a golden case in, named outputs and plans out. Nothing here needs torch."""
+"""Run a golden case on a runtime, and return named outputs and plans. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BACKENDS = (*PROVIDERS, *engine_options.PACKAGES)
 
 
 def open_backend(name: str, folder: Path, log: Path, plugin_library: Path | None = None) -> Backend:
-    """A backend of BACKENDS on the artifacts of an export.
+    """Open a backend of BACKENDS on the artifacts of an export.
 
     Args:
         folder: of the export.
@@ -57,7 +57,7 @@ def open_backend(name: str, folder: Path, log: Path, plugin_library: Path | None
 
 
 def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> Backend:
-    """ONNX Runtime, with nothing of ours installed.
+    """Open an ONNX file in ONNX Runtime, without custom ops.
 
     Outputs come from the file as it is. Plans and heads come from a copy that shows them: its graph has them inside. A
     second copy takes the plans as inputs; a probe runs the nodes that make one plan.
@@ -79,6 +79,7 @@ class OnnxRuntimeBackend:
         self._layers = planned_layers(path)
 
     def __call__(self, golden: GoldenCase) -> BackendResult:
+        """Run a case, with its plans forced where it says so."""
         wanted = [*golden.layers, golden.probes] if golden.forced or golden.probes else []
         unknown = [name for name in wanted if name and name not in self._layers]
         if unknown:
@@ -180,7 +181,7 @@ class OnnxRuntimeBackend:
 
 
 def engine_backend(path: Path, log: Path, plugin_library: Path | None = None) -> EngineBackend:
-    """An engine on the GPU of this machine.
+    """Open an engine on the GPU of this machine.
 
     Args:
         log: of the runs.
@@ -212,6 +213,7 @@ class EngineBackend:
         self._exact: Path | None = None
 
     def __call__(self, golden: GoldenCase) -> BackendResult:
+        """Run a case, on the engine with exact plans where they are forced."""
         path = self._path if golden.whole else self._exact
         if path is None:
             raise TargetError(f"no engine has plans that are forced to {golden.forced}")

@@ -1,4 +1,4 @@
-"""Find the node where ONNX Runtime departs from eager PyTorch: by the names of values, with no model and no torch."""
+"""Find the node where ONNX Runtime departs from eager PyTorch, by the names of values, without model and torch."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _types(trace: GoldenCase) -> dict[str, tuple[int, int]]:
 def _by_layer(
     path: Path, backend: backends.OnnxRuntimeBackend, goldens: Sequence[GoldenCase], trace: GoldenCase
 ) -> Departure | None:
-    """The first plan, or attention at a plan that is forced, that departs by itself."""
+    """Return the first plan, or attention at a plan that is forced, that departs by itself."""
     layers, known = graph_copies.planned_layers(path), set(trace.outputs) | set(trace.inputs)
     # Where outputs depart though nothing is rounded, plans differ for what they read: they are not the cause.
     sound = {
@@ -128,7 +128,7 @@ def _described(
 
 
 def _error(row: Mapping[str, Any]) -> float:
-    """The error of a value; infinite where it fails without a number, as whole numbers and shapes do."""
+    """Return the error of a value; infinite where it fails without a number, as whole numbers and shapes do."""
     error = row["error"]
     failed = row.get("verdict") == "failed"
     if error is None or (failed and row["limit"] is not None and error <= row["limit"]):
@@ -137,7 +137,7 @@ def _error(row: Mapping[str, Any]) -> float:
 
 
 def _first(graph: Any, departed: Collection[str], known: Collection[str]) -> str | None:
-    """The first of the values that departed from which others that did lead to an output, or to what a plan reads."""
+    """Return the first departing value from which departing values lead to an output or to the inputs of a plan."""
     plans = [name for node in graph.node if node.domain == NAMESPACE and node.op_type == "plan" for name in node.input]
     guilty = {*(output.name for output in graph.output), *plans} & set(departed)
     first = None

@@ -1,4 +1,4 @@
-"""Run the artifacts of an export and compare them with its golden results: in the export itself, and where they went.
+"""Run the artifacts of an export and compare them with its golden cases, in the export and where it is deployed.
 
 Nothing here needs torch or the model: `verify_export` repeats the export's verdict on the machine of deployment.
 """

@@ -1,1 +1,1 @@
-"""The plugins as a shared library, for trtexec, C++, Triton Inference Server and ONNX Runtime's TensorRT provider."""
+"""Build the plugins as a shared library, for trtexec, C++, Triton Inference Server and ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""Build the library: compile the kernels, write down what the C++ needs of them, compile that."""
+"""Build the library: compile the kernels, generate the C++ tables, compile the C++."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def cuda_headers() -> Path:
 
 
 def architectures(text: str) -> list[int]:
-    """The architectures that a user names, "80,90"; for an empty text that of this machine's GPU.
+    """Return the architectures that a user names, "80,90"; for an empty text that of this machine's GPU.
 
     Raises:
         TargetError: there is no GPU to ask, or an architecture that the kernels are not written for.
@@ -165,7 +165,7 @@ def cached(
 
 
 def _private_cache() -> Path:
-    """The folder of the cache, which nobody else may write to: a library that lies there is loaded and runs."""
+    """Return the folder of the cache, which nobody else may write to: a library that lies there is loaded and runs."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not root.is_absolute():  # as its specification says
         root = Path.home() / ".cache"
@@ -184,7 +184,7 @@ def _private_cache() -> Path:
 
 
 def _key_of(kinds: Sequence[Kind], architectures: Sequence[int], tensorrt_include: Path, cuda_include: Path) -> str:
-    """The hash of all that a library is made of: our sources, the headers, the compilers and what steers them.
+    """Return the hash of all that a library is made of: sources, headers, compilers and the variables that steer them.
 
     Raises:
         TargetError: there are no headers or no compiler.
@@ -202,7 +202,12 @@ def _key_of(kinds: Sequence[Kind], architectures: Sequence[int], tensorrt_includ
         headers = [Path(word.replace("\\ ", " ")) for word in re.findall(r"(?:\\.|\S)+", rules.partition(":")[2])]
         headers = [path for path in headers if path.is_file() and folder not in path.parents]
     package = Path(adaattn.__file__).parent
-    ours = [*package.rglob("*.py"), *SOURCES.parent.rglob("*.py"), *SOURCES.glob("*.cpp"), SOURCES / "CMakeLists.txt"]
+    sources = [
+        *package.rglob("*.py"),
+        *SOURCES.parent.rglob("*.py"),
+        *SOURCES.glob("*.cpp"),
+        SOURCES / "CMakeLists.txt",
+    ]
     ptxas = {Path(compilers.get_ptxas(arch).path) for arch in architectures}
     steering = {
         name: value
@@ -212,13 +217,13 @@ def _key_of(kinds: Sequence[Kind], architectures: Sequence[int], tensorrt_includ
     content = (
         *(sorted(map(repr, kinds)), sorted(architectures), sorted(steering.items())),
         *(triton.__version__, compiler, _run(compiler, "--version"), shutil.which("cmake")),
-        *(sorted((str(path), _sha256(path)) for path in {*headers, *ours, *ptxas}),),
+        *(sorted((str(path), _sha256(path)) for path in {*headers, *sources, *ptxas}),),
     )
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def _compiler() -> str:
-    """The C++ compiler that builds the library, with and without CMake."""
+    """Find the C++ compiler that builds the library, with and without CMake."""
     found = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
     if found is None:
         raise TargetError("no C++ compiler: apt install g++ (and cmake, or do without)")
@@ -313,7 +318,7 @@ def _make(
 
 
 def _run(*command: object, scratch: Path | None = None) -> str:
-    """What a program prints; its temporary files go to a folder that is deleted even when it is killed."""
+    """Run a program and return what it prints; its temporary files go to a folder that is always deleted."""
     code, said = children.run([str(part) for part in command], {} if scratch is None else {"TMPDIR": str(scratch)})
     if code:
         raise TargetError(f"{command[0]} failed:\n{said.strip()[-4000:]}")

@@ -1,4 +1,4 @@
-"""The command `adaattn-plugins`."""
+"""Define the command `adaattn-plugins`."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Compiled:
 
 
 def kernel_key(spec: KernelSpec, arch: int) -> Key:
-    """What makes one kernel of two launches."""
+    """Return what two launches must share to be one kernel."""
     return (arch, spec.kernel.__name__, *(tuple(x.items()) for x in (spec.arguments, spec.constants, spec.known)))
 
 
@@ -111,7 +111,7 @@ def _function(place: int, kernels: Sequence[int], each: Program) -> str:
 
 
 def _op(variant: Variant) -> str:
-    """A row of OPS. The sizes of outputs and of a mask are found at inputs: `{input, dimension}`."""
+    """Return a row of OPS. Sizes of outputs and of a mask are places in inputs: `{input, dimension}`."""
     signature, sources = variant.signature, variant.signature.sources()
 
     def listed(values: Iterable[object]) -> str:

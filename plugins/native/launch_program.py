@@ -1,4 +1,4 @@
-"""What the library runs for a node: the launches of eager mode, with sizes as C++ that is computed when they are known.
+"""List what the library launches for a node: the launches of eager mode, with sizes as C++ expressions.
 
 Other than a kernel that an engine embeds, a library may have a workspace and launch more than once, so nothing differs
 from eager mode: keys and values are packed, and precisions that share no kernel have one each.
@@ -39,7 +39,7 @@ class Program:
 
 
 def program(kind: Kind, capability: int) -> Program:
-    """The launches of a kind of node."""
+    """Return the launches of a kind of node."""
     signature = kind.variant.signature
     shapes: dict[str, list[Any]] = {}
     for place, argument in enumerate(signature.inputs):

@@ -60,11 +60,12 @@ class Kind:
 
     @property
     def variant(self) -> Variant:
+        """The variant of the op."""
         return VARIANTS[self.op]
 
 
 def kinds(model: Path) -> list[Kind]:
-    """The kinds of our nodes in an ONNX file.
+    """Return the kinds of AdaAttn's nodes in an ONNX file.
 
     Raises:
         ConfigError: it is not an ONNX file, has none, or a node whose types and shapes it does not tell.
@@ -86,7 +87,7 @@ def kinds(model: Path) -> list[Kind]:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         found[_kind(node.op_type, [_torch_type(x.elem_type) for x in tensors], dims, attributes)] = None
     if not found:
-        raise ConfigError(f"{model} has no op of ours: no node of domain {NAMESPACE!r}")
+        raise ConfigError(f"{model} has no AdaAttn ops: no node of domain {NAMESPACE!r}")
     return list(found)
 
 

@@ -15,15 +15,15 @@ def for_onnxruntime(model: Path) -> Path:
     The copy, `<model>.trt.onnx`, lies beside the model, where its external data is, and runs with that provider alone.
 
     Raises:
-        ConfigError: it is not an ONNX file, or has no op of ours.
+        ConfigError: it is not an ONNX file, or has no AdaAttn ops.
     """
     import onnx
 
     copy = onnx_file.load(model)
-    ours = [node for node in copy.graph.node if node.domain == NAMESPACE]
-    if not ours:
-        raise ConfigError(f"{model} has no op of ours: no node of domain {NAMESPACE!r}")
-    for node in ours:
+    nodes = [node for node in copy.graph.node if node.domain == NAMESPACE]
+    if not nodes:
+        raise ConfigError(f"{model} has no AdaAttn ops: no node of domain {NAMESPACE!r}")
+    for node in nodes:
         node.domain = "trt.plugins"
     others = [function for function in copy.functions if function.domain != NAMESPACE]
     opsets = [opset for opset in copy.opset_import if opset.domain != NAMESPACE]

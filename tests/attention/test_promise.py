@@ -86,7 +86,7 @@ def test_99_of_100_heads_keep_the_tolerance() -> None:
 
 
 def predicted(q: Array, k: Array, v: Array, scale: float) -> dict[tuple[str, int], float]:
-    """The table of docs/error-model.md for one head, from its tokens (S, D): those attended to, of keys and values."""
+    """Return the table of docs/error-model.md for one head, from its tokens (S, D), keys and values attended to."""
 
     def power(x: Array) -> Array:
         return np.square(x).mean(0)

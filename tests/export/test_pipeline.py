@@ -102,7 +102,7 @@ def test_every_module_passes(mask: str, causal: bool, cross: bool, kv_heads: int
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """An encoder of every kind of layer, for the ONNX target."""
+    """Return an encoder of every kind of layer, for the ONNX target."""
     torch.manual_seed(6)
     model = adaattn.Encoder(WIDTH, HEADS, ("dense", "adaptive_precision", "adaptive_rank", "adaptive"), causal=True)
     inputs = {"x": f"B,S,{WIDTH}", "attention_mask": "B,S:bool"}
@@ -112,7 +112,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 def test_stock_onnxruntime_runs_the_file(encoder: Result, tmp_path: Path) -> None:
-    """In a process that can import nothing of ours, from golden.npz alone."""
+    """Compare in a process that cannot import AdaAttn, from golden.npz alone."""
     script = """
 import sys, numpy as np, onnxruntime
 folder = sys.argv[1]

@@ -71,7 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(exported: Path, tmp_path: Path) -> Path:
-    """An export that a test may change."""
+    """Return an export that a test may change."""
     for path in exported.iterdir():
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / path.name).write_bytes(path.read_bytes())

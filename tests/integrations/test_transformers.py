@@ -1,4 +1,4 @@
-"""Models of transformers that attend by us, against their own eager attention in float64."""
+"""Models of transformers that attend with AdaAttn, against their own eager attention in float64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def registered() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What adaptive attention is asked for."""
+    """Return the arguments with which adaptive attention is called."""
     seen: list[dict[str, Any]] = []
     function = attention_module.adaptive_attention
 
@@ -62,7 +62,7 @@ def first(model: nn.Module, given: dict[str, Tensor], mode: PlanMode | None = No
 
 
 def exact(eager: nn.Module, given: dict[str, Tensor]) -> Tensor:
-    """The model in float64, also where its code asks for float32."""
+    """Return the model in float64, also where its code asks for float32."""
     double = {key: x.double() if x.is_floating_point() else x for key, x in given.items()}
     return first(copy.deepcopy(eager).double(), double, PlanMode(double=True))
 
@@ -156,7 +156,7 @@ def test_padding_makes_a_boolean_mask(calls: list[dict[str, Any]]) -> None:
 
 
 def attend(query: Tensor, key: Tensor | None = None, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """What a model's code does."""
+    """Call the attention as a model's code does."""
     module = nn.Module()
     module.config = hf.BertConfig()  # type: ignore[assignment]
     key = query if key is None else key

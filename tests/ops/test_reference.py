@@ -97,7 +97,7 @@ def test_error_stays_within_what_the_model_predicts(distribution: str, shape: tu
 
 
 def to_format(x: Array, mantissa: int, smallest_exponent: int, largest: float) -> Array:
-    """x to the nearest number of a floating-point format, half to even, saturating."""
+    """Round x to the nearest number of a floating-point format, half to even, saturating."""
     exponent = np.maximum(np.frexp(x)[1] - 1, smallest_exponent)
     step = np.ldexp(1.0, exponent - mantissa)
     return np.clip(np.rint(x / step) * step, -largest, largest)

@@ -264,21 +264,21 @@ def keys_and_values_swapped(model: onnx.ModelProto, folder: Path) -> str:
 
 
 def overflow(model: onnx.ModelProto, folder: Path) -> str:
-    """What float16 does to a large intermediate that a careless kernel has and eager has not."""
+    """Let an intermediate overflow float16, as in a careless kernel."""
     node = attention(model)
     before(model, node, 2, "Div", constant(model, "big", np.float16(60000)))
     return before(model, node, 2, "Mul", constant(model, "tiny", np.float16(6e-8)))
 
 
 def moments_of_another(model: onnx.ModelProto, folder: Path) -> str:
-    """The plan reads the energy of the queries where that of the keys belongs."""
+    """Return the plan reads the energy of the queries where that of the keys belongs."""
     plan = node_of(model, "plan")
     plan.input[4] = plan.input[1]
     return str(plan.output[0])
 
 
 def ladder_cut(model: onnx.ModelProto, folder: Path) -> str:
-    """The second step of the plan is the third."""
+    """Return the second step of the plan is the third."""
     plan = node_of(model, "plan")
     (ladder,) = [x for x in model.graph.initializer if x.name == plan.input[9]]
     steps = numpy_helper.to_array(ladder, str(folder)).copy()

@@ -82,7 +82,7 @@ GRAPHS = [Graph(*values) for values in product(PLANS, DTYPES, KINDS, (False, Tru
 
 
 def some(count: int, dtypes: Sequence[str] = DTYPES, seed: int = 1) -> list[Graph]:
-    """A seeded subset in which every plan, type, kind and mask comes up about equally often."""
+    """Return a seeded subset in which every plan, type, kind and mask comes up about equally often."""
     generator = random.Random(seed)
     names = [list(values) for values in (PLANS, dtypes, KINDS, (False, True), MASKS)]
     decks: list[list[Any]] = [[] for _ in names]

@@ -43,7 +43,7 @@ def made(folder: Path, model: nn.Module, dtype: str | None = None, **inputs: Any
 
 
 def corrupted(folder: Path, scale: float = -3.0) -> dict[str, Any]:
-    """The verdict once the weights are multiplied."""
+    """Return the verdict once the weights are multiplied."""
     path = folder / "out" / "model.onnx"
     model = onnx.load(path)
     for weight in model.graph.initializer:
@@ -102,7 +102,7 @@ def test_what_eager_does_not_know_itself_is_not_passed(tmp_path: Path) -> None:
     model.table = table
     (target,) = made(tmp_path, model)["targets"]
     assert {row["verdict"] for row in target["outputs"]} == {"not run"}
-    assert "eager PyTorch errs too much itself: the limit would be" in target["reason"]
+    assert "eager PyTorch is too inaccurate itself: the limit would be" in target["reason"]
 
 
 def test_integers_count_where_no_rounding_decides_them(tmp_path: Path) -> None:

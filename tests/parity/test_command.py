@@ -43,7 +43,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bad(good: Path, tmp_path: Path) -> Path:
-    """The same with a weight of its last layer that is not the model's."""
+    """Return the same with a weight of its last layer that is not the model's."""
     folder = Path(shutil.copytree(good, tmp_path / "bad"))
     model = onnx.load(folder / "model.onnx")
     bias = next(x for x in model.graph.initializer if x.name == "stack.0.mlp.2.bias")

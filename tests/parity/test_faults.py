@@ -28,7 +28,7 @@ CHOSEN = [pytest.param(x, marks=pytest.mark.thorough) if at % 4 == 3 else x for 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of an export, made on first use."""
+    """Return the folder of an export, made on first use."""
     folder, made = tmp_path_factory.mktemp("exports"), dict[str, Path]()
 
     def get(base: str) -> Path:

@@ -37,7 +37,7 @@ def exported(model: nn.Module, inputs: dict[str, str], folder: Path, **options: 
 
 @pytest.fixture(scope="module")
 def adaptive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a module whose inputs lead to one precision alone."""
+    """Return the folder of a module whose inputs lead to one precision alone."""
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("adaptive") / "out"
     target = exported(adaattn.AdaptiveAttention(WIDTH, HEADS, tolerance=1e-2), INPUTS, folder)

@@ -137,7 +137,7 @@ Inputs = dict[str, Tensor]
 
 
 def judge(found: Captured) -> Callable[[Callable[[Inputs], Inputs]], str]:
-    """What the rule says of eager PyTorch with a fault in its inputs, which passes without one."""
+    """Return the verdict on eager PyTorch with a fault in its inputs, which passes without one."""
     reference = EagerReference(found)
     made = {case.name: case for case in cases.cases(found)}
     goldens = [reference.golden(reference.expect(case), []) for case in made.values()]

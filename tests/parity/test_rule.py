@@ -80,7 +80,7 @@ def test_a_head_away_from_its_limit_may_not_differ() -> None:
 def golden_of_identity(
     precision: str, query: list[float], keys: list[list[float]], dtype: torch.dtype
 ) -> ExpectedOutput:
-    """What is golden of attention without projections, whose keys have the mean zero."""
+    """Return golden cases of attention without projections, whose keys have the mean zero."""
     model = adaattn.AdaptivePrecisionAttention(4, 1, default_precision=precision, bias=False).to(dtype).eval()
     with torch.no_grad():
         for layer in (model.q_proj, model.k_proj, model.v_proj, model.out_proj):
@@ -218,9 +218,12 @@ def test_an_output_that_is_never_compared_is_no_success() -> None:
 def test_a_limit_that_passes_anything_passes_nothing() -> None:
     row = of(one([1.0, 2.0], limit=0.6), [1.0, 2.0])
     assert row["verdict"] == "not run"
-    assert "eager PyTorch errs too much itself" in row["reason"]
+    assert "eager PyTorch is too inaccurate itself" in row["reason"]
     row = of(one([1.0, 2.0], limit=0.2), [1.0, 2.0])
-    assert (row["verdict"], row["reason"]) == ("passed", "the limit is 2.0e-01: so uncertain is eager PyTorch itself")
+    assert (row["verdict"], row["reason"]) == (
+        "passed",
+        "the limit is 2.0e-01: eager PyTorch in this dtype is that inaccurate",
+    )
 
 
 def test_the_weights_type_counts_as_far_as_eager_errs() -> None:

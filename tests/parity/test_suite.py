@@ -100,7 +100,7 @@ def captured_of(graph: Graph) -> tuple[Captured, torch.nn.Module]:
 
 
 def build(graph: Graph, target: str, folder: Path) -> None:
-    """An engine whose one profile takes all shapes."""
+    """Return an engine whose one profile takes all shapes."""
     points = [{name: int(text.split(":")[at]) for name, text in DIMS.items()} for at in range(3)]
 
     def shape(text: str, sizes: dict[str, int]) -> list[int]:

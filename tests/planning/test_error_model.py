@@ -202,7 +202,7 @@ BEYOND_THE_MODEL = {  # heads over the tolerance among 256, worst of three seeds
 
 
 def heads_over(distribution: str, shapes: list[tuple[int, int, int, int]], batch_together: bool = False) -> list[str]:
-    """The heads whose measured error is over the tolerance of their plan, in words."""
+    """Return the heads whose measured error is over the tolerance of their plan, in words."""
     over = []
     for (batch, queries, keys, head_dim), kind, causal in product(shapes, ("none", "empty rows"), (False, True)):
         drawn = MAKERS[distribution]((batch, 4, queries, head_dim), (batch, 2, keys, head_dim))

@@ -80,7 +80,7 @@ def library(model: Path, headers: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def tensorrt(headers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stand-in for TensorRT in C++."""
+    """Return a stand-in for TensorRT in C++."""
     path = tmp_path_factory.mktemp("driver") / "driver"
     include = ("-isystem", headers, "-isystem", builder.cuda_headers())
     flags = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
@@ -120,7 +120,7 @@ parser.parse_from_file(sys.argv[2])  # TensorRT-RTX takes no plugins, and ends t
 
 
 def alone(model: Path, op: str, path: Path) -> Path:
-    """The first node of an op as a model of its own, with the body that every exported file has of it."""
+    """Return the first node of an op as a model of its own, with the body that every exported file has of it."""
     import onnx
 
     whole = onnx.load(model)
@@ -157,7 +157,7 @@ def test_a_model_without_our_ops_and_one_that_no_kernel_fits_are_refused(tmp_pat
         onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y])), tmp_path / "m.onnx")
         return tmp_path / "m.onnx"
 
-    with pytest.raises(ConfigError, match="has no op of ours"):
+    with pytest.raises(ConfigError, match="has no AdaAttn ops"):
         kinds(saved(onnx.helper.make_node("Relu", ["x"], ["y"]), head_dim=16))
     ours = onnx.helper.make_node("token_moments", ["x"], ["y"], domain="adaattn", center=0)
     with pytest.raises(ConfigError, match="head_dim is 320"):
@@ -186,7 +186,7 @@ def test_the_form_for_onnxruntime_names_plugins_and_carries_no_bodies(model: Pat
     assert {opset.domain for opset in copy.opset_import} == {"", "trt.plugins"}
     named = {value.name for value in (*copy.graph.value_info, *copy.graph.output)}
     assert all(name in named for node in ours for name in node.output)  # the provider's ops infer no types
-    with pytest.raises(ConfigError, match="has no op of ours"):
+    with pytest.raises(ConfigError, match="has no AdaAttn ops"):
         for_onnxruntime(tmp_path / "model.trt.onnx")
 
 

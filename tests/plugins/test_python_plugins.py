@@ -119,7 +119,7 @@ def build(name: str, inputs: Inputs, attributes: dict[str, float]) -> fake_tenso
 
 
 def interpret(launch: Launch, resolved: fake_tensorrt.Resolved, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    """The kernel with the arguments in the order in which TensorRT passes them."""
+    """Return the kernel with the arguments in the order in which TensorRT passes them."""
     spec = launch.spec
     given = [*(x.view(torch.uint8) if x.dtype == torch.bool else x for x in inputs), *resolved.integers, *outputs]
     named = dict(zip(spec.parameters, given, strict=True))

@@ -77,7 +77,7 @@ for _, _config in CONFIGS.values():  # defaults of the classes lie outside so sm
 
 
 def build(name: str, implementation: str, like: nn.Module | None = None, **changes: Any) -> Any:
-    """A model in eval mode, with the weights of another where one is given."""
+    """Return a model in eval mode, with the weights of another where one is given."""
     cls, config = CONFIGS[name]
     config = copy.deepcopy(config)
     for key, value in changes.items():
@@ -90,7 +90,7 @@ def build(name: str, implementation: str, like: nn.Module | None = None, **chang
 
 
 def inputs(name: str, batch: int, length: int, padding: str = "none") -> dict[str, Tensor]:
-    """What the model takes; with padding, all sequences but the first lack a third of their tokens."""
+    """Return inputs of the model; with padding, all sequences but the first lack a third of their tokens."""
     if name == "vit":
         return {"pixel_values": torch.randn(batch, 3, 24, 24)}
     given = {"input_ids": torch.randint(3, WORDS, (batch, length))}
@@ -106,6 +106,6 @@ def inputs(name: str, batch: int, length: int, padding: str = "none") -> dict[st
 
 
 def shown(name: str, output: Tensor, given: dict[str, Tensor]) -> Tensor:
-    """The outputs of tokens that are there: what padding gets, nobody defines."""
+    """Return the outputs of tokens that are there: what padding gets, nobody defines."""
     mask = given.get("attention_mask")
     return output if mask is None or name in ("t5", "bart") else output[mask.bool()]

@@ -23,13 +23,13 @@ class CausalAttention(nn.Module):
         self.register_buffer("bias", torch.ones(LONGEST, LONGEST).tril().view(1, 1, LONGEST, LONGEST))
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.size()
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (y.view(B, T, HEADS, C // HEADS).transpose(1, 2) for y in (q, k, v))
+        batch, tokens, width = x.size()
+        q, k, v = self.c_attn(x).split(width, dim=2)
+        q, k, v = (y.view(batch, tokens, HEADS, width // HEADS).transpose(1, 2) for y in (q, k, v))
         att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
-        att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
+        att = att.masked_fill(self.bias[:, :, :tokens, :tokens] == 0, float("-inf"))
         y = F.softmax(att, dim=-1) @ v
-        return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+        return self.c_proj(y.transpose(1, 2).contiguous().view(batch, tokens, width))
 
 
 class NanoGPT(nn.Module):

@@ -73,7 +73,7 @@ def _opaque_constant(config: Any, records: Records) -> None:
 
 
 def _size(program: Any, records: Records) -> None:
-    """The text of every symbolic size, which sympy evaluates."""
+    """Return the text of every symbolic size, which sympy evaluates."""
     for values in program["graph_module"]["graph"]["tensor_values"].values():
         for size in values["sizes"]:
             if "as_expr" in size:

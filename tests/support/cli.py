@@ -29,7 +29,7 @@ def run(*arguments: object) -> Result:
 
 
 def alive(process: subprocess.Popen[str]) -> list[str]:
-    """The command lines of a process of `start` and of all that it has started, without those that have ended."""
+    """Return the command lines of a process of `start` and of its running descendants."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it ended meanwhile

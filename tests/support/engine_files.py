@@ -8,7 +8,7 @@ from adaattn.export.engines import options as engine_options
 
 
 def described(target: str = "tensorrt", **changes: object) -> dict[str, Any]:
-    """A whole description."""
+    """Return a whole description."""
     return {
         "target": target,
         "package": engine_options.PACKAGES[target],

@@ -211,7 +211,7 @@ def build(
     inputs: Mapping[str, tuple[DataType, tuple[int | str, ...]]],
     attributes: Mapping[str, float],
 ) -> Engine:
-    """Build a network of one of our plugins as TensorRT does; sizes given by name are dynamic."""
+    """Build a network of one plugin as TensorRT does; sizes given by name are dynamic."""
     trtp = load()["tensorrt.plugin"]
     builder = ExprBuilder()
 

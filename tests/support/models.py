@@ -14,7 +14,7 @@ from adaattn.encoder import Encoder
 
 
 def tiny() -> Encoder:
-    """The smallest model of ours."""
+    """Return the smallest model."""
     return Encoder(16, 2, layers=("adaptive",)).eval()
 
 
@@ -59,7 +59,7 @@ class Tagger(nn.Module):
 
 
 class Functional(nn.Module):
-    """Uses our function, and its own names."""
+    """Call the SDPA-like function, with names of its own."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return adaattn.adaptive_attention(q, k, v, is_causal=True, tolerance=1e-2)

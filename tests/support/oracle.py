@@ -147,7 +147,7 @@ def _decay(shape: Shape) -> Tensor:
 
 
 def mask(kind: str, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
-    """A mask of four axes that leaves no query without a key, save "empty rows", which does so every third time."""
+    """Return a mask of four axes that leaves each query a key; "empty rows" leaves every third query none."""
     full = (batch, heads, queries, keys)
     if kind == "none":
         return None

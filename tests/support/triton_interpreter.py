@@ -34,7 +34,7 @@ def install() -> None:
     as_it_is = {name: getattr(builder, name) for name in ("cast_impl", "create_fp_to_fp", "create_dot")}
 
     def widened(x: Any) -> Any:
-        """The numbers of a handle as float32."""
+        """Return the numbers of a handle as float32."""
         if x.dtype.scalar not in formats:
             return x
         dtype, signed, _ = formats[x.dtype.scalar]

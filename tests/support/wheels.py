@@ -1,4 +1,4 @@
-"""Files that a wheel carries which is no dependency of ours, only a judge of what we write."""
+"""Unpack files of wheels that are not dependencies, and only check what AdaAttn writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 def unpacked(requirement: str, folder: Path) -> Path:
-    """The content of a wheel; skips the test where pip does not reach it."""
+    """Return the content of a wheel; skips the test where pip does not reach it."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, requirement]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip(f"pip does not reach {requirement}")

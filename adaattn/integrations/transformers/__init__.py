@@ -1,4 +1,4 @@
-"""`attn_implementation="adaattn"`: models of Hugging Face transformers that attend within an error budget.
+"""Let models of Hugging Face transformers attend within an error budget: `attn_implementation="adaattn"`.
 
 Transformers calls one function for the attention of all its models and another for their masks; `register` adds
 AdaAttn's under a name. Nothing here imports transformers before that.

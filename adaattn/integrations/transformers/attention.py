@@ -1,4 +1,4 @@
-"""The attention and mask functions that transformers calls."""
+"""Define the attention and mask functions that transformers calls."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ REFUSED = {
     "block_indices": "keys chosen by an index (block_indices)",
     "sliding_window": "a window of keys (sliding_window) without a mask that says so",
 }
-_checked: set[type] = set()  # configs whose models' code calls us
+_checked: set[type] = set()  # configs whose models dispatch through AttentionInterface
 
 
 def attention_mask(sdpa_mask: Any, *arguments: Any, **options: Any) -> Tensor | None:
-    """The mask of transformers' `sdpa`: boolean, of causality, windows and padding alike.
+    """Return the mask of transformers' `sdpa`: boolean, of causality, windows and padding alike.
 
     In eager mode there is none where nothing is padded and `is_causal` says it all; a program always has one.
     """
@@ -78,7 +78,7 @@ def attend(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: q (B, H, Sq, D), k and v (B, Hk, Sk, D) to (B, Sq, H, D), and no weights.
+    """Attend as transformers calls it: q (B, H, Sq, D), k and v (B, Hk, Sk, D) to (B, Sq, H, D), without weights.
 
     A mask says all; without one, `is_causal` does.
     """
@@ -121,14 +121,14 @@ def attend(
 
 
 def _biased(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """The mask with a bias on the scores, as of T5, in it."""
+    """Return the mask with a bias on the scores, as of T5, in it."""
     if mask is None or bias is None:
         return bias if mask is None else mask
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
 
 
 def _refuse(module: nn.Module, options: dict[str, Any]) -> None:
-    """Raises ConfigError for what the model wants and we have not."""
+    """Raise ConfigError for an option of the model's attention that AdaAttn does not have."""
     options = {"output_attentions": getattr(module.config, "output_attentions", False)} | options
     given = {name for name, option in options.items() if option is not None and option is not False}
     wanted = [reason for name, reason in REFUSED.items() if name in given]

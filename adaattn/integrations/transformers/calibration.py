@@ -1,4 +1,4 @@
-"""Which attention of Hugging Face transformers calibration acts on: separate projections, and nothing after them."""
+"""Match the attention of transformers that calibration can change: separate projections, and nothing after them."""
 
 from __future__ import annotations
 

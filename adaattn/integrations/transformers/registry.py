@@ -30,13 +30,14 @@ def takes_implementations(module: nn.Module) -> bool:
 
 
 def is_model(module: nn.Module) -> bool:
+    """Return whether a module is a model of transformers."""
     from transformers import PreTrainedModel
 
     return isinstance(module, PreTrainedModel)
 
 
 def tolerance_of(module: nn.Module) -> float | None:
-    """The tolerance that a module of transformers attends with; None where it does not attend by us."""
+    """Return the tolerance that a module of transformers attends with; None where another implementation attends."""
     config = getattr(module, "config", None)
     budget = registered.get(getattr(config, "_attn_implementation", None) or "")
     return None if budget is None else float(getattr(config, SETTING, budget.tolerance))

@@ -1,1 +1,1 @@
-"""Attention whose heads each follow a plan: a precision and a rank."""
+"""Compute attention whose heads each follow a plan: a precision and a rank."""

@@ -1,4 +1,4 @@
-"""The checked entrance to `adaattn::adaptive_attention`, for callers that bring their own plan."""
+"""Check the arguments of `adaattn::adaptive_attention`, for callers with their own plan."""
 
 from __future__ import annotations
 

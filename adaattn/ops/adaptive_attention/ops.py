@@ -1,4 +1,4 @@
-"""Registration of `adaattn::adaptive_attention`: schema, shapes, autograd."""
+"""Register `adaattn::adaptive_attention`: schema, shapes, autograd."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def adaptive_attention(
     is_causal: bool,
     impl: str = "auto",
 ) -> Tensor:
+    """Attend as `adaattn.ops.adaptive_attention` says, without its checks."""
     run = reference.adaptive_attention
     if takes_triton(impl, query):
         from adaattn.ops.adaptive_attention.impl import triton

@@ -1,1 +1,1 @@
-"""The choice of a plan as one op."""
+"""Choose the plan of each head as one op."""

@@ -13,7 +13,7 @@ from adaattn.planning.error_model import Moments, Plan
 def plan_within(
     budget: Budget, table: Tensor, query: Moments, key: Moments, value: Moments, scale: float, impl: str = "auto"
 ) -> Plan:
-    """The cheapest plan of each head whose predicted error, times the budget's safety, fits its tolerance.
+    """Return the cheapest plan of each head whose predicted error, times the budget's safety, fits its tolerance.
 
     Args:
         table: `ladder_table_for(budget, head_dim, device)`, on the device of the moments.

@@ -26,6 +26,7 @@ def plan(
     limit: float,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return precision, rank and predicted error (B, H) of each head's plan; see `plan_within`."""
     if takes_triton(impl, query_mean):
         from adaattn.ops.plan.impl import triton
 

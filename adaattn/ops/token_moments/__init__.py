@@ -1,1 +1,1 @@
-"""Moments and peaks of a tensor over its tokens: all that the error model asks of q, k and v."""
+"""Compute moments and peaks of a tensor over its tokens, from which the error model predicts."""

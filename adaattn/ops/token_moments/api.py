@@ -1,4 +1,4 @@
-"""The checked entrance to `adaattn::token_moments`."""
+"""Check the arguments of `adaattn::token_moments`."""
 
 from __future__ import annotations
 

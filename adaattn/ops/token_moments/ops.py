@@ -1,4 +1,4 @@
-"""Registration of `adaattn::token_moments`: schema, shapes, autograd."""
+"""Register `adaattn::token_moments`: schema, shapes, autograd."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from adaattn.planning.error_model import Moments
 def token_moments(
     x: Tensor, key_mask: Tensor | None, center: bool, impl: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the moments that `adaattn.ops.token_moments` describes, without its checks."""
     if takes_triton(impl, x):
         from adaattn.ops.token_moments.impl import triton
 

@@ -371,7 +371,7 @@ def save_model(path: Path) -> None:
 
 
 def save_embedded(path: Path) -> None:
-    """The model's weights move from their file into it."""
+    """Return the model's weights move from their file into it."""
     data = path.with_name("weights")
     data.write_bytes(bytes(4000))
     weights = onnx.TensorProto(name="w", data_type=1, dims=[1000], data_location=onnx.TensorProto.EXTERNAL)

@@ -67,7 +67,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def identity(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with model.onnx, which returns its input x (B, S) and its rows by numbers that may be out of range."""
+    """Return a folder with model.onnx, which returns its input x (B, S) and its rows by numbers out of range."""
     folder = tmp_path_factory.mktemp("identity")
     nodes = [
         helper.make_node("Identity", ["x"], ["y"]),
@@ -203,7 +203,7 @@ def test_an_ascii_terminal_gets_escapes(identity: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-# ---- names that are not ours
+# ---- names from files
 
 
 def report() -> dict[str, Any]:
@@ -398,7 +398,7 @@ def test_files_that_are_no_onnx(command: str, identity: Path, files: None) -> No
         *((name, "is not a file") for name in ("pipe.npy", "endless.npy")),
         *((name, "does not exist") for name in ("none", "loop.npy")),
         ("folder.npy", "is a directory"),
-        (identity / "model.onnx", "has no op of ours"),
+        (identity / "model.onnx", "has no AdaAttn ops"),
     ):
         refused(call("adaattn-plugins", command, name), "adaattn-plugins", words)
 

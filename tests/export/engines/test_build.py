@@ -1,4 +1,4 @@
-"""TensorRT-RTX engines of each module, built with no GPU; and the builder's failures, which are ours to report."""
+"""TensorRT-RTX engines of each module, built with no GPU, and reports of the builder's failures."""
 
 from __future__ import annotations
 

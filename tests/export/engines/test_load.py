@@ -31,7 +31,7 @@ LOADED = "the library is loaded"
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An engine, where a stand-in for TensorRT says what it is asked to load."""
+    """Return an engine, where a stand-in for TensorRT says what it is asked to load."""
 
     class Registry:
         def load_library(self, library: str) -> None:
@@ -54,7 +54,7 @@ def describe(file: Path, content: Any) -> None:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to each part of a description."""
+    """Return the way to each part of a description."""
     if path:
         yield path
     for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():

@@ -26,7 +26,7 @@ TYPES = {
 
 
 def run(name: str, opset: int, attributes: dict[str, object], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Outputs of a model that is one call of the function."""
+    """Return the outputs of a model that is one call of the function."""
     function = functions.function(name, opset)
     names = list(function.input)
     node = helper.make_node(name, names, list(function.output), domain=functions.DOMAIN, **attributes)

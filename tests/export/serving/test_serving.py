@@ -32,7 +32,7 @@ DIMS = {"B": "1:4:8", "S": "1:16:32"}
 
 @pytest.fixture(scope="module")
 def schema(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The server's own, as its client carries it, without the rest of the client."""
+    """Return the server's own, as its client carries it, without the rest of the client."""
     folder = unpacked("tritonclient==2.73.0", tmp_path_factory.mktemp("tritonclient"))
     spec = importlib.util.spec_from_file_location(
         "model_config_pb2", folder / "tritonclient" / "grpc" / "model_config_pb2.py"
@@ -54,7 +54,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fake_engine(model: Path, *profiles: Any, **options: Any) -> Path:
-    """A file that stands for a tensorrt engine of a model, with what `engine_from_onnx` writes beside it."""
+    """Return a file that stands for a tensorrt engine of a model, with what `engine_from_onnx` writes beside it."""
     path = model.with_name("tensorrt.engine")
     path.write_bytes(b"engine")
     given = list(profiles) or [{"x": [[1, 1, 32], [4, 16, 32], [8, 32, 32]]}]

@@ -41,7 +41,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def saved(name: str, cls: type | None = None, **changes: Any) -> Path:
-    """A folder as save_pretrained writes it."""
+    """Return a folder as save_pretrained writes it."""
     model = architectures.build(name, "sdpa", **changes)
     if cls is not None:
         torch.manual_seed(2)
@@ -61,7 +61,7 @@ def sentence_encoder(modules: list[dict[str, str]] | None = None, pooling: dict[
 
 
 def exported(source: Path, *arguments: object) -> dict[str, Any]:
-    """The report of an export to ONNX, which passes."""
+    """Return the report of an export to ONNX, which passes."""
     result = run(f"hf:{source}", "--target", "onnx", "--json", "-o", "out", *arguments)
     assert result.exit_code == 0, result.output
     report: dict[str, Any] = json.loads(result.stdout)
@@ -230,7 +230,7 @@ def segments_of_images() -> Path:
 
 
 def configured(**changes: Any) -> Callable[[], Path]:
-    """A folder whose config.json says something else of the weights."""
+    """Return a folder whose config.json says something else of the weights."""
 
     def make() -> Path:
         folder = saved("bert", num_hidden_layers=1)

@@ -33,7 +33,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exported(*arguments: object, out: str = "out") -> dict[str, Any]:
-    """The report of an export to ONNX that must pass, its folder checked against its manifest."""
+    """Return the report of an export to ONNX that must pass, its folder checked against its manifest."""
     result = run(*arguments, "--target", "onnx", "--json", "-o", out)
     assert result.exit_code == 0, result.output
     report: dict[str, Any] = json.loads(result.stdout)
@@ -58,7 +58,7 @@ def saved_model() -> list[object]:
 
 
 def saved_tensor() -> list[object]:
-    """Inputs that the file fixes by an example, but the caller describes anew."""
+    """Describe anew inputs that the file fixes by an example."""
     adaattn.save(models.tiny(), "model.pt", inputs={"x": torch.ones(2, 5, 16)}, dims={"t": "1:9:17"})
     return ["model.pt", "--input", "x=2,S,16:float32", "--dim", "S=1:9:17"]
 
@@ -113,7 +113,7 @@ def factory_of_ones_own() -> list[object]:
 
 
 def tied_weights() -> list[object]:
-    """safetensors keeps one of two names of a tensor."""
+    """Load a file in which safetensors kept one of two names of a tensor."""
     save_model(models.Tagger(), "weights.safetensors")
     ids = ["--input", "ids=B,S:int64<100", "--input", "mask=B,S", "--dim", "S=1:8:16"]
     return ["tests.support.models:Tagger", "--weights", "weights.safetensors", *ids]

@@ -1,4 +1,4 @@
-"""The fused kernels of `adaptive_attention`: `pack` rounds keys and values once, `attend` does the rest.
+"""Define the fused kernels of `adaptive_attention`: `pack` rounds keys and values once, `attend` does the rest.
 
 `attend` is a flash-attention loop [Dao, arXiv:2307.08691], compiled for each precision and each class of rank; a
 program reads the plan of its head and takes one of them. What a precision rounds keys and values to, `pack` has written
@@ -46,17 +46,20 @@ def first_piece(width, least):
 
 @triton.constexpr_function
 def second_piece(width, least):
+    """Return the width of a block's second piece: what a width leaves beyond the largest power of two."""
     rest = width - first_piece(width, least)
     return max(triton.next_power_of_2(rest), least) if rest > 0 else 0
 
 
 @triton.constexpr_function
 def rank_class(head_dim, quarters):
+    """Return the rank that a number of quarters of head_dim makes, rounded up."""
     return -(-head_dim * quarters // 4)
 
 
 @triton.constexpr_function
 def has(rows, row):
+    """Return whether a launch serves a precision."""
     return row in rows
 
 
@@ -129,7 +132,7 @@ def _rounded(x, TYPE: tl.constexpr):
 
 @triton.jit
 def _integers(x, step):
-    """x in steps, half to even."""
+    """Round x / step to an integer, half to even."""
     n = (tl.div_rn(x, tl.broadcast_to(step[:, None], x.shape)) + NO_FRACTION) - NO_FRACTION
     return tl.minimum(tl.maximum(n, -127.0), 127.0).to(tl.int8)
 
@@ -146,7 +149,7 @@ def _fp8_step(value_peak, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.cons
 
 @triton.jit
 def _key_step(key, start, k_s, k_d, keys, key_mean, DIM: tl.constexpr, ROWS: tl.constexpr):
-    """The int8 step of each key: of all its dimensions, whatever the rank, since heads of many ranks share it."""
+    """Return the int8 scale of each key, over all its dimensions: heads of different ranks share it."""
     FIRST: tl.constexpr = first_piece(DIM, 16)
     SECOND: tl.constexpr = second_piece(DIM, 16)
     peak = tl.max(tl.abs(_centred(key, start, k_s, k_d, keys, key_mean, 0, FIRST, DIM, ROWS)), 1)
@@ -210,7 +213,7 @@ def _reloaded(own, x, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.co
 
 @triton.jit
 def _product(q, k, scores):
-    """scores + q·kᵀ."""
+    """Return scores + q·kᵀ."""
     if q.dtype == tl.float32:
         scores = tl.dot(q, tl.trans(k), scores, input_precision="tf32x3")
     elif q.dtype == tl.int8:
@@ -222,7 +225,7 @@ def _product(q, k, scores):
 
 @triton.jit
 def _weighted(p, v, total, ROW: tl.constexpr):
-    """total + P·v."""
+    """Return total + P·v."""
     if ROW == INT8_FP8_ROW:
         total += tl.dot(p.to(v.dtype), v)  # tensor cores keep few bits of an fp8 sum: the long one is left to float32
     elif ROW != FP32_ROW:
@@ -442,7 +445,7 @@ def _pack(
     int8, fp8, key_fp16, value_fp16,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Some of the dimensions of a block of tokens."""
+    """Load some of the dimensions of a block of tokens."""
     row = start + tl.arange(0, BLOCK)[:, None]
     column = FIRST + tl.arange(0, WIDTH)[None, :]
     inside = (row < keys) & (column < DIM)
@@ -470,7 +473,7 @@ def pack(
     key8, key_step, value8, key16, value16,
     DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys and values, in the types that the heads which share them ask for."""
+    """Pack a block of keys and values into the types that the plans of its heads need."""
     padded = tl.cdiv(keys, PADDING) * PADDING
     of_kv = tl.cast(tl.program_id(0) // (padded // BLOCK), tl.int64)
     start = tl.program_id(0) % (padded // BLOCK) * BLOCK

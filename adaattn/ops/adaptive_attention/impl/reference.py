@@ -1,4 +1,4 @@
-"""The specification of `adaptive_attention`, in plain torch: low precisions are emulated by rounding.
+"""Specify `adaptive_attention` in plain torch: low precisions are emulated by rounding.
 
 Sums accumulate in float32 (float64 for float64 inputs), where the integers of int8 products are exact.
 """
@@ -92,7 +92,7 @@ def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, start: in
 
 
 def _round_scores_operand(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """x as the head's row rounds it, and the step (B, H, S, 1) that its integers count; 1 where they are none."""
+    """Return x rounded as the head's precision says, and the int8 scale (B, H, S, 1); 1 for other precisions."""
     step = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(TINY)
     integers = (x / step).round().clamp(-127, 127)
     rounded = _select(code, x, bf16=_bf16(x), fp16=_fp16(x), int8=integers, int8_fp8=integers)

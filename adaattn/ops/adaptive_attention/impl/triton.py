@@ -1,4 +1,4 @@
-"""Launches of the fused kernels of `adaptive_attention`: block sizes, scratch memory, arguments."""
+"""Launch the fused kernels of `adaptive_attention`: block sizes, scratch memory, arguments."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tiles(
     mask_of_queries: bool = False,
     packed: bool = True,
 ) -> list[tuple[int, int]]:
-    """Queries and keys of a block for each precision, in the order of PRECISIONS."""
+    """Return the queries and keys of a block for each precision, in the order of PRECISIONS."""
     if capability == 0:
         return [INTERPRETED] * len(PRECISIONS)
     family = capability // 10 * 10 if capability // 10 in (9, 10) else 80  # others multiply as sm_80 does
@@ -82,7 +82,7 @@ def tiles(
 def launches(
     dtype: torch.dtype, head_dim: int, capability: int, mask_of_queries: bool = False
 ) -> tuple[tuple[int, ...], ...]:
-    """The precisions of each launch: all in one, or one in each where together they would need too many registers.
+    """Return the precisions of each launch: all in one, or one in each where together they need too many registers.
 
     A launch whose precision no head has costs little but the start of its programs.
     """
@@ -113,7 +113,7 @@ def attend_spec(
     small: bool = False,
     rows: tuple[int, ...],
 ) -> KernelSpec:
-    """The launch of `attend`.
+    """Return the launch of `attend`.
 
     Args:
         dtype: of query, key, value and output.
@@ -162,7 +162,7 @@ def attend_spec(
 
 @functools.cache
 def pack_spec(dtype: torch.dtype, head_dim: int, capability: int) -> KernelSpec:
-    """The launch of `pack`."""
+    """Return the launch of `pack`."""
     return KernelSpec(
         pack,
         {
@@ -261,7 +261,7 @@ def _packed_types(dtype: torch.dtype, capability: int) -> dict[str, str | None]:
 
 
 def _known(head_dim: int) -> dict[str, int]:
-    """What holds for contiguous operands."""
+    """Return what compilation may assume of contiguous operands."""
     aligned = {name: 16 for name in STRIDES if not name.endswith("_d")} if head_dim % 16 == 0 else {}
     return {**aligned, "q_d": 1, "k_d": 1, "v_d": 1, "m_k": 1}
 

@@ -9,7 +9,7 @@ from adaattn.planning.error_model import Moments, Plan, energy, noise, square_ro
 
 
 def choose(query: Moments, key: Moments, value: Moments, table: Tensor, scale: float, limit: float) -> Plan:
-    """The first step of the ladder whose predicted error is at most the limit, for each head; else the last."""
+    """Choose for each head the first step of the ladder whose predicted error is at most the limit, else the last."""
     codes, ranks = table.unbind(0)
     dims = torch.arange(query.second_moment.shape[-1], device=table.device)
     tails = torch.where(dims >= ranks.unsqueeze(-1), energy(query, key, scale).unsqueeze(-2), 0).sum(-1)

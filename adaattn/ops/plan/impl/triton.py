@@ -39,7 +39,7 @@ def plan(
     FP8: tl.constexpr, INTEGER: tl.constexpr, FP16_UNDERFLOW: tl.constexpr, FP8_UNDERFLOW: tl.constexpr,
     FP16_LARGEST: tl.constexpr, BF16_LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """The first step whose predicted error is at most the limit, else the last; the formulas of `budget.noise`."""
+    """Choose the first step with a predicted error of at most the limit, else the last; as in `error_model.noise`."""
     head = tl.program_id(0)
     of_kv = head // (heads // kv_heads)
     dim = tl.arange(0, WIDTH)
@@ -88,7 +88,7 @@ def plan(
 
 @functools.cache
 def plan_spec(head_dim: int) -> KernelSpec:
-    """The launch for a head dimension."""
+    """Return the launch for a head dimension."""
     signature = OPS["plan"]
     return KernelSpec(
         plan,

@@ -1,4 +1,4 @@
-"""The specification of `token_moments`, in plain torch."""
+"""Specify `token_moments` in plain torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused kernels of `token_moments`: x is read once, twice where it is centred.
+"""Define the fused kernels of `token_moments`: x is read once, twice where it is centred.
 
 Where heads are many, `moments` serves one head a program. Where they are few, their tokens are split into chunks, so
 that one long sequence fills a GPU too: `reduce` sums each, and `finish` adds the chunks up in order, so that equal
@@ -55,7 +55,7 @@ def moments(
     x, mask, heads, tokens, x_b, x_h, x_s, x_d, m_b, m_h, m_s, mean, second_moment, channel_peak, token_peak,
     CENTER: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The moments of a head."""
+    """Compute the moments of a head: mean, E[(x−c)²], max|x−c| (HEAD_DIM each) and the mean squared token peak."""
     head = tl.cast(tl.program_id(0), tl.int64)
     b, h = head // heads, head % heads
     x += b * x_b + h * x_h
@@ -80,7 +80,7 @@ def reduce(
     x, mask, center, heads, tokens, chunk, x_b, x_h, x_s, x_d, m_b, m_h, m_s, partial,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a chunk of a head."""
+    """Sum a chunk of a head's tokens: 3·HEAD_DIM + 2 partial sums, about `center` where it is given."""
     chunks = tl.cdiv(tokens, chunk)
     head = tl.program_id(0) // chunks
     first = tl.program_id(0) % chunks * chunk
@@ -104,7 +104,7 @@ def reduce(
 
 @triton.jit(do_not_specialize=["chunks"])
 def finish(partial, chunks, mean, second_moment, channel_peak, token_peak, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """The chunks of a head, put together."""
+    """Combine the partial sums of a head's chunks, in order, into its moments."""
     head = tl.cast(tl.program_id(0), tl.int64)
     dim = tl.arange(0, WIDTH)
     inside = dim < HEAD_DIM
@@ -162,7 +162,7 @@ def reduce_spec(dtype: torch.dtype, head_dim: int, masked: bool, center: bool) -
 
 
 def finish_spec(head_dim: int) -> KernelSpec:
-    """The sum over chunks."""
+    """Return the sum over chunks."""
     return KernelSpec(
         finish,
         {"partial": "*fp32", "chunks": "i32", **pointers(OPS["token_moments"].outputs)},
