@@ -124,7 +124,7 @@ class SavedFile:
             raise CheckpointError(DAMAGED) from error
         except CheckpointError:
             raise
-        except Exception as error:  # torch.load has no error of its own: whatever a damaged file raises, it means this
+        except Exception as error:  # torch.load has no error class: a damaged file may raise any
             raise CheckpointError(DAMAGED) from error
         self.check_unchanged()
         return content
@@ -139,7 +139,7 @@ class SavedFile:
             raise CheckpointError("was changed while it was read; try again")
 
     def _check_sizes(self, content: Any, meta: bool) -> None:
-        """Refuse tensors that are larger than the file: they would need memory that nobody wrote."""
+        """Refuse tensors that are larger than the file: they would take memory that the file does not justify."""
         storages: dict[int, int] = {}
         expanded = 0
         for place, x in enumerate(_tensors(content)):
@@ -168,7 +168,7 @@ class SavedFile:
             with open(self.path, "rb") as file:
                 for code, _, _ in pickletools.genops(file):
                     found = found or code.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "INST", "GLOBAL")
-        except Exception:  # pickletools has no error of its own either
+        except Exception:  # pickletools has no error class either
             return False
         return found
 

@@ -252,11 +252,11 @@ def refusal(attention: nn.MultiheadAttention) -> str | None:
     out = attention.out_proj
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if type(attention).forward is not nn.MultiheadAttention.forward or "forward" in vars(attention):
-        return f"{type(attention).__name__} has a forward of its own"
+        return f"{type(attention).__name__} overrides forward"
     if parametrize.is_parametrized(attention) or parametrize.is_parametrized(out):
         return "its weights are parametrized; remove that first"
     if [name for name, _ in attention.named_children()] != ["out_proj"]:
-        return f"{type(attention).__name__} has modules of its own"
+        return f"{type(attention).__name__} has modules beside torch's"
     if any(getattr(module, name) for module in (attention, out) for name in hooks):
         return "it has hooks, which would be lost; remove them first"
     if type(out) not in (nn.Linear, NonDynamicallyQuantizableLinear) or not have_plain_parameters(attention):

@@ -38,7 +38,7 @@ class ExportError(AdaAttnError):
 
 
 class TargetError(ExportError):
-    """One target failed; the artifacts of the others stand."""
+    """One target failed; the artifacts of the others are kept."""
 
 
 def _visible(character: str) -> str:

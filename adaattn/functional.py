@@ -67,7 +67,7 @@ def adaptive_attention(
         query: (B, H, Sq, D).
         key, value: (B, H, Sk, D), or fewer heads with `enable_gqa`, H a multiple of theirs.
         attn_mask: boolean (True attends) or added to the scores, broadcastable to (B, H, Sq, Sk).
-        dropout_p: 0.0 alone: it stands where `scaled_dot_product_attention` has it, and there is no dropout here.
+        dropout_p: only 0.0; it is here for the argument order of `scaled_dot_product_attention`.
         is_causal: query i attends to keys j ≤ i, aligned at the top left; goes together with `attn_mask`.
         scale: softmax scale; 1/√D by default.
         enable_gqa: allow fewer heads of key and value than of query.

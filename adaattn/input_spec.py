@@ -1,6 +1,6 @@
 """Parse a model's inputs, `B,S,512:float32`, and the sizes of dimensions, `1:128:4096`.
 
-What an input means to the model may be said too, as in `B,S:bool:masked`.
+A specification may also say what an input means to the model, as in `B,S:bool:masked`.
 """
 
 from __future__ import annotations
@@ -131,6 +131,6 @@ def _is_number(text: str) -> bool:
 
 
 def default_dimension(name: str) -> Dimension:
-    """Sizes of a dimension that nobody described: a batch (B…, N…) of 1 to 8, anything else 1 to 512."""
+    """Return the default sizes of a dimension: a batch (B…, N…) of 1 to 8, anything else 1 to 512."""
     usual = Dimension(name, 1, 128, 512)
     return Dimension(name, 1, 1, 8) if usual.is_batch else usual

@@ -15,10 +15,10 @@ def parameter_owners(model: nn.Module) -> dict[int, set[str]]:
 
 
 def address(parameter: nn.Parameter) -> int:
-    """Where its numbers are: two parameters may be one memory. One without any has an address of its own."""
+    """Where its numbers are: two parameters may be one memory. A tensor without storage has a unique address."""
     return (parameter.data_ptr() if type(parameter) is nn.Parameter else 0) or -id(parameter)
 
 
 def have_plain_parameters(module: nn.Module) -> bool:
-    """Whether all its weights are ordinary tensors, not quantised or sharded ones of a type of their own."""
+    """Whether all its weights are ordinary tensors, not quantised or sharded tensors of another class."""
     return all(type(parameter) is nn.Parameter for parameter in module.parameters())

@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention [--minutes 5] [--render FILE] [--tiny]
 
-Times are medians over calls that take turns, each on the next of several sets of inputs; AdaAttn's include moments, plan,
+Times are medians over calls that take turns on several sets of inputs; AdaAttn's include moments, plan,
 packing and attention. Inputs are N(0,1) + N(0,100)·Bernoulli(0.001), on which FlashAttention-3
 reports its fp8 error. Errors are against float64, over 128 queries of each head. TFLOP/s count what dense attention
 would do. Settings are measured in the order of their importance until the minutes are over, and kept one by one in

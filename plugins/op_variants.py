@@ -59,7 +59,7 @@ class Launch:
 
     @property
     def integers(self) -> list[Size]:
-        """The kernel's integer arguments, in order; they stand between its inputs and its outputs."""
+        """The kernel's integer arguments, in order, between its inputs and its outputs."""
         return [self.sizes[name] for name in self.spec.parameters if self.spec.arguments[name] == "i32"]
 
 

@@ -31,10 +31,10 @@ def entry(spec: KernelSpec, capability: int, ptx_version: int | None = None) -> 
 
     Args:
         capability: 90 for sm_90.
-        ptx_version: newest PTX that the driver to come takes, 84 for 8.4; the compiler's own by default.
+        ptx_version: newest PTX version that the driver accepts, 84 for 8.4; by default the compiler's.
 
     Raises:
-        TargetError: the kernel asks for scratch memory, which nobody would give it, or the architecture is newer than
+        TargetError: the kernel needs scratch memory, which TensorRT does not give it, or the architecture is newer than
             the driver's PTX.
     """
     least = LEAST_PTX.get(capability, 0)

@@ -39,8 +39,8 @@ def register(capability: int | None = None, ptx_version: int | None = None) -> N
     """Register all ops with `tensorrt.plugin`, under the namespace that exported nodes carry.
 
     Args:
-        capability: architecture of the engine to come, 90 for sm_90; by default that of the first GPU.
-        ptx_version: newest PTX that the driver of the engine to come takes, 84 for 8.4; by default that of this driver.
+        capability: architecture that the engine runs on, 90 for sm_90; by default that of the first GPU.
+        ptx_version: newest PTX version that the engine's driver accepts, 84 for 8.4; by default that of this driver.
 
     Raises:
         TargetError: TensorRT is missing or too old for plugins that are compiled ahead, or there is no GPU to ask, or
@@ -163,7 +163,7 @@ def _frozen(x: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 class _Memory:
-    """A tensor of TensorRT as torch takes it; integers stand for the types that the protocol does not know."""
+    """A tensor of TensorRT as torch takes it; integers replace the types that the protocol lacks."""
 
     def __init__(self, tensor: Any) -> None:
         size = TYPES[tensor.dtype.name].itemsize

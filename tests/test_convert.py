@@ -318,7 +318,7 @@ def pruned() -> nn.MultiheadAttention:
 
 
 REFUSED = {
-    "a forward of its own": lambda: Own(WIDTH, HEADS),
+    "Own overrides forward": lambda: Own(WIDTH, HEADS),
     "add_bias_kv": lambda: torch_attention(add_bias_kv=True),
     "add_zero_attn": lambda: torch_attention(add_zero_attn=True),
     "only some of its projections": without_bias,
@@ -327,7 +327,7 @@ REFUSED = {
     "dropout is 1": lambda: torch_attention(dropout=1.0),
     "parametrized": lambda: nn.utils.parametrizations.spectral_norm(torch_attention(), "in_proj_weight"),
     "quantised": lambda: _quantised(torch_attention()),
-    "has a forward": lambda: torch.ao.nn.quantizable.MultiheadAttention(WIDTH, HEADS),
+    "MultiheadAttention overrides forward": lambda: torch.ao.nn.quantizable.MultiheadAttention(WIDTH, HEADS),
 }
 
 

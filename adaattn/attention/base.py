@@ -326,7 +326,7 @@ def check_tokens(name: str, x: Tensor, width: int, layer: nn.Module) -> None:
         raise DtypeError(
             f"{name} is {x.dtype} and the module {weight.dtype}; convert one of them, or use torch.autocast"
         )
-    # Layers whose weights are kept elsewhere bring them by a hook or a forward of their own.
+    # Layers whose weights are kept elsewhere bring them by a hook or their own forward.
     if x.device != weight.device and "forward" not in vars(layer) and not layer._forward_pre_hooks:
         hint = "; load or initialise its weights first" if weight.is_meta else ""
         raise DeviceError(f"{name} is on {x.device} and the module on {weight.device}; move them to one device{hint}")

@@ -32,7 +32,7 @@ class MultiheadAttention(nn.Module):
     """
 
     # What torch's encoder layer and encoder read to choose their fused kernels, which call no module: these two values
-    # turn those off, as for a layer without bias whose keys have a width of their own.
+    # turn those off, as for a layer without bias whose keys have another width.
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
@@ -75,7 +75,7 @@ class MultiheadAttention(nn.Module):
         need_weights = as_bool("need_weights", need_weights)
         average_attn_weights = as_bool("average_attn_weights", average_attn_weights)
         if as_bool("is_causal", is_causal) and attn_mask is None:
-            raise ConfigError("is_causal says that attn_mask is causal, and there is none; give attn_mask too")
+            raise ConfigError("is_causal says that attn_mask is causal, but attn_mask is None; give attn_mask too")
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_tensor(name, x)
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):

@@ -223,7 +223,7 @@ def _count(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
-    if len(latest) < 2:  # a call that attends to keys of an earlier one has none of its own to count
+    if len(latest) < 2:  # a call that attends only to keys of an earlier one has no keys to count
         latest.clear()
         return
     q, k = (latest.pop(key).unflatten(-1, (-1, pair.head_dim)).transpose(1, 2) for key in ("q", "k"))

@@ -42,7 +42,7 @@ def read(
     """
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no error of its own: whatever a damaged file raises, it means this
+    except Exception as error:  # torch.load has no error class: a damaged file may raise any
         raise CheckpointError(
             f"{path} holds no statistics of a calibration: it is damaged or of another kind"
         ) from error
@@ -76,7 +76,7 @@ def _damage(
 ) -> str | None:
     """Return what no calibration can have written into a file, or None."""
     if not 0 <= done <= sys.maxsize:
-        return "its number of batches is none"
+        return "its number of batches is invalid"
     if not tried.keys() <= expected.keys() or not all(x is None or isinstance(x, str) for x in tried.values()):
         return "its 'tried' is not of this model's attention"
     for name, wanted in expected.items():

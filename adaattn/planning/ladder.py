@@ -49,7 +49,7 @@ _tables: dict[tuple[tuple[str, ...], bool, int, torch.device], Tensor] = {}
 
 
 def ladder_table_for(budget: Budget, head_dim: int, device: torch.device) -> Tensor:
-    """Return `ladder_table` on a device: kept between calls, made anew where tensors are not plain ones.
+    """Return `ladder_table` on a device: cached, but rebuilt where tensors are not plain.
 
     It follows from the configuration, so modules make it here: as a buffer, it would be lost in `Module.to_empty`.
     """

@@ -39,7 +39,7 @@ def child(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a program; at the end of the block it is dead, with all processes that it has started.
 
-    It runs in a process group of its own, so Ctrl-C in a terminal reaches only this process, which ends the group.
+    It runs in its own process group, so Ctrl-C in a terminal reaches only this process, which ends the group.
 
     Args:
         stdout, stderr, pass_fds: as of subprocess.Popen.

@@ -1,6 +1,6 @@
 """Run one program and end it, with all processes that it has started, when the process that asked for it ends.
 
-Started by `children.child` as a script, `supervisor.py PIPE PROGRAM ARGUMENT...`, in a process group of its own. The
+Started by `children.child` as a script, `supervisor.py PIPE PROGRAM ARGUMENT...`, in its own process group. The
 pipe's other end is open in that process alone, so it is closed however that process ends; Linux sends a signal too.
 """
 

@@ -21,7 +21,7 @@ from adaattn.system.interrupts import held, surely
 ADVICE = "move it elsewhere, delete the folder yourself, or give another folder"
 
 Snapshot = Mapping[str, tuple[int, ...]]
-"""For each path in a folder what changes when somebody touches it."""
+"""For each path in a folder what changes when the file changes."""
 
 
 @dataclass
@@ -92,7 +92,7 @@ def _current_folder() -> Path:
 
 
 def snapshot(folder: Path) -> Snapshot:
-    """Return for each path in a folder, links not followed, what changes when somebody touches it."""
+    """Return for each path in a folder, links not followed, what changes when the file changes."""
     found = {}
     for parent, names, files in os.walk(folder, onerror=_raise):
         for name in (*names, *files):
@@ -222,7 +222,7 @@ def _move(new: Path, name: Path, out: Path, seen: Snapshot | None, force: bool, 
             out.chmod(mode)
         return bool(now)
     except FileExistsError as error:
-        raise ConfigError(f"{name} was made by somebody else during the export; give another folder") from error
+        raise ConfigError(f"{name} appeared during the export; give another folder") from error
     except OSError as error:
         error.filename, error.filename2 = str(name), None  # the user knows no scratch folder
         raise

@@ -66,7 +66,7 @@ class Captured:
     output_names: tuple[str, ...]
     example: Mapping[str, Tensor] | None  # the user's own inputs, where given
     sizes: Sizes
-    written: tuple[str, ...] = ()  # inputs that forward writes into: what becomes of them are the last outputs
+    written: tuple[str, ...] = ()  # inputs that forward writes into: their new values are the last outputs
     notes: tuple[str, ...] = ()
 
     @property

@@ -23,7 +23,7 @@ TYPES = re.compile(r"d(ata)?type|scalar type|\btorch\.\w*(float|int)\d+|floating
 
 
 def explain_dimension_error(message: str, dims: Mapping[str, Dimension], elsewhere: Collection[str] = ()) -> str:
-    """Return what torch.export's report on violated constraints comes to.
+    """Return torch.export's report on violated constraints as one line of advice.
 
     Args:
         elsewhere: dimensions that torch.export fixed, though the model runs at other sizes of them.

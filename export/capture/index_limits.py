@@ -67,7 +67,7 @@ def index_limits(program: ExportedProgram) -> dict[str, Limit]:
 
 @dataclass
 class _Follower:
-    """What becomes of an input: sizes it must stay below, sizes above which nothing changes, and whether more."""
+    """How an input is used: sizes that it must stay below, sizes above which nothing changes, and whether more."""
 
     hard: list[Size] = field(default_factory=list)
     soft: list[Size] = field(default_factory=list)

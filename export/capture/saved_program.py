@@ -35,7 +35,7 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
         dims: sizes by symbol; within the program's own range, or needed where that has no end.
 
     Raises:
-        ConfigError: sizes outside a range, an unknown symbol, or a range without an end that nobody closed.
+        ConfigError: sizes outside a range, an unknown symbol, or a range without an end.
     """
     module = program.module()
     output_names, notes = program_outputs(program)

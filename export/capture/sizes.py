@@ -28,7 +28,7 @@ class Sizes:
     Args:
         dims: by symbol of the program.
         conditions: relations of symbols that were asserted while the program was traced.
-        traced: sizes that it was traced at, which fulfil all conditions; none where nobody knows them.
+        traced: sizes that it was traced at, which fulfil all conditions; empty where they are unknown.
         runs: whether the model itself runs at given sizes, which has the last word; it returns None where that hangs on
             numbers. None for a program without its model, and where torch has proven all sizes.
     """

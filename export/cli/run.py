@@ -153,11 +153,11 @@ def _load(name: str, path: Path) -> Any:
     from adaattn.export.artifacts.arrays import UNREADABLE
 
     if not path.is_file():  # a pipe or a device could be read without an end
-        raise ConfigError(f"{name}: {path} is no array that numpy reads: it is not a file")
+        raise ConfigError(f"{name}: {path} cannot be read as a NumPy array: it is not a file")
     try:
         found = np.load(path, allow_pickle=False)
     except UNREADABLE as error:
-        raise ConfigError(f"{name}: {path} is no array that numpy reads: {error}") from error
+        raise ConfigError(f"{name}: {path} cannot be read as a NumPy array: {error}") from error
     if not isinstance(found, np.ndarray):
         found.close()
         raise ConfigError(f"{name}: {path} is an archive of arrays; give an array that numpy.save wrote")

@@ -63,7 +63,7 @@ def cases(captured: Captured) -> list[Case]:
 
 
 def length(case: Case, captured: Captured) -> int | None:
-    """Return the largest size, in a case, of a dynamic dimension that is no batch; None where there is none."""
+    """Return the largest size, in a case, of a dynamic dimension other than the batch; None where there is none."""
     dims = {symbol for symbol, dim in captured.dims.items() if not dim.is_batch}
     sizes = [
         size
@@ -122,7 +122,7 @@ def _values(item: CapturedInput, sizes: Mapping[str, int], case: str, generator:
 
 
 def _hides_all(item: CapturedInput, sizes: Mapping[str, int]) -> bool:
-    """Whether a mask has one row, so that to hide it is to hide everything: this is a case of its own."""
+    """Return whether a mask has one row, so that hiding it hides everything: that is a separate case."""
     return item.hides and _meanings(item)[0] in ("attend", "masked", "bias") and math.prod(item.sizes(sizes)[:-1]) == 1
 
 
@@ -160,7 +160,7 @@ def _meanings(item: CapturedInput) -> tuple[str, ...]:
 
 
 def settle(captured: Captured, notes: list[str]) -> Captured:
-    """Find what masks mean to a model where nobody stated it, and whether a query may attend to nothing.
+    """Find what masks mean to a model where it is not stated, and whether a query may attend to nothing.
 
     Args:
         notes: get a line for each assumption.

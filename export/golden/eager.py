@@ -26,11 +26,11 @@ from adaattn.export.parity.criterion import (
     RULES,
     WARN_LIMIT,
     PlanPair,
+    clip_to_dtype,
     largest_relative_error,
     limit_of,
     probe_inputs,
     separate_fill_values,
-    within,
 )
 from adaattn.export.parity.golden_case import ExpectedAttention, ExpectedOutput, GoldenCase
 from adaattn.export.parity.metrics import relative_error
@@ -118,7 +118,7 @@ class EagerReference:
     def _attention_probes(
         self, layer: str, given: Mapping[str, Any], steps: Sequence[ForcedPlan], inputs: Mapping[str, Array]
     ) -> list[GoldenCase]:
-        """Return what one attention makes of its operands at each of some plans.
+        """Return golden cases of one attention on its operands at each of some plans.
 
         Args:
             given: the arguments of the attention.
@@ -150,7 +150,7 @@ class EagerReference:
 
         Args:
             forced: the plan of every attention; None to let the model plan.
-            like: what was seen of the same case with plans of its own, where plans are forced.
+            like: the mode that saw the same case with the model's plans, where plans are forced.
 
         Raises:
             ConfigError: eager PyTorch itself fails on it, or returns something else when it is called again.
@@ -231,7 +231,7 @@ class EagerReference:
         if not expected.mode.plans:
             return []
         shake = RULES[self.dtype].shake
-        modes = [self._replayed(expected, shake=share) for share in (shake, -shake)]
+        modes = [self._replayed(expected, perturb_qk=share) for share in (shake, -shake)]
         return [self._in_double(expected.case, mode)[0] for mode in modes]
 
     def _noisy(self, expected: Expected) -> list[dict[str, Tensor]]:
@@ -241,7 +241,7 @@ class EagerReference:
             return []
         # By pairs: what one moves off an edge, the other moves over it.
         shares = product(range(5 if whole else 2), (RULES[self.dtype].noise, -RULES[self.dtype].noise))
-        modes = [self._replayed(expected, noise=share, seed=seed) for seed, share in shares]
+        modes = [self._replayed(expected, perturb_results=share, seed=seed) for seed, share in shares]
         return [self._in_double(expected.case, mode)[0] for mode in modes]
 
     def _replayed(self, expected: Expected, **options: Any) -> PlanMode:
@@ -274,15 +274,15 @@ class EagerReference:
         dtype = dtype_name(eager.dtype)
         if not eager.is_floating_point():
             lost = torch.stack([x != eager for x in (exact, *moved)]).any(0)
-            return ExpectedOutput(array(eager), dtype, 0.0, 0.0, lost=array(lost) if lost.any() else None)
-        got, wanted = array(eager.double()), within(array(exact), dtype)
+            return ExpectedOutput(array(eager), dtype, 0.0, 0.0, excluded=array(lost) if lost.any() else None)
+        got, wanted = array(eager.double()), clip_to_dtype(array(exact), dtype)
         held = np.isfinite(array(exact)) & (np.isnan(got) | (np.abs(array(exact)) <= RULES[dtype].largest))
         lost_to_eager = ~((np.isfinite(got) & np.isfinite(wanted)) | (got == wanted))
         broken = int((lost_to_eager & held).sum())
         if unsure is not None:
             lost_to_eager |= unsure
         usable, filled = separate_fill_values(wanted, lost_to_eager)
-        known, runs = np.where(usable, wanted, 0), [got, *(within(array(x), dtype) for x in moved)]
+        known, runs = np.where(usable, wanted, 0), [got, *(clip_to_dtype(array(x), dtype) for x in moved)]
         counts = (_distinct(wanted[usable]), _distinct(wanted[filled]))
         error, *others = (relative_error(np.abs(np.where(usable, x, 0) - known), known) for x in runs)
         fill_error, *fill_others = (largest_relative_error(x[filled], wanted[filled]) for x in runs)
@@ -327,7 +327,7 @@ class EagerReference:
             found = []
             for nudge in (RULES[self.dtype].nudge, -RULES[self.dtype].nudge):
                 for tilt in (False, True):
-                    mode = PlanMode(nudge=nudge, tilt=tilt)
+                    mode = PlanMode(perturb_moments=nudge, tilt=tilt)
                     run(self._eager, case.inputs, mode)
                     found.append(mode)
             self._nudged = (case, found)
@@ -368,7 +368,7 @@ def forced_plans(modes: Iterable[PlanMode]) -> list[ForcedPlan]:
 
 
 def plan_probe(layer: str, call: PlanCall) -> GoldenCase:
-    """Return the plans that the op `plan` makes of the moments of one sequence, scaled over decades."""
+    """Return a golden case of the op `plan` on the moments of one sequence, scaled over decades."""
     moments = {name: array(x[-1:]) for name, x in call.moments.items()}
     golden = GoldenCase(f"plan of {layer}", moments, {}, probes=layer)
     scaled = {name: torch.from_numpy(x) for name, x in probe_inputs(golden).items()}
@@ -376,7 +376,7 @@ def plan_probe(layer: str, call: PlanCall) -> GoldenCase:
     wanted, near = whole.within(0), [whole.within(share) for share in (PROBE_EDGE, -PROBE_EDGE)]
     edge = array(torch.stack([(a != b) for plan in near for a, b in zip(plan, wanted, strict=True)]).any(0))
     outputs = {
-        f"{layer}.{name}": ExpectedOutput(array(x), "int32", 0.0, 0.0, lost=edge if edge.any() else None)
+        f"{layer}.{name}": ExpectedOutput(array(x), "int32", 0.0, 0.0, excluded=edge if edge.any() else None)
         for name, x in zip(("precision", "rank"), wanted, strict=True)
     }
     return replace(golden, outputs=outputs)

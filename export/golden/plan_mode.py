@@ -93,11 +93,11 @@ class PlanMode(TorchDispatchMode):
             computes with those of this one.
         plans: replay these, one a call, instead of the plans that the program makes.
         measure: compare each call with exact attention on its own operands.
-        nudge: move all moments by this share first, to see which plans hang on their last digits.
+        perturb_moments: move all moments by this share first, to see which plans hang on their last digits.
         tilt: move the first dimensions so and the last ones the other way.
-        shake: move each number of q and k up or down, seeded, by this share of the usual size at its place.
+        perturb_qk: move each number of q and k up or down, seeded, by this share of the usual size at its place.
         narrow: move the numbers that an operator has as attributes by FLOAT32_STEP: ONNX keeps them in float32.
-        noise: move every number that an operator makes, but whole ones, up or down by this share, at random by `seed`.
+        perturb_results: move every result of an operator, but whole numbers, up or down by this share, by `seed`.
         keep: keep the arguments of each attention, in `calls`.
 
     What it saw is in `plans`, `key_means`, `planned`, `errors` (with `measure`) and `outputs`, of each call: `planned`
@@ -112,11 +112,11 @@ class PlanMode(TorchDispatchMode):
         dtype: torch.dtype | None = None,
         plans: Sequence[PlanPair] | None = None,
         measure: bool = False,
-        nudge: float = 0.0,
+        perturb_moments: float = 0.0,
         tilt: bool = False,
-        shake: float = 0.0,
+        perturb_qk: float = 0.0,
         narrow: bool = False,
-        noise: float = 0.0,
+        perturb_results: float = 0.0,
         seed: int = 0,
         keep: bool = False,
     ) -> None:
@@ -129,13 +129,13 @@ class PlanMode(TorchDispatchMode):
         self._made: list[PlanCall] = []
         self.errors: list[HeadErrors] = []
         self.outputs: list[Tensor | None] = []
-        self._replay, self._measure, self._nudge, self._tilt = plans, measure, nudge, tilt
+        self._replay, self._measure, self._perturb_moments, self._tilt = plans, measure, perturb_moments, tilt
         self.branched = False
         self.double = double
         # float64 copies of tensors that the model keeps outside its parameters and buffers, such as a mask.
         self._copies = WeakTensorKeyDictionary()
         self._limits = _limits_of(dtype) if double and dtype is not None else {}
-        self._shake, self._narrow, self._noise, self._seed = shake, narrow, noise, seed
+        self._perturb_qk, self._narrow, self._perturb_results, self._seed = perturb_qk, narrow, perturb_results, seed
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -148,7 +148,7 @@ class PlanMode(TorchDispatchMode):
             return func(*tree_map(self._within, args), **kwargs)
         if func is torch.ops.adaattn.token_moments.default:
             moments = func(**_without_impl("token_moments", args, kwargs))
-            return tuple(self._nudged(x) for x in moments) if self._nudge else moments
+            return tuple(self._perturbed_moments(x) for x in moments) if self._perturb_moments else moments
         if func is torch.ops.adaattn.plan.default:
             given = _without_impl("plan", args, kwargs)
             made = func(**given)
@@ -158,11 +158,11 @@ class PlanMode(TorchDispatchMode):
         if self._narrow:
             args, kwargs = _narrowed(func, args, kwargs)
         if self.double and func in ATTENTION:
-            return self._noised(func, _attention_of(func, args, kwargs, self._narrow))
+            return self._perturbed(func, _attention_of(func, args, kwargs, self._narrow))
         if self.double and func is torch.ops.aten.view.default:
             return args[0].reshape(args[1])  # a captured program counts on the strides of torch's own attention
         if func is not torch.ops.adaattn.adaptive_attention.default:
-            return self._noised(func, func(*args, **kwargs))
+            return self._perturbed(func, func(*args, **kwargs))
         given = _without_impl("adaptive_attention", args, kwargs)
         self.planned.append(next((call for call in self._made if call.precision is given["precision"]), None))
         self.key_means.append(given["key_mean"])
@@ -170,10 +170,10 @@ class PlanMode(TorchDispatchMode):
             self.calls.append(dict(given))
         if self._replay is not None:
             given["precision"], given["rank"] = self._replay[len(self.plans)]
-        if self._shake:
-            given |= self._shaken(given)
+        if self._perturb_qk:
+            given |= self._perturbed_qk(given)
         self.plans.append((given["precision"], given["rank"]))
-        output: Tensor = self._noised(func, func(**given))
+        output: Tensor = self._perturbed(func, func(**given))
         self.outputs.append(output if output.numel() <= LARGE else None)
         if self._measure:
             self.errors.append(_head_errors(output, **given))
@@ -203,9 +203,9 @@ class PlanMode(TorchDispatchMode):
 
         return call
 
-    def _noised(self, func: Any, result: Any) -> Any:
+    def _perturbed(self, func: Any, result: Any) -> Any:
         """Not of views and of what is written in place: what they show was made by another operator."""
-        if not self._noise or any(x.alias_info is not None for x in func._schema.returns):
+        if not self._perturb_results or any(x.alias_info is not None for x in func._schema.returns):
             return result
         return tree_map(self._moved, result)
 
@@ -214,21 +214,23 @@ class PlanMode(TorchDispatchMode):
             return x
         # The same signs for all results of a shape: of a chain of operators they add up, and cancel nothing.
         signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(self._seed)) * 2 - 1
-        return x.where(x == x.round(), x * (1 + self._noise * signs))  # counts, masks and what was rounded are exact
+        return x.where(
+            x == x.round(), x * (1 + self._perturb_results * signs)
+        )  # counts, masks and what was rounded are exact
 
-    def _nudged(self, x: Tensor) -> Tensor:
+    def _perturbed_moments(self, x: Tensor) -> Tensor:
         slope = torch.linspace(1, -1, x.shape[-1], dtype=x.dtype) if self._tilt else 1
-        return x * (1 + self._nudge * slope)
+        return x * (1 + self._perturb_moments * slope)
 
-    def _shaken(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _perturbed_qk(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         query, key = given["query"], given["key"]
         kept = torch.arange(query.shape[3]) < given["rank"][:, :, None, None]
         integers = given["precision"] >= INT8
         generator = torch.Generator().manual_seed(len(self.plans))
         centered = key - given["key_mean"].unsqueeze(2)
         return {
-            "query": query + self._shake * _move(query, query * kept, integers, generator),
-            "key": key + self._shake * _move(key, centered, integers, generator),
+            "query": query + self._perturb_qk * _move(query, query * kept, integers, generator),
+            "key": key + self._perturb_qk * _move(key, centered, integers, generator),
         }
 
 

@@ -18,7 +18,7 @@ from adaattn.export.parity.golden_case import ExpectedAttention, GoldenCase
 
 
 def record(reference: EagerReference, lowered: Lowered, case: Case, layers: Sequence[str]) -> list[GoldenCase]:
-    """Return goldens whose outputs are the values of a graph by their names, each with a limit of its own.
+    """Return goldens whose outputs are the values of a graph by their names, each with its limit.
 
     The exporter names values after the nodes of the program; those that it adds or fuses have no counterpart.
 

@@ -237,7 +237,7 @@ def attributes(signature: Signature) -> list[onnx.AttributeProto]:
 
 
 def _plan(given: Mapping[str, Any]) -> Sequence[Any]:
-    # The error model reads neither the means of keys and values nor the token peaks of values; another stands there.
+    # The error model reads neither the means of keys and values nor the token peaks of values.
     query, key, value = (
         Moments(*(given.get(f"{tensor}_{moment}", given["query_mean"]) for moment in Moments._fields))
         for tensor in ("query", "key", "value")

@@ -29,7 +29,7 @@ class Lowered:
     """An ONNX graph and the program that torch made it from, whose values have the names of the graph's.
 
     Args:
-        written: for each input that the model writes into, the output that holds what becomes of it.
+        written: for each input that the model writes into, the output that holds its new value.
     """
 
     graph: ir.Model

@@ -1,7 +1,7 @@
 """Give the verdict on a backend: compare its numbers with eager PyTorch in float64, by the parity rule.
 
 Both the backend and eager PyTorch in the model's own type are measured against float64 at the same plan. The backend
-passes where its error is at most FACTOR times eager's own (or what a rounding of q and k makes of the output, if that
+passes where its error is at most FACTOR times eager's own (or the error that a rounding of q and k causes, if that
 is more) plus a floor, its plans are eager's, and it has no NaN or Inf that eager has not. Nothing here needs torch.
 """
 
@@ -22,8 +22,8 @@ from adaattn.export.parity.criterion import (
     WARN_LIMIT,
     PlanPair,
     agree,
+    clip_to_dtype,
     separate_fill_values,
-    within,
 )
 from adaattn.export.parity.golden_case import ExpectedAttention, ExpectedOutput, GoldenCase, integer_ranges
 from adaattn.export.parity.metrics import HISTOGRAM_EDGES, histogram, metrics_of, root_mean_square
@@ -229,7 +229,7 @@ def compare_output(
     """
     exact = output.exact if exact is None else exact
     row = _row(golden, name) | {"counts": np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)}
-    lost = np.zeros(exact.shape, bool) if output.lost is None else output.lost
+    lost = np.zeros(exact.shape, bool) if output.excluded is None else output.excluded
     if got is None or got.shape != exact.shape:
         shape = "nothing" if got is None else f"shape {got.shape}"
         return row | {"reason": f"the backend returns {shape}; eager returns shape {exact.shape}"}
@@ -250,7 +250,7 @@ def compare_output(
     if output.dtype not in RULES:
         off = (got != exact) & ~lost
         return row | (_reason(off, "differ from eager's") if off.any() else passed)
-    found = _compare_numbers(output, got, within(exact, output.dtype), lost)
+    found = _compare_numbers(output, got, clip_to_dtype(exact, output.dtype), lost)
     return row | found | (passed if found["verdict"] == "passed" and lost.any() else {})
 
 

@@ -101,7 +101,7 @@ def limit_of(
     return max(FACTOR * eager_error, math.hypot(*shaken)) + floor + ROUNDING_SHARE * rounding
 
 
-def within(exact: Array, dtype: str) -> Array:
+def clip_to_dtype(exact: Array, dtype: str) -> Array:
     """Finite numbers of float64 as far as the type goes: the least number of a type is often written for -inf."""
     if dtype not in RULES:
         return exact

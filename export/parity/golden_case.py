@@ -22,10 +22,10 @@ class ExpectedOutput:
         dtype: of the model's output, in numpy's words, or "bfloat16".
         eager_error: relative error of eager PyTorch in the model's type.
         limit: what a backend may have.
-        fill_limit: what it may have of each fill value (`parity.judged`).
-        lost: elements that are not compared: eager has NaN, or Inf where float64 has a number; of integers those that
-            hang on a rounding. None where there are none.
-        broken: how many of the lost elements are NaN or Inf in eager though float64 has a number that the type holds.
+        fill_limit: what it may have of each fill value (`criterion.separate_fill_values`).
+        excluded: elements that are not compared: eager has NaN, or Inf where float64 has a number; integers that a
+            rounding decides. None where all are compared.
+        broken: number of excluded elements that are NaN or Inf in eager though float64 has a number that the type holds.
     """
 
     exact: Array
@@ -33,7 +33,7 @@ class ExpectedOutput:
     eager_error: float
     limit: float
     fill_limit: float = 0.0
-    lost: Array | None = None
+    excluded: Array | None = None
     broken: int = 0
 
 
@@ -63,7 +63,7 @@ class ExpectedAttention:
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """A case, what should come of it, and of each planned attention by its name; bfloat16 inputs as float32.
+    """A case, its expected outputs and planned attentions by name; bfloat16 inputs are stored as float32.
 
     Args:
         forced: what every plan is forced to, such as "fp32" or "int8"; empty where the model makes its own plans. The
@@ -88,7 +88,7 @@ class GoldenCase:
 
     @property
     def whole(self) -> bool:
-        """Whether the artifact runs as it is, with plans of its own."""
+        """Whether the artifact runs as it is, with the plans that it makes."""
         return not self.forced and not self.probes
 
     @property
@@ -127,8 +127,8 @@ def save(path: Path, goldens: Sequence[GoldenCase]) -> None:
                 [output.eager_error, output.limit, output.fill_limit, output.broken]
             )
             arrays[f"{at}/dtype/{name}"] = np.array(output.dtype)
-            if output.lost is not None:
-                arrays[f"{at}/lost/{name}"] = output.lost
+            if output.excluded is not None:
+                arrays[f"{at}/lost/{name}"] = output.excluded
         for name, layer in golden.layers.items():
             arrays |= {f"{at}/layer.{key}/{name}": x for key, x in vars(layer).items() if x is not None}
     save_arrays(path, arrays)

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-PRECISIONS = {"fp32": "F", "bf16": "B", "fp16": "H", "int8": "I", "int8_fp8": "E"}  # dearest first, with cell letters
+PRECISIONS = {
+    "fp32": "F",
+    "bf16": "B",
+    "fp16": "H",
+    "int8": "I",
+    "int8_fp8": "E",
+}  # most costly first, with their letters in cells
 MARKERS = dict(zip((*PRECISIONS, "other"), "oDs^vX", strict=True))
 # matplotlib knows no CSS variables: it draws in these colours, which _svg replaces by what the page's theme says.
 INK = {name: f"#0000{number:02x}" for number, name in enumerate(("ink", "muted", "rule", "accent", "bad", *MARKERS), 1)}

@@ -55,7 +55,7 @@ def open_runtime(
         raise ConfigError(f"{path} does not exist; give a folder of adaattn-export, an ONNX file or an engine")
     if path.suffix == ".onnx":
         if cuda_graph:
-            raise ConfigError("cuda_graph is for engines; ONNX Runtime has an option of its own")
+            raise ConfigError("cuda_graph is for engines; ONNX Runtime has its own option")
         if plugin_library is not None:
             raise ConfigError("plugin_library is for engines; an ONNX file is run without it")
         return OnnxRuntime(path, device)

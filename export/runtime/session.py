@@ -32,7 +32,7 @@ def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
     """ONNX Runtime's session of a file, or of a model from memory whose external data are in a folder.
 
     Raises:
-        CannotRun: ONNX Runtime has no such provider here, or no kernel of it for a type of the model.
+        CannotRun: ONNX Runtime has no such provider here, or its provider has no kernel for a type of the model.
         TargetError: ONNX Runtime refuses the file.
     """
     try:
@@ -46,7 +46,7 @@ def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
     if provider != "CPUExecutionProvider" and cuda_driver.capability() is None:
         raise CannotRun(f"{provider} needs a GPU, and a CUDA driver finds none on this machine")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it logs of an error, in colours, stands in the error too
+    options.log_severity_level = 4  # the error itself has what it would log
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8(folder))
     if isinstance(model, Path) and not model.is_file():  # a pipe or a device could be read without an end
         raise TargetError(f"{model} is not a file")

@@ -62,7 +62,7 @@ def batches(source: str) -> Iterable[Any]:
 
 @contextmanager
 def _importing(folder: Path) -> Iterator[None]:
-    """With the folder's modules at hand, as for a script in it."""
+    """Put the folder on Python's path, as for a script in it."""
     sys.path.insert(0, str(folder.resolve()))
     try:
         yield

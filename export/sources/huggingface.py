@@ -23,7 +23,7 @@ from adaattn.integrations.transformers import takes_implementations
 
 # Of its own, for the process may have registered another; dense never, for a program has one road for all lengths.
 IMPLEMENTATION = "adaattn-export"
-LONGEST = 512  # tokens, where nobody says otherwise
+LONGEST = 512  # tokens, where the model does not say
 ELSE = "describe the model by package.module:factory and --input"
 
 
@@ -69,7 +69,7 @@ def load(folder: Path, allow_pickle: bool = False) -> Source:
     A folder of sentence-transformers, which has modules.json, becomes its sentence embedding.
 
     Raises:
-        CheckpointError: the folder is no such model, or one that needs code or pickles of its own.
+        CheckpointError: the folder is not such a model, or needs code or pickles that it carries.
         ConfigError: transformers is not installed.
     """
     if not (folder / "config.json").is_file():
@@ -138,7 +138,7 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}/config.json is not a config of transformers: {error}") from error
     if kind not in transformers.CONFIG_MAPPING:
-        code = "; it brings code of its own, which is never run here" if "auto_map" in content else ""
+        code = "; it brings its own code, which is never run here" if "auto_map" in content else ""
         raise CheckpointError(f"{folder} is a {kind!r}, unknown to {version}{code}; {ELSE}")
     try:
         architecture: Any = getattr(transformers, names[0], None) if names else None
@@ -157,9 +157,7 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
                 output_loading_info=True,
             )
     except Exception as error:  # transformers, safetensors and torch each have errors of their own
-        if isinstance(error, KeyError) and error.args == (
-            IMPLEMENTATION,
-        ):  # the class looks it up in a table of its own
+        if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):  # the class looks it up in its own table
             raise CheckpointError(_own_attention(architecture, version)) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, KeyError):  # says no more than the key

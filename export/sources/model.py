@@ -51,12 +51,12 @@ def load(model: str, weights: str | None = None, allow_pickle: bool = False) -> 
         from adaattn.export.sources import huggingface
 
         if weights is not None:
-            raise ConfigError(f"--weights goes with package.module:factory; {model} has weights of its own")
+            raise ConfigError(f"--weights goes with package.module:factory; {model} has its own weights")
         return huggingface.load(Path(model.removeprefix("hf:")), allow_pickle)
     if ":" in model and not there:
         return Source(_from_factory(model, weights))
     if weights is not None:
-        raise ConfigError(f"--weights goes with package.module:factory; {model} has weights of its own")
+        raise ConfigError(f"--weights goes with package.module:factory; {model} has its own weights")
     try:
         size = archive.regular(path).st_size
     except FileNotFoundError:
@@ -150,7 +150,7 @@ def _unpickle(file: archive.SavedFile) -> object:
 def _from_factory(name: str, weights: str | None) -> nn.Module:
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{name} is no file that exists, and not of the form package.module:factory")
+        raise ConfigError(f"{name} is neither an existing file nor of the form package.module:factory")
     sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)

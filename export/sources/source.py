@@ -39,7 +39,7 @@ def usable(model: object) -> nn.Module | ExportedProgram:
     Mixtures of experts of transformers come back as a copy that computes them without loops.
 
     Raises:
-        ConfigError: it is none that torch.export can capture, or has weights that are not numbers in a tensor.
+        ConfigError: torch.export cannot capture it, or has weights that are not numbers in a tensor.
     """
     model = unwrapped(model)
     if isinstance(model, ExportedProgram):

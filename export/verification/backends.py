@@ -63,7 +63,7 @@ def onnxruntime_backend(path: Path, provider: str = "CPUExecutionProvider") -> B
     second copy takes the plans as inputs; a probe runs the nodes that make one plan.
 
     Raises:
-        CannotRun: ONNX Runtime has no such provider here, or no kernel of it for a type of the model.
+        CannotRun: ONNX Runtime has no such provider here, or its provider has no kernel for a type of the model.
         TargetError: ONNX Runtime refuses the file.
     """
     return OnnxRuntimeBackend(path, provider)
@@ -122,7 +122,7 @@ class OnnxRuntimeBackend:
         return self._call(self._sessions[key], list(names), golden.name, {**golden.inputs, **plans})
 
     def _plan(self, golden: GoldenCase) -> dict[str, Array]:
-        """Run the nodes that make one plan, on moments of their own."""
+        """Run the nodes that make one plan, on given moments."""
         layer = self._layers[golden.probes]
         if layer.plan is None:
             raise TargetError(f"{self._path.name} has no plan for {golden.probes}, which the export had")
@@ -132,7 +132,7 @@ class OnnxRuntimeBackend:
         return self._part(golden.name, layer.plan, feed, values)
 
     def _attention(self, golden: GoldenCase) -> dict[str, Array]:
-        """Run one attention and what it makes of its operands, with its plan as the golden forces it."""
+        """Run one attention, and the nodes between its operands and it, with the plan that the golden case forces."""
         layer, forced = self._layers[golden.probes], golden.layers[golden.probes]
         feed = {input_alone("precision"): forced.precision, input_alone("rank"): forced.rank}
         for name, x in golden.inputs.items():

@@ -142,7 +142,7 @@ def _first(graph: Any, departed: Collection[str], known: Collection[str]) -> str
     guilty = {*(output.name for output in graph.output), *plans} & set(departed)
     first = None
     for node in reversed(graph.node):
-        # A value that eager has no name for passes on what comes of it.
+        # A value that eager has no name for passes on to its readers.
         if any(name in guilty and (name in departed or name not in known) for name in node.output):
             guilty.update(node.input)
             first = next((name for name in node.output if name in departed), first)

@@ -100,7 +100,7 @@ def part(
     known: Collection[str],
     types: Mapping[str, tuple[int, int]] | None = None,
 ) -> onnx.ModelProto:
-    """Return the nodes that make values from known ones as a model of their own, whose inputs those are.
+    """Return the nodes that compute values from known ones as a separate model, whose inputs are the known ones.
 
     Args:
         folder: of the external data.

@@ -2,7 +2,7 @@
 //
 // What the ops are, which kernels there are and with what they are launched is generated (plugins.inc), from the table
 // that eager mode and the Python plugins read too. The CUDA driver is opened when it is first needed: the library loads
-// on a machine without one. One long file, since a library with one class needs no header of its own: what is generated,
+// on a machine without one. One long file, since a library with one class needs no header: what is generated,
 // messages, the driver, a call, the plugin, the doors.
 
 #include <NvInfer.h>
@@ -72,7 +72,7 @@ struct Kernel {
     char const* entry;
     uint32_t threads, shared;
     unsigned char const* cubin;
-    unsigned char const* ptx;  // null where the architecture has features of its own
+    unsigned char const* ptx;  // null where the code uses features of one architecture
 };
 
 struct Call;

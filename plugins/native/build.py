@@ -165,7 +165,7 @@ def cached(
 
 
 def _private_cache() -> Path:
-    """Return the folder of the cache, which nobody else may write to: a library that lies there is loaded and runs."""
+    """Return the folder of the cache, which only this user may write to, since a library in it is loaded and runs."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not root.is_absolute():  # as its specification says
         root = Path.home() / ".cache"

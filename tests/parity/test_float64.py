@@ -315,9 +315,9 @@ def test_what_a_rounding_decides_is_not_compared_and_the_rest_has_a_sharp_limit(
     captured = capture_module(model, [InputSpec("x", (2, 12, 16))], {})
     made = EagerReference(captured)
     output = made.golden(made.expect(cases.cases(captured)[0]), []).outputs["output"]
-    assert output.lost is not None
-    assert output.lost[0].all()
-    assert not output.lost[1].any()
+    assert output.excluded is not None
+    assert output.excluded[0].all()
+    assert not output.excluded[1].any()
     assert output.limit < 10 * criterion.RULES[dtype].floor
 
 
@@ -330,7 +330,7 @@ def test_a_deep_model_hangs_on_no_rounding(dtype: str) -> None:
     )
     made = EagerReference(captured)
     output = made.golden(made.expect(cases.cases(captured)[0]), []).outputs["output"]
-    assert output.lost is None
+    assert output.excluded is None
 
 
 def test_float64_has_the_attributes_of_an_onnx_file_and_no_more() -> None:

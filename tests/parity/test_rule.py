@@ -43,7 +43,7 @@ class OneLayer:
 
     def eager(self, nudge: float) -> compare.Backend:
         def backend(of: GoldenCase) -> BackendResult:
-            mode = PlanMode(nudge=nudge)
+            mode = PlanMode(perturb_moments=nudge)
             (output, *_) = run(self.captured.eager, self.case.inputs, mode)
             ((precision, rank),) = mode.plans
             return BackendResult({"output": array(output)}, {"layer": (array(precision), array(rank))}, {})
@@ -204,7 +204,7 @@ def test_an_output_that_is_never_compared_is_no_success() -> None:
     lost = np.array([True, True])
     outputs = {
         "x": ExpectedOutput(np.ones(2), "float32", 0.0, 1e-3),
-        "y": ExpectedOutput(np.ones(2), "int64", 0.0, 0.0, lost=lost),
+        "y": ExpectedOutput(np.ones(2), "int64", 0.0, 0.0, excluded=lost),
     }
     goldens = [GoldenCase(name, {}, outputs) for name in ("one", "other")]
     ran = BackendResult({"x": np.ones(2, np.float32), "y": np.ones(2, np.int64)}, {}, {})
@@ -222,7 +222,7 @@ def test_a_limit_that_passes_anything_passes_nothing() -> None:
     row = of(one([1.0, 2.0], limit=0.2), [1.0, 2.0])
     assert (row["verdict"], row["reason"]) == (
         "passed",
-        "the limit is 2.0e-01: eager PyTorch in this dtype is that inaccurate",
+        "loose limit 2.0e-01: eager PyTorch in this dtype is that inaccurate",
     )
 
 

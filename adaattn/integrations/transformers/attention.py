@@ -35,7 +35,7 @@ _checked: set[type] = set()  # configs whose models dispatch through AttentionIn
 def attention_mask(sdpa_mask: Any, *arguments: Any, **options: Any) -> Tensor | None:
     """Return the mask of transformers' `sdpa`: boolean, of causality, windows and padding alike.
 
-    In eager mode there is none where nothing is padded and `is_causal` says it all; a program always has one.
+    In eager mode there is no mask where nothing is padded and `is_causal` suffices; a program always has one.
     """
     config = type(options.get("config"))
     if config not in _checked and not torch.compiler.is_dynamo_compiling():

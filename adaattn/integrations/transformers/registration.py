@@ -90,8 +90,8 @@ def set_tolerance(model: nn.Module, tolerance: float) -> None:
     if not configs:
         names = " or ".join(map(repr, registered)) or "'adaattn', after register()"
         raise ConfigError(
-            f"{type(model).__name__} has no adaptive attention; give it attn_implementation={names}, at its making or "
-            "by model.set_attn_implementation"
+            f"{type(model).__name__} has no adaptive attention; give it attn_implementation={names} in from_pretrained "
+            "or by model.set_attn_implementation"
         )
     for config in configs:
         setattr(config, SETTING, tolerance)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adaattn.ops.plan.impl.reference import choose
+from adaattn.ops.plan.ops import plan
 from adaattn.planning.budget import Budget
 from adaattn.planning.error_model import Moments, Plan
 
@@ -27,7 +28,5 @@ def plan_within(
     """
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return choose(query, key, value, table, scale, budget.limit)  # arithmetic that the compiler fuses
-    from adaattn.ops.plan.ops import plan  # stands on this module
-
     # One node instead of some eighty: exports are twice as fast, and a GPU launches one kernel.
     return Plan(*plan(*query, *key[1:], *value[1:3], table, scale, budget.limit, impl))

@@ -201,7 +201,7 @@ def test_the_command(exported: tuple[torch.nn.Module, Path], tmp_path: Path) -> 
     for given, said in (
         ("z=1,5,32", "'z=1,5,32' is no input"),
         ("x=one", "x=one: give @FILE.npy, or sizes"),
-        (f"x=@{tmp_path}/none.npy", "is no array that numpy reads"),
+        (f"x=@{tmp_path}/none.npy", "cannot be read as a NumPy array"),
         ("x=1,5,7", "x is float32(1, 5, 7); expected"),
     ):
         refused = run(main, [str(exported[1]), "--input", given])

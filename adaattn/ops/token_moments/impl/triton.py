@@ -19,7 +19,7 @@ from adaattn.ops.signatures import OPS
 from adaattn.planning.error_model import Moments
 
 PROGRAMS = 1024  # what fills the largest GPU several times over
-LEAST_TOKENS = 256  # of a chunk: fewer would make the partial sums a traffic of their own
+LEAST_TOKENS = 256  # of a chunk: with fewer, reading the partial sums would cost as much as reading x
 STRIDES, MASK_STRIDES = ("x_b", "x_h", "x_s", "x_d"), ("m_b", "m_h", "m_s")
 
 
