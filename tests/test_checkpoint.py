@@ -1,4 +1,7 @@
-"""A model.pt comes back as it was, and a file that is none is refused in one line, with nothing left behind."""
+"""A model.pt comes back as it was, and a file that is none is refused in one line, with nothing left behind.
+
+One file, though long: each kind of damage is a row of tables that share the same few saved files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Run a case in eager PyTorch, in the model's own type and in float64 at the same plans, and set its limits."""
+"""Run a case in eager PyTorch, in the model's own type and in float64 at the same plans, and set its limits.
+
+One file, though long: case, limits, probes and plans of one class, each of which reads the others' runs.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Run eager PyTorch in float64, with plans that are recorded, replayed or set aside.
 
 A torch dispatch mode sees every operator of a run, whatever the model's source, so the model needs no hooks.
+
+One file, though long: one dispatch mode, and what it needs to run a model in float64.
 """
 
 from __future__ import annotations

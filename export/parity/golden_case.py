@@ -25,7 +25,7 @@ class ExpectedOutput:
         fill_limit: what it may have of each fill value (`criterion.separate_fill_values`).
         excluded: elements that are not compared: eager has NaN, or Inf where float64 has a number; integers that a
             rounding decides. None where all are compared.
-        broken: number of excluded elements that are NaN or Inf in eager though float64 has a number that the type holds.
+        broken: number of excluded elements that are NaN or Inf in eager, where the type holds float64's number.
     """
 
     exact: Array

@@ -3,7 +3,7 @@
 // What the ops are, which kernels there are and with what they are launched is generated (plugins.inc), from the table
 // that eager mode and the Python plugins read too. The CUDA driver is opened when it is first needed: the library loads
 // on a machine without one. One long file, since a library with one class needs no header: what is generated,
-// messages, the driver, a call, the plugin, the doors.
+// messages, the driver, a call, the plugin, the exported functions.
 
 #include <NvInfer.h>
 #include <NvInferRuntime.h>
@@ -38,8 +38,8 @@ using Severity = nvinfer1::ILogger::Severity;
 
 constexpr char const* kNAMESPACE = "adaattn";
 constexpr char const* kVERSION = "1";
-constexpr int32_t kMOST_INPUTS = 10;
-constexpr int32_t kMOST_OUTPUTS = 4;
+constexpr int32_t kMAX_INPUTS = 10;
+constexpr int32_t kMAX_OUTPUTS = 4;
 
 // ---- what is generated -----------------------------------------------------------------------------------------------
 
@@ -48,22 +48,22 @@ struct Attribute {
     bool real;  // else an integer
 };
 
-struct Pick {
+struct AxisRef {
     int32_t input, axis;
 };
 
 struct Op {
     char const* name;
     int32_t inputs;
-    std::array<uint32_t, kMOST_INPUTS> types;  // a bit for each DataType that an input may have
-    std::array<int32_t, kMOST_INPUTS> ranks;
+    std::array<uint32_t, kMAX_INPUTS> types;  // a bit for each DataType that an input may have
+    std::array<int32_t, kMAX_INPUTS> ranks;
     int32_t outputs;
-    std::array<int32_t, kMOST_OUTPUTS> outputTypes;  // a DataType, or -1 for that of the first input
-    std::array<std::array<Pick, 4>, kMOST_OUTPUTS> shapes;
-    std::array<int32_t, kMOST_OUTPUTS> outputRanks;
+    std::array<int32_t, kMAX_OUTPUTS> outputTypes;  // a DataType, or -1 for that of the first input
+    std::array<std::array<AxisRef, 4>, kMAX_OUTPUTS> shapes;
+    std::array<int32_t, kMAX_OUTPUTS> outputRanks;
     int32_t sameType;  // how many of the first inputs have one type
     int32_t mask;      // which input is a mask, or -1
-    std::array<Pick, 4> maskSizes;  // what the dimensions of a mask are if they are not 1
+    std::array<AxisRef, 4> maskSizes;  // what the dimensions of a mask are if they are not 1
     std::array<Attribute, 2> attributes;
     int32_t nbAttributes;
 };
@@ -80,7 +80,7 @@ struct Call;
 struct Program {
     char const* op;
     int32_t arch;
-    std::array<int32_t, kMOST_INPUTS> types;
+    std::array<int32_t, kMAX_INPUTS> types;
     int32_t headDim, flag, ones;  // ones: a bit for each dimension of the mask that is 1
     int64_t (*scratch)(Call const&);
     int32_t (*run)(Call const&);
@@ -92,7 +92,7 @@ struct Program {
 
 nvinfer1::ILoggerFinder* gFinder{nullptr};
 
-void say(Severity severity, std::string const& text) {
+void log(Severity severity, std::string const& text) {
     std::string const line = "AdaAttn: " + text;
     nvinfer1::ILogger* const logger = gFinder != nullptr ? gFinder->findLogger() : nullptr;
     if (logger != nullptr) {
@@ -103,7 +103,7 @@ void say(Severity severity, std::string const& text) {
 }
 
 int32_t fail(std::string const& text) {
-    say(Severity::kERROR, text);
+    log(Severity::kERROR, text);
     return -1;
 }
 
@@ -174,7 +174,7 @@ Driver const& driver() {
 }
 
 // The function of a kernel in the current context; each module is loaded once per context and kept.
-bool functionOf(Kernel const& kernel, bool ptx, CUfunction& function) {
+bool loadFunction(Kernel const& kernel, bool ptx, CUfunction& function) {
     static std::mutex guard;
     static std::map<std::pair<CUcontext, Kernel const*>, CUfunction> loaded;
     CUcontext context{};
@@ -223,7 +223,7 @@ struct Call {
     }
 };
 
-int64_t quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -240,7 +240,7 @@ std::string shapeOf(Dims const& dims) {
 }
 
 // The program of a node on an architecture, and whether as PTX; null where the library holds none.
-Program const* programOf(Op const& op, int32_t flag, DataType const* types, Dims const* dims, int32_t arch, bool& ptx) {
+Program const* findProgram(Op const& op, int32_t flag, DataType const* types, Dims const* dims, int32_t arch, bool& ptx) {
     Program const* best = nullptr;
     for (Program const& program : PROGRAMS) {
         Dims const& first = dims[0];
@@ -250,7 +250,7 @@ Program const* programOf(Op const& op, int32_t flag, DataType const* types, Dims
             fits = program.types[i] == static_cast<int32_t>(types[i]);
         }
         for (int32_t axis = 0; fits && op.mask >= 0 && axis < op.ranks[op.mask]; ++axis) {
-            Pick const pick = op.maskSizes[axis];
+            AxisRef const pick = op.maskSizes[axis];
             bool const one = (program.ones >> axis & 1) != 0;
             fits = dims[op.mask].d[axis] == (one ? 1 : dims[pick.input].d[pick.axis]);
         }
@@ -337,7 +337,7 @@ public:
         for (int32_t i = 0; i < nbOutputs; ++i) {
             outputs[i].nbDims = mOp.outputRanks[i];
             for (int32_t axis = 0; axis < outputs[i].nbDims; ++axis) {
-                Pick const pick = mOp.shapes[i][axis];
+                AxisRef const pick = mOp.shapes[i][axis];
                 outputs[i].d[axis] = inputs[pick.input].d[pick.axis];
             }
         }
@@ -371,7 +371,7 @@ public:
 
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t,
                             nvinfer1::DynamicPluginTensorDesc const*, int32_t) const noexcept override {
-        std::array<Dims, kMOST_INPUTS> dims{};
+        std::array<Dims, kMAX_INPUTS> dims{};
         for (int32_t i = 0; i < mOp.inputs; ++i) {
             dims[i] = inputs[i].max;
         }
@@ -386,7 +386,7 @@ public:
         if (nbInputs != mOp.inputs || nbOutputs != mOp.outputs) {
             return wrongNumber(nbInputs, nbOutputs);
         }
-        std::array<DataType, kMOST_INPUTS> types{};
+        std::array<DataType, kMAX_INPUTS> types{};
         for (int32_t i = 0; i < nbInputs; ++i) {
             mDims[i] = in[i].dims;
             types[i] = in[i].type;
@@ -397,7 +397,7 @@ public:
         }
         // Now and not in enqueue, which may be captured in a CUDA graph.
         for (int32_t i = 0; i < mProgram->steps; ++i) {
-            if (!functionOf(KERNELS[mProgram->kernels[i]], mPtx, mFunctions[i])) {
+            if (!loadFunction(KERNELS[mProgram->kernels[i]], mPtx, mFunctions[i])) {
                 return -1;
             }
         }
@@ -443,8 +443,8 @@ private:
     }
 
     Program const* choose(nvinfer1::DynamicPluginTensorDesc const* in) const {
-        std::array<DataType, kMOST_INPUTS> types{};
-        std::array<Dims, kMOST_INPUTS> dims{};
+        std::array<DataType, kMAX_INPUTS> types{};
+        std::array<Dims, kMAX_INPUTS> dims{};
         for (int32_t i = 0; i < mOp.inputs; ++i) {
             types[i] = in[i].desc.type;
             dims[i] = in[i].max;
@@ -459,7 +459,7 @@ private:
             fail("the CUDA driver shows no GPU");
             return nullptr;
         }
-        Program const* const program = programOf(mOp, mValues.flag, types, dims, arch, ptx);
+        Program const* const program = findProgram(mOp, mValues.flag, types, dims, arch, ptx);
         if (program == nullptr) {
             std::ostringstream text;
             text << mOp.name << ": this library has no kernel for sm_" << arch << " and";
@@ -482,7 +482,7 @@ private:
     Values mValues;
     std::vector<PluginField> mFields;
     nvinfer1::PluginFieldCollection mCollection{};
-    std::array<Dims, kMOST_INPUTS> mDims{};
+    std::array<Dims, kMAX_INPUTS> mDims{};
     Program const* mProgram{nullptr};
     bool mPtx{false};
     std::array<CUfunction, 6> mFunctions{};
@@ -531,7 +531,7 @@ public:
                 text << values.flag;
             }
         }
-        say(Severity::kVERBOSE, text.str());
+        log(Severity::kVERBOSE, text.str());
         return new Plugin{mOp, values};
     }
 

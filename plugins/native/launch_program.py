@@ -64,9 +64,9 @@ def _moments(kind: Kind, node: Node, pointers: dict[str, str]) -> Program:
     sizes = op_variants.moments_sizes(node.shapes)
     heads = text_of(sizes["batch"] * sizes["heads"])
     tokens = text_of(sizes["tokens"])
-    chunks = f"std::min(quotient({PROGRAMS}, {heads}), quotient({tokens}, {LEAST_TOKENS}))"
-    sizes["chunk"] = Symbol(f"quotient({tokens}, {chunks})")
-    sizes["chunks"] = Symbol(f"quotient({tokens}, {sizes['chunk'].text})")
+    chunks = f"std::min(ceilDiv({PROGRAMS}, {heads}), ceilDiv({tokens}, {LEAST_TOKENS}))"
+    sizes["chunk"] = Symbol(f"ceilDiv({tokens}, {chunks})")
+    sizes["chunks"] = Symbol(f"ceilDiv({tokens}, {sizes['chunk'].text})")
     pointers |= {"center": pointers["mean"], "partial": "scratch_0"}
     masked = kind.variant.signature.mask is not None
     steps = []

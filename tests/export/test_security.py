@@ -1,4 +1,7 @@
-"""docs/security.md, line by line: a test for each, of the same name."""
+"""docs/security.md, line by line: a test for each, of the same name.
+
+One file, though long: it follows the page, and a test at its end holds the two together.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is written appears whole, and what --force replaces was written by an export."""
+"""What is written appears whole, and what --force replaces was written by an export.
+
+One file, though long: each row of its tables damages the same export in one way.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Each wrong input of `adaattn-export`: one line that says what, why and what to do; status 2; nothing left behind."""
+"""Each wrong input of `adaattn-export`: one line that says what, why and what to do; status 2; nothing left behind.
+
+One file, though long: it is one table of wrong inputs, with the few models that they need.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What all four commands have in common: one line for an error, its status, and names that are never markup."""
+"""What all four commands have in common: one line for an error, its status, and names that are never markup.
+
+One file, though long: every table runs over all four commands.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 Whatever they get, the commands answer with a status that they document, one line for an error and no traceback, leave
 nothing behind, end in time, and never return other numbers than of the unchanged files without a word.
+
+One file, though long: the mutations of each kind share the worker, the judge and the report.
 """
 
 from __future__ import annotations

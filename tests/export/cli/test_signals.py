@@ -1,4 +1,7 @@
-"""Any moment of a signal: DIR is whole, old or new, nothing is left, no child lives on, and what is said is true."""
+"""Any moment of a signal: DIR is whole, old or new, nothing is left, no child lives on, and what is said is true.
+
+One file, though long: every test starts the same commands and looks for the same leftovers.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ hardware has no e4m3 products (before sm_89), int8_fp8 runs as int8.
 
 Suffixes _b, _h, _s and _d are strides of a batch, head, token and dimension. The file is long because the loop is one
 idea.
+
+One file, though long: Triton compiles a kernel with all the functions that it calls, read from top to bottom.
 """
 
 from __future__ import annotations
