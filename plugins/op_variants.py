@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from adaattn import ops
 from adaattn.errors import ConfigError
 from adaattn.ops.adaptive_attention.impl.triton import MASK_STRIDES, attend_spec, launches
 from adaattn.ops.dispatch import LARGEST_HEAD_DIM
@@ -69,8 +67,6 @@ class Variant:
 
     signature: Signature
     launch: Callable[[Node], Launch]
-    run: Callable[..., Sequence[Tensor]]
-    """The op itself, of tensors and then attributes."""
     tactics: tuple[int, ...] = (USUAL,)
 
     @property
@@ -191,25 +187,10 @@ def _attention(node: Node) -> Launch:
     return Launch(spec.bound(scale=scale), attention_sizes(node.shapes))
 
 
-def _run_moments(*given: Any) -> Sequence[Tensor]:
-    x, *mask, center = given
-    return ops.token_moments(x, mask[0] if mask else None, bool(center), impl="triton")
-
-
-def _run_plan(*given: Any) -> Sequence[Tensor]:
-    chosen: Sequence[Tensor] = ops.plan(*given, "triton")
-    return chosen
-
-
-def _run_attention(*given: Any) -> Sequence[Tensor]:
-    *tensors, scale, is_causal = given
-    return [ops.adaptive_attention(*tensors, scale=scale, is_causal=bool(is_causal), impl="triton")]
-
-
-_OPS: dict[str, tuple[Callable[[Node], Launch], Callable[..., Sequence[Tensor]], tuple[int, ...]]] = {
-    "token_moments": (_moments, _run_moments, (USUAL,)),
-    "plan": (_plan, _run_plan, (USUAL,)),
-    "adaptive_attention": (_attention, _run_attention, (USUAL, SMALL)),
+_OPS: dict[str, tuple[Callable[[Node], Launch], tuple[int, ...]]] = {
+    "token_moments": (_moments, (USUAL,)),
+    "plan": (_plan, (USUAL,)),
+    "adaptive_attention": (_attention, (USUAL, SMALL)),
 }
 
 VARIANTS = {name: Variant(signature, *_OPS[signature.op]) for name, signature in SIGNATURES.items()}

@@ -3,8 +3,8 @@
     import adaattn.plugins.python
     adaattn.plugins.python.register()  # then parse the ONNX file and build
 
-`aot_impl` is what goes into an engine; `impl`, for a network created with PREFER_JIT_PYTHON_PLUGINS, calls the ops of
-this Python process, which may use scratch memory and several launches.
+TensorRT embeds the kernel that `aot_impl` returns. There is no `impl`, which TensorRT would call at run time: an engine
+must run without Python.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def register(capability: int | None = None, ptx_version: int | None = None) -> N
 def _register(trtp: Any, variant: Variant, capability: int, ptx_version: int | None) -> None:
     import tensorrt as trt
 
-    name, desc, tensor = f"{NAMESPACE}::{variant.name}", trtp.TensorDesc, trtp.Tensor
+    name, desc = f"{NAMESPACE}::{variant.name}", trtp.TensorDesc
     arrays = {float: np.typing.NDArray[np.float32], int: np.typing.NDArray[np.int32]}
     attributes = {key: arrays[kind] for key, kind in variant.attributes.items()}
     count, outputs = len(variant.inputs), tuple[(desc,) * len(variant.outputs)]  # type: ignore[misc]
@@ -100,20 +100,11 @@ def _register(trtp: Any, variant: Variant, capability: int, ptx_version: int | N
         integers = tuple(trtp.SymInt32(size) for size in launch.integers)
         return kernel.name, kernel.ptx, parameters, trtp.SymIntExprs.from_tuple(integers)
 
-    def at_once(*given: Any) -> None:
-        *operands, results, stream = given
-        numbers = [kind(x[0]) for kind, x in zip(variant.attributes.values(), operands[count:], strict=True)]
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
-            for result, got in zip(results, variant.run(*map(_on_gpu, operands[:count]), *numbers), strict=True):
-                _on_gpu(result).copy_(got)
-
     trtp.register(name)(_signed(described, {**tensors(desc), **attributes}, outputs))
     trtp.autotune(name)(_signed(choices, {**tensors(desc), "outputs": outputs}, list[trtp.AutoTuneCombination]))
     returned = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
     ahead_takes = {**tensors(desc), **attributes, "outputs": outputs, "tactic": int}
     trtp.aot_impl(name)(_signed(ahead, ahead_takes, returned))
-    results = tuple[(tensor,) * len(variant.outputs)]  # type: ignore[misc, valid-type]
-    trtp.impl(name)(_signed(at_once, {**tensors(tensor), **attributes, "outputs": results, "stream": int}, None))
 
 
 def _signed(function: Callable[..., Any], parameters: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
@@ -160,20 +151,3 @@ def compiled(launch: Launch, capability: int, ptx_version: int | None) -> Entry:
 
 def _frozen(x: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(x.items())
-
-
-class _Memory:
-    """A tensor of TensorRT as torch takes it; integers replace the types that the protocol lacks."""
-
-    def __init__(self, tensor: Any) -> None:
-        size = TYPES[tensor.dtype.name].itemsize
-        self.__cuda_array_interface__ = {
-            "shape": tuple(tensor.shape),
-            "typestr": f"<i{size}" if size > 1 else "|i1",
-            "data": (tensor.data_ptr, False),
-            "version": 3,
-        }
-
-
-def _on_gpu(tensor: Any) -> torch.Tensor:
-    return torch.as_tensor(_Memory(tensor), device="cuda").view(TYPES[tensor.dtype.name])
