@@ -60,13 +60,13 @@ class Encoder:
 
         import torch
 
-        from adaattn.export.golden.plan_mode import PlanMode, run
+        from adaattn.export.golden.plan_mode import PlanMode, run_eager
 
         model = copy.deepcopy(self.model).double() if double else self.model
         modes, found = [], []
         for batch in self.batches(sentences):
             mode = PlanMode(double=double, measure=not double)
-            found += run(model, batch, mode)
+            found += run_eager(model, batch, mode)
             modes.append(mode)
         return torch.cat(found).double().numpy(), modes
 

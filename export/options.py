@@ -101,7 +101,7 @@ class Options:
         if self.calibration_state is not None:
             as_path("calibration_state", self.calibration_state)
         targets = self.chosen_targets()
-        self.build.check(targets)
+        self.build.check_targets(targets)
         if self.profiles and not set(engine_options.PACKAGES) & set(targets):
             takers = ", ".join(sorted(engine_options.PACKAGES))
             raise ConfigError(f"profiles apply only to targets {takers}; selected targets: {', '.join(targets)}")

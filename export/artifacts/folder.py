@@ -49,7 +49,7 @@ def model_name(source: str) -> str:
     return source.rpartition(":")[2] if ":" in source and not Path(source).exists() else Path(source).stem
 
 
-def check(out: Path, force: bool, reads: Sequence[Path] = ()) -> Snapshot | None:
+def check_output(out: Path, force: bool, reads: Sequence[Path] = ()) -> Snapshot | None:
     """Return what the folder holds, None where there is no such folder.
 
     Args:
@@ -173,7 +173,7 @@ def staging(
         ConfigError: the folder cannot be written or must not be replaced, at the start or when all is done.
     """
     with _alone(out.absolute().parent):
-        seen = check(out, force, reads)
+        seen = check_output(out, force, reads)
     name, out = out, out.resolve()  # where it is a link, what it leads to is replaced
     missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     with ExitStack() as stack:
@@ -204,7 +204,7 @@ def _move(new: Path, name: Path, out: Path, seen: Snapshot | None, force: bool, 
     """Move the new folder to its place; return whether the old one is now in the place of the new one."""
     now = snapshot(out) if out.is_dir() else None
     if now != seen:  # another export may have made it meanwhile, or anybody else
-        now = check(out, force, reads)
+        now = check_output(out, force, reads)
     try:
         if now is None or (seen is None and not now):
             atomic_file.rename_new(new, out)

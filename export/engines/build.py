@@ -57,7 +57,7 @@ def engine_from_onnx(
     options = options or BuildOptions()
     if target not in PACKAGES:
         raise ConfigError(f"target {target!r} is unknown; choose one of {', '.join(PACKAGES)}")
-    options.check([target])
+    options.check_targets([target])
     if not installed(target):
         raise TargetError(f"{PACKAGES[target]} is not installed: {INSTALL[target]}")
     if target == "tensorrt" and cuda_driver.capability() is None:

@@ -22,7 +22,7 @@ Progress = Callable[[str, float], None]
 """Called with the builder's phase and the share of the build that is done, 0 to 1."""
 
 
-def run(
+def run_engine(
     target: str, engine: Path, log: Path, inputs: Mapping[str, Array], plugin_library: Path | None = None
 ) -> dict[str, Array]:
     """Return the outputs of an engine on the GPU of this machine, by name; bfloat16 goes in and comes out as float32.

@@ -79,7 +79,7 @@ class BuildOptions:
         if self.workspace is not None and as_int("workspace", self.workspace, wanted) > MOST_MEBIBYTES:
             raise ConfigError(f"workspace is {described(self.workspace)}; give {wanted}")
 
-    def check(self, targets: Collection[str]) -> None:
+    def check_targets(self, targets: Collection[str]) -> None:
         """Refuse options that none of the targets takes.
 
         Raises:

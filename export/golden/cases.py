@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adaattn.export.capture.captured import Captured, CapturedInput
-from adaattn.export.golden.plan_mode import run
+from adaattn.export.golden.plan_mode import run_eager
 from adaattn.input_spec import MEANINGS, Dimension
 
 SEED = 20260101
@@ -213,7 +213,7 @@ def _lost(captured: Captured, enough: float) -> float:
         if case.name in ("longest", "example"):
             continue
         try:
-            outputs = run(captured.eager, case.inputs)
+            outputs = run_eager(captured.eager, case.inputs)
         except Exception:  # the user's own code, which may refuse such inputs
             return math.inf
         lost += sum(int((~x.isfinite()).sum()) for x in outputs if x.is_floating_point())

@@ -20,7 +20,7 @@ from adaattn.export.artifacts.arrays import Array
 from adaattn.export.artifacts.dtypes import dtype_name
 from adaattn.export.capture.captured import Captured
 from adaattn.export.golden.cases import Case
-from adaattn.export.golden.plan_mode import PlanCall, PlanMode, run, to_double
+from adaattn.export.golden.plan_mode import PlanCall, PlanMode, run_eager, to_double
 from adaattn.export.parity.criterion import (
     EXACT,
     OPERAND,
@@ -60,14 +60,14 @@ class ForcedPlan:
             return f"rank {self.quarters} of 4"
         return PRECISIONS[self.precision]
 
-    def plan(self, like: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    def of_heads(self, like: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         """Return precision and rank for each head of a plan."""
         return torch.full_like(like, self.precision), torch.full_like(like, -(-head_dim * self.quarters // 4))
 
     def plans(self, mode: PlanMode) -> list[tuple[Tensor, Tensor]]:
         """Return the forced plan of each call that a mode saw."""
         calls = zip(mode.plans, mode.errors, strict=True)
-        return [self.plan(precision, errors.head_dim) for (precision, _), errors in calls]
+        return [self.of_heads(precision, errors.head_dim) for (precision, _), errors in calls]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class EagerReference:
         found += [self.golden(want, layers) for want in exact]
         if planned:
             usual, small = PlanMode(keep=True), min(planned, key=_size).case
-            run(self._eager, small.inputs, usual)
+            run_eager(self._eager, small.inputs, usual)
             steps = forced_plans(want.mode for want in planned)
             for layer, call, operands in zip(layers, usual.planned, usual.calls, strict=True):
                 if call is not None:
@@ -133,7 +133,7 @@ class EagerReference:
         wide = {name: x.double() if name in tokens else x for name, x in given.items()}
 
         def at(operands: Mapping[str, Any], rung: ForcedPlan) -> Tensor:
-            precision, rank = rung.plan(given["precision"], given["query"].shape[3])
+            precision, rank = rung.of_heads(given["precision"], given["query"].shape[3])
             output: Tensor = torch.ops.adaattn.adaptive_attention(**{**operands, "precision": precision, "rank": rank})
             return output
 
@@ -143,7 +143,7 @@ class EagerReference:
             # Of a rank that is cut nothing is rounded.
             rounding = 0.0 if rung.precision == FP32 else min(1.0, _error(array(exact), array(whole)))
             outputs = {f"{layer}.output": self.output(at(given, rung), exact, rounding)}
-            precision, rank = (array(x) for x in rung.plan(given["precision"], given["query"].shape[3]))
+            precision, rank = (array(x) for x in rung.of_heads(given["precision"], given["query"].shape[3]))
             forced = {layer: ExpectedAttention(precision, rank, np.zeros(precision.shape, bool))}
             found.append(GoldenCase(f"{layer} at {rung}", inputs, outputs, forced, str(rung), layer))
         return found
@@ -160,10 +160,10 @@ class EagerReference:
         """
         mode = PlanMode(measure=True, plans=None if forced is None or like is None else forced.plans(like))
         try:
-            outputs = self._named(run(self._eager, case.inputs, mode, self.written))
+            outputs = self._named(run_eager(self._eager, case.inputs, mode, self.written))
             # Of the longest case a second run would cost most and show nothing new.
             once = forced is not None or case.name == "longest"
-            again = None if once else run(self._eager, case.inputs, PlanMode(), self.written)
+            again = None if once else run_eager(self._eager, case.inputs, PlanMode(), self.written)
         except Exception as error:  # the user's own code
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in case.inputs.items())
             raise ConfigError(
@@ -181,7 +181,7 @@ class EagerReference:
 
     def _in_double(self, case: Case, mode: PlanMode) -> tuple[dict[str, Tensor], PlanMode]:
         inputs = {name: to_double(x) for name, x in case.inputs.items()}
-        return self._named(run(self._double, inputs, mode, self.written)), mode
+        return self._named(run_eager(self._double, inputs, mode, self.written)), mode
 
     def golden(self, expected: Expected, layers: Sequence[str]) -> GoldenCase:
         """Return the golden case that a verdict needs.
@@ -331,7 +331,7 @@ class EagerReference:
             for nudge in (RULES[self.dtype].nudge, -RULES[self.dtype].nudge):
                 for tilt in (False, True):
                     mode = PlanMode(perturb_moments=nudge, tilt=tilt)
-                    run(self._eager, case.inputs, mode)
+                    run_eager(self._eager, case.inputs, mode)
                     found.append(mode)
             self._nudged = (case, found)
         return self._nudged[1]

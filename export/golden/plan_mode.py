@@ -255,7 +255,7 @@ def _move(x: Tensor, rounded: Tensor, integers: Tensor, generator: torch.Generat
     return move.where(~steps | (rounded.abs() < rounded.abs().amax(-1, keepdim=True)), 0)
 
 
-def run(
+def run_eager(
     eager: Callable[..., Any],
     inputs: Mapping[str, Tensor],
     mode: PlanMode | None = None,

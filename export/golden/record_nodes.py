@@ -12,7 +12,7 @@ from torch.fx import Interpreter, Node
 
 from adaattn.export.golden.cases import Case
 from adaattn.export.golden.eager import EagerReference, ForcedPlan, array, rounding_of
-from adaattn.export.golden.plan_mode import PlanMode, run, to_double
+from adaattn.export.golden.plan_mode import PlanMode, run_eager, to_double
 from adaattn.export.onnx.lower import Lowered
 from adaattn.export.parity.golden_case import ExpectedAttention, GoldenCase
 
@@ -70,7 +70,7 @@ def _values(lowered: Lowered, case: Case, mode: PlanMode) -> dict[str, Tensor]:
                 values[node.name] = result
             return result
 
-    found = run(lambda **given: Recorder(module).run(*given.values()), inputs, mode, tuple(lowered.written))
+    found = run_eager(lambda **given: Recorder(module).run(*given.values()), inputs, mode, tuple(lowered.written))
     # Outputs have names of their own in the graph.
     names = [str(output.name) for output in lowered.graph.graph.outputs]
     return values | dict(zip(names, found, strict=False))

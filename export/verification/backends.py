@@ -217,7 +217,7 @@ class EngineBackend:
         path = self._path if golden.whole else self._exact
         if path is None:
             raise TargetError(f"no engine has plans that are forced to {golden.forced}")
-        return BackendResult(child.run(self._info.target, path, self._log, golden.inputs, self._library), {}, {})
+        return BackendResult(child.run_engine(self._info.target, path, self._log, golden.inputs, self._library), {}, {})
 
     def build_exact(self, scratch: Path) -> None:
         """Build the engine with all plans at fp32 and full rank, as the engine itself was built.

@@ -377,7 +377,7 @@ def test_atomic(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def looked(*arguments: Any, function: Callable[..., Any] = function) -> Any:
             for step in (function, None):
-                folder.check(copied, force=True)  # refuses what is not whole
+                folder.check_output(copied, force=True)  # refuses what is not whole
                 seen.append((copied / "manifest.json").stat().st_ino)
                 if step is not None:
                     step(*arguments)

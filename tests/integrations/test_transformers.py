@@ -21,7 +21,7 @@ from torch.export import Dim
 import adaattn
 from adaattn.calibration.projections import find_projections
 from adaattn.errors import AdaAttnError, ConfigError
-from adaattn.export.golden.plan_mode import PlanMode, run
+from adaattn.export.golden.plan_mode import PlanMode, run_eager
 from adaattn.export.options import Options
 from adaattn.export.parity.criterion import FACTOR, RULES
 from adaattn.export.parity.metrics import relative_error
@@ -61,7 +61,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def first(model: nn.Module, given: dict[str, Tensor], mode: PlanMode | None = None) -> Tensor:
-    return run(model, given, mode)[0]
+    return run_eager(model, given, mode)[0]
 
 
 def exact(eager: nn.Module, given: dict[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from adaattn.errors import ConfigError
 from adaattn.export.capture.module import capture_module
 from adaattn.export.golden import cases
 from adaattn.export.golden.eager import EagerReference, disagreements
-from adaattn.export.golden.plan_mode import PlanMode, run
+from adaattn.export.golden.plan_mode import PlanMode, run_eager
 from adaattn.export.parity import criterion
 from adaattn.input_spec import InputSpec
 
@@ -96,7 +96,7 @@ def test_attention_is_its_formula(variant: str, inference: bool) -> None:
     made = None if mask is None else mask(tokens, keys).numpy()
     if "in forward" not in variant and mask is not None:
         mask = mask(tokens, keys)
-    (got,) = run(eager, {"q": q, "k": k, "v": v}, PlanMode(double=True))
+    (got,) = run_eager(eager, {"q": q, "k": k, "v": v}, PlanMode(double=True))
     want = formula(q.numpy(), k.numpy(), v.numpy(), made, options.get("is_causal", False), options.get("scale"))
     assert got.dtype == torch.float64
     error = float(np.abs(got.numpy() - want).max())
@@ -111,15 +111,17 @@ def test_long_sequences_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) 
     def eager(q: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 
-    (whole,) = run(eager, inputs, PlanMode(double=True))
+    (whole,) = run_eager(eager, inputs, PlanMode(double=True))
     monkeypatch.setattr("adaattn.export.golden.plan_mode.SCORES_AT_ONCE", 5 * 2 * 17)
-    (blocks,) = run(eager, inputs, PlanMode(double=True))
+    (blocks,) = run_eager(eager, inputs, PlanMode(double=True))
     assert torch.allclose(blocks, whole, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 2, 0, 8), (2, 0, 5, 8)], ids=str)
 def test_attention_of_nothing_is_empty(shape: tuple[int, ...]) -> None:
-    (got,) = run(lambda x: F.scaled_dot_product_attention(x, x, x), {"x": torch.zeros(shape)}, PlanMode(double=True))
+    (got,) = run_eager(
+        lambda x: F.scaled_dot_product_attention(x, x, x), {"x": torch.zeros(shape)}, PlanMode(double=True)
+    )
     assert got.shape == shape
 
 
@@ -190,7 +192,7 @@ def _autocast(x: Tensor) -> Tensor:
 def test_every_operator_computes_in_float64(name: str) -> None:
     model, exact = PAIRS[name]
     x = torch.randn(2, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    (got,) = run(model, {"x": x}, PlanMode(double=True))
+    (got,) = run_eager(model, {"x": x}, PlanMode(double=True))
     want = exact(x)
     assert got.dtype == torch.float64
     assert float((got - want).norm() / want.norm()) < 1e-15 * 10
@@ -205,7 +207,7 @@ def test_modules_compute_in_float64(make: Callable[[], nn.Module]) -> None:
     x = torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     step = 1e-9 * torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     key = "input" if isinstance(module, nn.GRU) else "src" if hasattr(module, "self_attn") else "x"
-    up, there, down = (run(double, {key: x + a * step}, PlanMode(double=True))[0] for a in (1, 0, -1))
+    up, there, down = (run_eager(double, {key: x + a * step}, PlanMode(double=True))[0] for a in (1, 0, -1))
     assert there.dtype == torch.float64
     assert float((up + down - 2 * there).norm() / (up - down).norm()) < 1e-5
 
@@ -213,7 +215,7 @@ def test_modules_compute_in_float64(make: Callable[[], nn.Module]) -> None:
 def test_limits_of_the_models_type_are_those_of_its_float64() -> None:
     x = 1e-5 * torch.randn(2, 16, generator=torch.Generator().manual_seed(7))
     norm = nn.RMSNorm(16).requires_grad_(False)  # it adds its type's eps
-    (got,) = run(norm.double(), {"x": x.double()}, PlanMode(double=True, dtype=torch.float32))
+    (got,) = run_eager(norm.double(), {"x": x.double()}, PlanMode(double=True, dtype=torch.float32))
     want = nn.RMSNorm(16).requires_grad_(False)(x)
     assert float((got - want).norm() / want.norm()) < 1e-6
 
@@ -221,7 +223,7 @@ def test_limits_of_the_models_type_are_those_of_its_float64() -> None:
         return torch.full((2,), torch.finfo(x.dtype).min)
 
     for dtype in (torch.float16, torch.float32, torch.bfloat16):
-        (got,) = run(least, {"x": x.double()}, PlanMode(double=True, dtype=dtype))
+        (got,) = run_eager(least, {"x": x.double()}, PlanMode(double=True, dtype=dtype))
         assert got.tolist() == [torch.finfo(dtype).min] * 2
 
 
@@ -232,7 +234,7 @@ def test_the_default_type_comes_back_after_an_error() -> None:
 
     fast = torch.backends.mha.get_fastpath_enabled()
     with pytest.raises(ValueError, match="of the user"):
-        run(fails, {"x": torch.ones(1)}, PlanMode(double=True))
+        run_eager(fails, {"x": torch.ones(1)}, PlanMode(double=True))
     assert torch.get_default_dtype() == torch.float32
     assert torch.backends.mha.get_fastpath_enabled() == fast
 

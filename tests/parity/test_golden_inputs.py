@@ -22,7 +22,7 @@ from adaattn.export.capture.module import capture_module
 from adaattn.export.capture.saved_program import capture_program
 from adaattn.export.golden import cases
 from adaattn.export.golden.eager import EagerReference, array
-from adaattn.export.golden.plan_mode import run
+from adaattn.export.golden.plan_mode import run_eager
 from adaattn.export.parity import compare
 from adaattn.export.parity.compare import BackendResult
 from adaattn.export.verification.verify import verify_export
@@ -110,7 +110,7 @@ def test_the_meaning_of_a_mask_is_found_and_said(name: str) -> None:
     assert sum(f"input {mask} is taken as {meaning}" in note for note in notes) == (mask != "attention_mask")
     assert any("always leave a key to attend to" in note for note in notes) != hides
     for case in cases.cases(found):
-        (output,) = run(found.eager, case.inputs)
+        (output,) = run_eager(found.eager, case.inputs)
         assert output.isfinite().all(), case.name
 
 
@@ -144,7 +144,7 @@ def judge(found: Captured) -> Callable[[Callable[[Inputs], Inputs]], str]:
 
     def verdict(fault: Callable[[Inputs], Inputs]) -> str:
         def backend(of: Any) -> BackendResult:
-            outputs = run(found.eager, fault(dict(made[of.name].inputs)))
+            outputs = run_eager(found.eager, fault(dict(made[of.name].inputs)))
             return BackendResult(dict(zip(found.output_names, map(array, outputs), strict=True)), {}, {})
 
         return str(compare.compare(goldens, backend)["verdict"])

@@ -14,7 +14,7 @@ from adaattn.errors import ConfigError, TargetError
 from adaattn.export.capture.module import capture_module
 from adaattn.export.golden import cases
 from adaattn.export.golden.eager import EagerReference, array
-from adaattn.export.golden.plan_mode import PlanMode, run
+from adaattn.export.golden.plan_mode import PlanMode, run_eager
 from adaattn.export.parity import compare, criterion, golden_case
 from adaattn.export.parity.compare import BackendResult
 from adaattn.export.parity.golden_case import ExpectedOutput, GoldenCase
@@ -34,7 +34,7 @@ class OneLayer:
         captured = capture_module(model, specs, {})
         self.case = cases.cases(captured)[0]
         mode = PlanMode(measure=True)
-        run(captured.eager, self.case.inputs, mode)
+        run_eager(captured.eager, self.case.inputs, mode)
         largest = float(mode.errors[0].predicted[0, 0])
         model.set_tolerance(largest * model.safety * (1 + distance))
         self.captured = capture_module(model, specs, {})
@@ -44,7 +44,7 @@ class OneLayer:
     def eager(self, nudge: float) -> compare.Backend:
         def backend(of: GoldenCase) -> BackendResult:
             mode = PlanMode(perturb_moments=nudge)
-            (output, *_) = run(self.captured.eager, self.case.inputs, mode)
+            (output, *_) = run_eager(self.captured.eager, self.case.inputs, mode)
             ((precision, rank),) = mode.plans
             return BackendResult({"output": array(output)}, {"layer": (array(precision), array(rank))}, {})
 

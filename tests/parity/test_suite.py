@@ -18,7 +18,7 @@ from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import options as engine_options
 from adaattn.export.golden.cases import Case
 from adaattn.export.golden.eager import EagerReference, array
-from adaattn.export.golden.plan_mode import PlanMode, run
+from adaattn.export.golden.plan_mode import PlanMode, run_eager
 from adaattn.export.onnx.lower import lower, planned_nodes
 from adaattn.export.onnx.save import save
 from adaattn.export.parity import compare
@@ -118,7 +118,7 @@ def fused(module: torch.nn.Module, given: dict[str, Case], layers: Sequence[str]
     def backend(of: GoldenCase) -> compare.BackendResult:
         mode = PlanMode()
         inputs = {name: x.cuda() for name, x in given[of.name].inputs.items()}
-        (output, *_) = run(module, inputs, mode)
+        (output, *_) = run_eager(module, inputs, mode)
         plans = {name: (array(p), array(r)) for name, (p, r) in zip(layers, mode.plans, strict=True)}
         return compare.BackendResult({name: array(output) for name in of.outputs}, plans, {})
 

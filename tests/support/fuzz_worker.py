@@ -49,7 +49,7 @@ def fingerprint(model: Any, *told: object) -> str:
 
 def only_loaded(model: Any, inputs: Any, output_dir: Any, *, dims: Any, options: Any, **others: Any) -> Any:
     """Take the place of `export` where it is the loading that is tested: each export takes seconds."""
-    folder.check(Path(output_dir), options.force, others["reads"])
+    folder.check_output(Path(output_dir), options.force, others["reads"])
     loaded["fingerprint"] = fingerprint(model, sorted(inputs.items()), sorted(dims.items()), options.tolerance)
     report = {"verdict": "passed", "targets": [], "warnings": []}
     return SimpleNamespace(report=report, directory=output_dir, leftover=None)

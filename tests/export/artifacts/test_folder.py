@@ -220,7 +220,7 @@ def test_what_appears_during_an_export_is_left_alone(
 @pytest.mark.usefixtures("swap")
 def test_an_empty_folder_is_used_unless_it_appears_during_the_export(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="made by somebody else"):
+    with pytest.raises(ConfigError, match="appeared during the export"):
         export(out, during=out.mkdir)
     assert os.listdir(out) == []
     out.chmod(0o700)

@@ -96,7 +96,7 @@ def child(text):
     os._exit(status)
 
 def text_of_whole():
-    folder.check(OUT, True)  # refuses all but an export that is whole
+    folder.check_output(OUT, True)  # refuses all but an export that is whole
     return json.loads((OUT / "manifest.json").read_text())["text"]
 
 random.seed(seed)
@@ -166,7 +166,7 @@ def test_exports_that_race_for_one_folder_leave_one_of_them_whole() -> None:
         for done in ended:
             assert done.returncode == 0, done.stderr
     assert os.listdir() == ["out"]
-    folder.check(Path("out"), force=True)
+    folder.check_output(Path("out"), force=True)
 
 
 def at(where: str, monkeypatch: pytest.MonkeyPatch, signals: tuple[int, ...]) -> None:
@@ -231,7 +231,7 @@ def test_what_the_command_says_after_a_signal_is_true(
         assert "Traceback" not in result.stderr
         now = (out / "manifest.json").stat().st_ino if out.exists() else None
         if now is not None:
-            folder.check(out, force=True)
+            folder.check_output(out, force=True)
         if result.exit_code == 0:
             assert now not in (None, before)
         elif "nothing was written" in result.stderr:
@@ -448,7 +448,7 @@ def test_a_signal_to_the_command_at_a_random_moment(seed: int, tmp_path: Path) -
     if process.returncode == -number:  # it came before the command could answer it
         assert os.listdir(tmp_path) == []
     elif process.returncode == 0 or "is written and whole" in said:
-        folder.check(tmp_path / "out", force=True)
+        folder.check_output(tmp_path / "out", force=True)
         assert os.listdir(tmp_path) == ["out"]
     else:
         assert "interrupted" in said
@@ -468,6 +468,6 @@ def test_a_failure_after_the_move_is_not_called_nothing_written(
         result = run(*LINEAR, "--no-verify", "-o", "out", "--force")
     assert result.exit_code == 0, result.stderr
     assert "could not be deleted completely; the rest is in" in " ".join(result.stderr.split())
-    folder.check(tmp_path / "out", force=True)
+    folder.check_output(tmp_path / "out", force=True)
     with pytest.raises(ConfigError, match="exists"):
-        folder.check(tmp_path / "out", force=False)
+        folder.check_output(tmp_path / "out", force=False)
