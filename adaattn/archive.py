@@ -160,7 +160,7 @@ class SavedFile:
             )
 
     def _calls(self) -> bool:
-        """Whether it is a whole pickle that calls something by the opcodes of newer protocols."""
+        """Return whether it is a whole pickle that calls something by the opcodes of newer protocols."""
         if self._records is not None:
             return False
         found = False

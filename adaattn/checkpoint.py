@@ -93,7 +93,7 @@ def save(
 
 
 def write_whole(payload: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """`torch.save` to a file that appears whole or not at all.
+    """Call `torch.save` on a file that appears whole or not at all.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -129,7 +129,7 @@ def load(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) 
 
 
 def read(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) -> Checkpoint:
-    """`load`, with what was saved about the inputs."""
+    """Return the model as `load` does, and the saved inputs."""
     path = as_path("path", path)
     if not isinstance(classes, Iterable) or not all(isinstance(kind, type) for kind in classes):
         raise ConfigError(f"classes is {described(classes)}; give a list of classes of torch.nn.Module")
@@ -146,7 +146,7 @@ def read(path: str | os.PathLike[str], classes: Sequence[type[nn.Module]] = ()) 
 
 
 def is_payload(loaded: object) -> bool:
-    """Whether what `torch.load` returned was written by `save`."""
+    """Return whether what `torch.load` returned was written by `save`."""
     return isinstance(loaded, dict) and loaded.get("format") == FORMAT
 
 
@@ -230,7 +230,7 @@ def at_most(count: int, numbers: int) -> Iterator[None]:
 
 
 def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> None:
-    """`load_state_dict` that keeps the file's tensors and their types instead of copying them into fresh ones.
+    """Assign the file's tensors and their types to a module, instead of copying them as `load_state_dict` does.
 
     What is one tensor under several names in the module is one afterwards, whether the file has all its names or one.
 
@@ -282,7 +282,7 @@ def _tied_names(module: nn.Module) -> list[list[str]]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two tensors of a file hold the same numbers, NaN included; of meta tensors, whether they could."""
+    """Return whether two tensors of a file hold the same numbers, NaN included; of meta tensors, whether they could."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return one is other
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -362,7 +362,7 @@ def _plain(value: object) -> bool:
 
 
 def _items(values: list[Any]) -> int:
-    """How many numbers, texts, booleans and None these and lists in them are; MOST_ITEMS + 1 for more, or for others.
+    """Count the numbers, texts, booleans and None in nested lists; MOST_ITEMS + 1 for more, or for other types.
 
     A list that holds another twice, which holds another twice, is small in a file and endless to go through.
     """

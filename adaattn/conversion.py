@@ -210,7 +210,7 @@ def _complaint(model: nn.Module, records: Sequence[Converted], handwritten: Coll
 
 
 def replacement(attention: nn.MultiheadAttention, config: Conversion | None = None) -> MultiheadAttention:
-    """Attention of this package with the call and the weights of a `torch.nn.MultiheadAttention`.
+    """Return attention of this package with the call and the weights of a `torch.nn.MultiheadAttention`.
 
     Example:
         >>> layer = replacement(torch.nn.MultiheadAttention(64, 4))

@@ -61,7 +61,7 @@ def adaptive_attention(
     low_rank: bool = True,
     impl: str = "auto",
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, each head as cheap as a tolerance allows.
+    """Compute `scaled_dot_product_attention` with each head as cheap as a tolerance allows.
 
     Args:
         query: (B, H, Sq, D).
@@ -145,7 +145,7 @@ def attend_by_plan(
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    """SDPA that takes a mask and causality together, and gives zeros to a query that may attend to nothing."""
+    """Compute SDPA with a mask and causality together; a query that may attend to nothing gives zeros."""
     gqa = query.shape[1] != key.shape[1]
     if attn_mask is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa)

@@ -126,7 +126,7 @@ class InputSpec:
 
 
 def _is_number(text: str) -> bool:
-    """Whether a text is a number that a size could have; Python refuses to read those of thousands of digits."""
+    """Return whether a text is a number that a size could have; Python refuses to read those of thousands of digits."""
     return text.isdecimal() and len(text) <= 100
 
 

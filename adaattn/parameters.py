@@ -6,7 +6,7 @@ from torch import nn
 
 
 def parameter_owners(model: nn.Module) -> dict[int, set[str]]:
-    """By the address of a parameter the names of the modules that hold it themselves; several, where it is tied."""
+    """Return for each parameter's address the names of the modules that hold it; several where it is tied."""
     found: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -15,10 +15,10 @@ def parameter_owners(model: nn.Module) -> dict[int, set[str]]:
 
 
 def address(parameter: nn.Parameter) -> int:
-    """Where its numbers are: two parameters may be one memory. A tensor without storage has a unique address."""
+    """Return the address of a tensor's numbers, which two parameters may share; without storage it is unique."""
     return (parameter.data_ptr() if type(parameter) is nn.Parameter else 0) or -id(parameter)
 
 
 def have_plain_parameters(module: nn.Module) -> bool:
-    """Whether all its weights are ordinary tensors, not quantised or sharded tensors of another class."""
+    """Return whether all its weights are ordinary tensors, not quantised or sharded tensors of another class."""
     return all(type(parameter) is nn.Parameter for parameter in module.parameters())

@@ -108,7 +108,7 @@ def constant(size: Size) -> int | None:
 
 
 def _strides(shape: Shape) -> list[Size]:
-    """Of a contiguous tensor; 0 for a dimension of 1, which may have to be repeated."""
+    """Return the strides of a contiguous tensor; 0 for a dimension of 1, which may be broadcast."""
     strides: list[Size] = [1]
     for size in reversed(shape[1:]):
         strides.insert(0, size * strides[0])

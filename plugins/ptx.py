@@ -47,7 +47,7 @@ def entry(spec: KernelSpec, capability: int, ptx_version: int | None = None) -> 
 
 
 def fit(ptx: str, metadata: Any, spec: KernelSpec) -> Entry:
-    """`entry` of what is compiled already."""
+    """Return the `entry` of a compiled kernel."""
     for kind in ("global_scratch_size", "profile_scratch_size"):
         if getattr(metadata, kind, 0):
             raise TargetError(f"{metadata.name} needs {getattr(metadata, kind)} bytes of scratch memory: {kind}")

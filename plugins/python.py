@@ -108,7 +108,7 @@ def _register(trtp: Any, variant: Variant, capability: int, ptx_version: int | N
 
 
 def _signed(function: Callable[..., Any], parameters: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
-    """TensorRT reads names and types of arguments, which here come from the table."""
+    """Give a function the signature from the table: TensorRT reads names and types of its arguments."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     named = [inspect.Parameter(name, kind, annotation=annotation) for name, annotation in parameters.items()]
     function.__signature__ = inspect.Signature(named, return_annotation=returns)  # type: ignore[attr-defined]

@@ -86,7 +86,7 @@ class AttentionBase(nn.Module, ABC):
         attention_mask: Tensor | None = None,
         need_weights: bool | Literal["per head"] = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of query over key and value.
+        """Attend from query over key and value.
 
         Args:
             query: (batch, seq_q, embed_dim).
@@ -138,7 +138,7 @@ class AttentionBase(nn.Module, ABC):
 
     @abstractmethod
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Output (B, H, Sq, D) and, where a plan cut it, the rank (B, H)."""
+        """Return the output (B, H, Sq, D) and, where a plan cut it, the rank (B, H)."""
 
     def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         # Rounding would drown in dropout's noise, and the gradient is that of the unrounded formula anyway.
@@ -276,7 +276,7 @@ class PlannedAttention(AttentionBase):
         self._largest_error.zero_()
 
     def get_precision_statistics(self) -> dict[str, object]:
-        """How often each precision was chosen since the last reset. Reading waits for the device.
+        """Return how often each precision was chosen since the last reset. Reading waits for the device.
 
         Returns:
             `plans`, the number of (batch, head) plans; `share`, of each precision; `per_head`, a list of such shares;
@@ -291,7 +291,7 @@ class PlannedAttention(AttentionBase):
         }
 
     def get_rank_statistics(self) -> dict[str, object]:
-        """Which ranks were chosen since the last reset. Reading waits for the device.
+        """Return which ranks were chosen since the last reset. Reading waits for the device.
 
         Returns:
             `plans`, the number of (batch, head) plans; `head_dim`; `mean_rank`; `per_head`, the mean rank of each head;

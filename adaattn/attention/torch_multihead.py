@@ -53,7 +53,7 @@ class MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of query over key and value, as in `torch.nn.MultiheadAttention.forward`.
+        """Attend from query over key and value, as in `torch.nn.MultiheadAttention.forward`.
 
         Args:
             query, key, value: (batch, tokens, width) if batch_first, else (tokens, batch, width); or (tokens, width).

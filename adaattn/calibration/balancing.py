@@ -62,7 +62,7 @@ class SecondMoments:
         self.key_power += k.square().sum((0, 2, 3)).cpu()
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """E[qᵀq] (H, D, D) and Cov[k] (Hk, D, D)."""
+        """Return E[qᵀq] (H, D, D) and Cov[k] (Hk, D, D)."""
         return self.query / self.queries[:, None, None], self.key / self.keys.clamp_min(1)[:, None, None]
 
     def state(self) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ def fold(pair: QueryKeyProjections, transform: Tensor, inverse: Tensor) -> bool:
 
 
 def _folded(linear: nn.Linear, matrices: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Each weight of a projection, and what makes its output that of today, times the transpose of a head's matrix."""
+    """Return each weight of a projection, such that its output is multiplied by a head's matrix, transposed."""
     folded = list[tuple[Tensor, Tensor]]()
     for parameter in linear.parameters():
         heads = parameter.detach().to("cpu", torch.float64).reshape(*matrices.shape[:2], -1)

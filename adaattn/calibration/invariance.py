@@ -30,7 +30,7 @@ UNTRIED = "no batch shows whether a basis of its queries and keys would change i
 def check_invariance(
     pair: QueryKeyProjections, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[bool, str | None]:
-    """Whether a call of the attention decides if a basis may be folded into it; and why not, or why not yet."""
+    """Return whether a call of the attention decides if a basis may be folded into it; and why not, or why not yet."""
     try:
         moved, control = _moved(pair, args, kwargs)
     except Exception as error:  # another library's code, on a copy that it may not expect
@@ -44,7 +44,7 @@ def check_invariance(
 
 
 def _moved(pair: QueryKeyProjections, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, float]:
-    """By how much, relatively, the output of a copy changes with a basis, and with one for the queries alone."""
+    """Return the relative change of a copy's output with a basis, and with one for the queries alone."""
     outputs = []
     basis, inverse, one = _random_basis(pair)
     for matrices in ((one, one), (basis, inverse), (basis, one)):

@@ -40,7 +40,7 @@ class Spectrum:
     tokens: int  # keys that were counted: some times head_dim are needed for a basis worth having
 
     def ranks(self, share: float = 0.99) -> tuple[list[int], list[int]]:
-        """For each head the least rank that holds this share of its energy, before and after."""
+        """Return for each head the least rank that holds this share of its energy, before and after."""
         return power_rank(self.before, share).tolist(), power_rank(self.after, share).tolist()
 
 

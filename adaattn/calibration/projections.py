@@ -96,7 +96,7 @@ def register_matcher(matcher: AttentionMatcher) -> None:
 
 
 def find_projections(model: nn.Module) -> dict[str, QueryKeyProjections | str]:
-    """For each attention in a model, by its name, its pair or the reason why it cannot be calibrated.
+    """Return for each attention in a model, by name, its projections or the reason why it cannot be calibrated.
 
     Example:
         >>> pairs(torch.nn.Sequential(DenseAttention(64, 4)))
@@ -127,6 +127,6 @@ def _weights(pair: QueryKeyProjections) -> list[int]:
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    """Whether what it computes is made of its weight and bias, and these are what it holds."""
+    """Return whether what it computes is made of its weight and bias, and these are what it holds."""
     names = {name for name, _ in linear.named_parameters()}
     return have_plain_parameters(linear) and names <= {"weight", "bias"} and "forward" not in vars(linear)

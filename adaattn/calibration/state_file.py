@@ -100,7 +100,7 @@ def _damage(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of all weights: statistics are worthless for others than those they were made with."""
+    """Return a hash of all weights: statistics are valid only for the weights that they were made with."""
     digest = hashlib.sha256()
     for name, x in model.state_dict().items():
         if isinstance(x, Tensor):

@@ -18,7 +18,7 @@ OLDEST_ARCHITECTURE = 80
 
 
 def takes_triton(impl: str, x: Tensor) -> bool:
-    """Whether the fused kernels run on a tensor (B, H, S, D), for `impl` as a caller gave it.
+    """Return whether the fused kernels run on a tensor (B, H, S, D), for `impl` as a caller gave it.
 
     Example:
         >>> takes_triton("auto", torch.zeros(1, 1, 1, 64))

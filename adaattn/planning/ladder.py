@@ -21,7 +21,7 @@ def rank_classes(head_dim: int, low_rank: bool = True) -> tuple[int, ...]:
 
 
 def ladder(budget: Budget, head_dim: int) -> list[tuple[int, int]]:
-    """All (precision code, rank) that a budget allows, cheapest first; the last is the fallback.
+    """Return all (precision code, rank) that a budget allows, cheapest first; the last is the fallback.
 
     Example:
         >>> ladder(Budget(1e-2, precisions=("fp32", "fp16")), 64)[:2]
@@ -40,7 +40,7 @@ def ladder(budget: Budget, head_dim: int) -> list[tuple[int, int]]:
 
 
 def ladder_table(budget: Budget, head_dim: int, device: torch.device | None = None) -> Tensor:
-    """`ladder` as a tensor (2, steps) of int64, codes and ranks."""
+    """Return `ladder` as a tensor (2, steps) of int64, codes and ranks."""
     codes, ranks = zip(*ladder(budget, head_dim), strict=True)
     return torch.tensor([codes, ranks], device=device)
 

@@ -85,7 +85,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of each package that is here."""
+    """Return the versions of Python and of each installed package."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -44,7 +44,7 @@ class CapturedInput:
         return tuple(_at(size, values) for size in self.shape)
 
     def limit(self, values: Mapping[str, int]) -> int | None:
-        """`below` at given values of the symbols."""
+        """Return `below` at given values of the symbols."""
         return None if self.below is None else _at(self.below, values)
 
 
@@ -76,7 +76,7 @@ class Captured:
         return next((x.dtype for x in tensors if x.dtype.is_floating_point), torch.float32)
 
     def shape_text(self, item: CapturedInput) -> str:
-        """`B,S,512:float32`, in the names of the dimensions."""
+        """Return a shape such as `B,S,512:float32`, with the names of the dimensions."""
         text = ",".join(str(size) for size in item.shape)
         for symbol, dimension in self.dims.items():
             text = re.sub(rf"\b{symbol}\b", dimension.name, text)
@@ -84,7 +84,7 @@ class Captured:
 
 
 def program_outputs(program: ExportedProgram) -> tuple[tuple[str, ...], list[str]]:
-    """Names of the tensors that a program returns, and a line on each other output."""
+    """Return the names of the tensors that a program returns, and a line on each other output."""
     spec = program.call_spec.out_spec
     assert spec is not None
     leaves = [torch.empty(0) if isinstance(x, Tensor) else x for x in output_values(program)]

@@ -135,7 +135,7 @@ def _remedy(error: Exception) -> str:
 
 
 def _plain(message: str) -> str:
-    """torch.export's report in the names of the user's dimensions."""
+    """Return torch.export's report with the user's names of dimensions."""
     text = re.sub(rf"\b_{PREFIX}\w+", "n", message.split("\nThe error above")[0])
     text = re.sub(rf"\b{PREFIX}", "", text)
     for name, axis in re.findall(r"\b(\w+) = (L\['\w+'\]\.size\(\)\[\d+\])", text):

@@ -214,7 +214,7 @@ class _Tracer:
         return found
 
     def runs(self, inputs: Mapping[str, Tensor]) -> bool | None:
-        """Whether the model runs on inputs of such shapes; None where that hangs on their numbers."""
+        """Return whether the model runs on inputs of such shapes; None where that hangs on their numbers."""
         from torch._subclasses import fake_tensor
 
         mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
@@ -233,11 +233,11 @@ class _Tracer:
         return True
 
     def _within(self, sizes: Mapping[str, Dimension]) -> bool:
-        """Whether the sizes that are traced are among these."""
+        """Return whether the sizes that are traced are among these."""
         return all(dim.min <= self.traced[name] <= dim.max for name, dim in sizes.items())
 
     def _runs_elsewhere(self, name: str) -> bool:
-        """Whether the model runs at other sizes of a dimension than that it was traced at."""
+        """Return whether the model runs at other sizes of a dimension than that it was traced at."""
         dim, size = self.sizes[name], self.traced[name]
         others = {near for near in (size - 1, size + 1, 2 * size, dim.max) if dim.min <= near <= dim.max} - {size}
         return any(self.runs(self.inputs({**self.traced, name: other})) for other in sorted(others))

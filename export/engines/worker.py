@@ -202,7 +202,7 @@ def _ops(trt: Any, logger: Any, serialized: Any, model: str) -> dict[str, str]:
 
 
 def which_became_plugins(names: Sequence[str], layers: Sequence[Any]) -> dict[str, str]:
-    """For each node "plugin" or "body", from the layers of an engine's inspector.
+    """Return for each node "plugin" or "body", from the layers of an engine's inspector.
 
     Example:
         >>> which_became_plugins(["a", "b"], [{"Name": "a", "LayerType": "PluginV3"}, {"Name": "b/MatMul"}])

@@ -207,7 +207,7 @@ def _with_meanings(captured: Captured, meanings: Mapping[str, str], hides: bool)
 
 
 def _lost(captured: Captured, enough: float) -> float:
-    """How many numbers eager PyTorch loses to NaN and Inf, counted until there are `enough`; Inf where it fails."""
+    """Count the numbers that are NaN or Inf in eager PyTorch, until there are `enough`; Inf where it fails."""
     lost = 0.0
     for case in cases(captured):
         if case.name in ("longest", "example"):

@@ -252,7 +252,7 @@ class EagerReference:
         return self.double_mode(plans=expected.mode.plans, **options)
 
     def _errs(self, expected: Expected) -> bool:
-        """Whether eager PyTorch is farther from float64 in an output than depth, or the plans, explain."""
+        """Return whether eager PyTorch is farther from float64 in an output than depth, or the plans, explain."""
         pairs = ((array(to_double(x)), array(expected.exact[name])) for name, x in expected.outputs.items())
         most = 10 * RULES[self.dtype].floor + rounding_of(expected.mode)
         return any(_error(got, exact) > most for got, exact in pairs)
@@ -347,13 +347,13 @@ def rounding_of(mode: PlanMode) -> float:
 
 
 def _is_exact(mode: PlanMode) -> bool:
-    """Whether every plan is fp32 at full rank."""
+    """Return whether every plan is fp32 at full rank."""
     pairs = zip(mode.plans, ForcedPlan().plans(mode), strict=True)
     return all(torch.equal(plan[0], exact[0]) and torch.equal(plan[1], exact[1]) for plan, exact in pairs)
 
 
 def _size(expected: Expected) -> tuple[bool, int]:
-    """By how much a case serves for what needs one case alone: not the trivial one, and few numbers."""
+    """Return a sort key that prefers small cases other than the trivial one."""
     return expected.case.name == TRIVIAL, sum(x.numel() for x in expected.case.inputs.values())
 
 
@@ -386,7 +386,7 @@ def plan_probe(layer: str, call: PlanCall) -> GoldenCase:
 
 
 def _centring(call: PlanCall, key_mean: Tensor) -> Array:
-    """By what share a predicted error may differ where keys are alike: what centring leaves of them is rounding."""
+    """Return by what share a predicted error may differ where keys are alike and centring leaves only rounding."""
     left = (2 * RULES["float32"].half_ulp * key_mean.double()).square()
     of_query = call.moments["query_second_moment"].double()
     energy = (of_query * per_query_head(left, of_query.shape[1])).sum(-1) * call.scale**2
@@ -402,7 +402,7 @@ def _spread(value: Array, others: Sequence[Array]) -> Array:
 
 
 def _distinct(x: Array) -> int:
-    """How many different numbers there are, as far as it matters for a limit: equal ones share one rounding."""
+    """Count the different numbers, as far as a limit needs it: equal ones share one rounding."""
     return len(np.unique(x.ravel()[: 1 << 14].astype(np.float32)))
 
 
@@ -418,7 +418,7 @@ def disagreements(goldens: Sequence[GoldenCase]) -> list[str]:
 
 
 def _unsure(exact: Tensor, noisy: Sequence[Tensor]) -> Array:
-    """Which numbers of an output hang on a rounding: those of a query whose scores are all under -1e9, for one.
+    """Return which numbers of an output a rounding decides, such as those of a query with all scores below -1e9.
 
     They are those of a token that a rounding of every result moves by a tenth of the output's size and by ten times as
     much as a quarter of all numbers; and such as are moved by half of the size.

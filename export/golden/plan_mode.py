@@ -206,7 +206,7 @@ class PlanMode(TorchDispatchMode):
         return call
 
     def _perturbed(self, func: Any, result: Any) -> Any:
-        """Not of views and of what is written in place: what they show was made by another operator."""
+        """Perturb a result, but not views and tensors written in place, which another operator made."""
         if not self._perturb_results or any(x.alias_info is not None for x in func._schema.returns):
             return result
         return tree_map(self._moved, result)
@@ -244,7 +244,7 @@ def _without_impl(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> di
 
 
 def _move(x: Tensor, rounded: Tensor, integers: Tensor, generator: torch.Generator) -> Tensor:
-    """Up or down by the usual size of a number at its place, of what is rounded to integers in some heads."""
+    """Return moves up or down by the usual size of a number at its place, which respect int8 rounding in some heads."""
     # Sums err by the size of their terms, whatever is left of them: by that of the token and of the dimension.
     token, dim, all_of_them = (x.square().mean(axes, keepdim=True).sqrt() for axes in (-1, -2, (-1, -2)))
     size = token * dim / all_of_them.clamp_min(torch.finfo(x.dtype).tiny)
@@ -366,7 +366,7 @@ _NARROW = {
 
 
 def _limits_of(dtype: torch.dtype) -> dict[float, float]:
-    """For each limit of float64 that of a type."""
+    """Return for each limit of float64 that of a type."""
     double, own = torch.finfo(torch.float64), torch.finfo(dtype)
     return {getattr(double, name): getattr(own, name) for name in ("min", "max", "eps", "tiny", "smallest_normal")}
 

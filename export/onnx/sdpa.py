@@ -81,7 +81,7 @@ def _scale(query: Any, scale: float | None) -> Any:
 
 
 def _fits_one_node(query: Any, key: Any, value: Any, mask: Any, scale: Any) -> bool:
-    """Whether ONNX's `Attention` computes what eager does.
+    """Return whether ONNX's `Attention` computes what eager does.
 
     In 16-bit types its scores overflow, and it broadcasts nothing. ONNX Runtime takes the square root of the scale, and
     gives zeros to a query whose mask is all the least number of float32, for which eager gives the mean of the values.
@@ -156,7 +156,7 @@ def _allowed(query: Any, key: Any, mask: Any, causal: bool) -> tuple[Any, Any]:
 
 
 def _causal(query: Any, key: Any) -> Any:
-    """Boolean (Sq, Sk): query i attends to keys j ≤ i."""
+    """Return a boolean (Sq, Sk): query i attends to keys j ≤ i."""
     zero, one = (op.Constant(value=ir.tensor(number, dtype=ir.DataType.INT64)) for number in (0, 1))
     rows, columns = (op.Range(zero, op.Squeeze(op.Shape(x, start=-2, end=-1)), one) for x in (query, key))
     return op.LessOrEqual(columns, op.Unsqueeze(rows, _ints(-1)))
@@ -184,7 +184,7 @@ def _score_type(query: Any) -> int:
 
 
 def _same(first: Any, *others: Any) -> bool:
-    """Whether dimensions are known to be the same."""
+    """Return whether dimensions are known to be the same."""
     known = isinstance(first, int) or first.value is not None
     return known and all(first == other for other in others)
 

@@ -171,7 +171,7 @@ def coverage_text(compared: Mapping[str, Any]) -> str:
 
 
 def _compare_plans(golden: GoldenCase, ran: BackendResult) -> dict[str, Any]:
-    """How many heads, how many whose plan differs, how many of them on the edge, and a line for each other."""
+    """Count heads, those whose plan differs, and those of them near their limit; return a line for each other."""
     heads = differ = excused = 0
     for name, layer in golden.layers.items():
         if name in ran.plans:
@@ -255,7 +255,7 @@ def compare_output(
 
 
 def _compare_numbers(output: ExpectedOutput, got: Array, exact: Array, lost: Array) -> dict[str, Any]:
-    """Metrics, histogram and verdict of an output of floating-point numbers."""
+    """Return metrics, histogram and verdict of an output of floating-point numbers."""
     usable, standing = separate_fill_values(exact, lost)
     metrics = metrics_of(got, exact, usable, output.dtype)
     row = metrics | {"verdict": "failed", "eager_error": output.eager_error, "limit": output.limit}

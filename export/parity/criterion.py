@@ -109,7 +109,7 @@ def clip_to_dtype(exact: Array, dtype: str) -> Array:
 
 
 def separate_fill_values(exact: Array, lost: Array | None) -> tuple[Array, Array]:
-    """Which elements of an output the error is of, and which must be there one by one: infinities and fill values.
+    """Return which elements enter the error, and which are compared one by one: infinities and fill values.
 
     An error over the output would be that of its fill values, such as -1e9 behind a mask, and of nothing else. They are
     the largest numbers, where these are at least 1000 and 100 times all that are less than half of them; and so on with
@@ -162,7 +162,7 @@ def probe_inputs(golden: GoldenCase) -> dict[str, Array]:
 
 
 def agree(got: Array, exact: Array, limit: float | Array) -> Array:
-    """Where infinities are the same, and other numbers within a relative limit."""
+    """Return where infinities are the same and other numbers are within a relative limit."""
     with np.errstate(invalid="ignore", over="ignore"):
         near = np.abs(got.astype(np.float64) - exact) <= limit * np.abs(exact)
     return np.where(np.isinf(exact), got == exact, near)

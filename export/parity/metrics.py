@@ -26,7 +26,7 @@ def root_mean_square(x: Array) -> float:
 
 
 def metrics_of(got: Array, exact: Array, usable: Array, dtype: str) -> dict[str, Any]:
-    """How far a result is from what was wanted, in its `usable` elements; those `lost` to NaN and Inf count apart."""
+    """Measure how far a result is from the wanted one in its `usable` elements; `lost` counts its NaN and Inf."""
     lost = usable & ~np.isfinite(got)
     usable = usable & ~lost
     got, exact = np.where(usable, got, 0).astype(np.float64), np.where(usable, exact, 0).astype(np.float64)

@@ -185,7 +185,7 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
 
 
 def _weights_in(folder: Path) -> int:
-    """How many tensors its safetensors have; pickled ones, which need permission, may be any number."""
+    """Count the tensors in a folder's safetensors; pickled weights, which need permission, may have any number."""
     from safetensors import safe_open
 
     files = sorted(folder.glob("*.safetensors"))

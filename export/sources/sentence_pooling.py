@@ -23,7 +23,7 @@ class Pooling:
     normalize: bool
 
     def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, S, D) and a mask (B, S) of ones and zeros to (B, D); zeros for a sentence without a token."""
+        """Pool (B, S, D) by a mask (B, S) of ones and zeros to (B, D); zeros for a sentence without a token."""
         if self.mode == "cls":
             pooled = states[:, 0]
         else:

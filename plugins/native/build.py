@@ -96,7 +96,7 @@ def _check_headers(tensorrt_include: Path, cuda_include: Path) -> None:
 
 
 def cuda_headers() -> Path:
-    """Those that triton brings."""
+    """Return the folder of CUDA headers that triton brings."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "include"
@@ -123,7 +123,7 @@ def architectures(text: str) -> list[int]:
 
 
 def tensorrt_headers(given: Path | None) -> Path:
-    """Where NvInfer.h is: as given, or where packages put it."""
+    """Return the folder of NvInfer.h: as given, or where packages put it."""
     usual = (Path("/usr/include/x86_64-linux-gnu"), Path("/usr/include/aarch64-linux-gnu"), Path("/usr/include"))
     return given or next((folder for folder in usual if (folder / "NvInfer.h").is_file()), usual[0])
 
@@ -238,7 +238,7 @@ def _sha256(file: Path) -> str:
 def _compile(
     wanted: Sequence[tuple[Kind, int, int]], folder: Path, on_kernel: Callable[[int, int], None]
 ) -> list[Compiled]:
-    """All of them, in order, on all processors."""
+    """Compile all kernels on all processors; return them in order."""
     on_kernel(0, len(wanted))
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("fork")  # other methods start Python anew, and import from the current folder

@@ -12,7 +12,7 @@ from adaattn.command_line import Group, verbose_option
 @click.group("adaattn-plugins", cls=Group)
 @click.version_option(package_name="adaattn")
 def main() -> None:
-    """AdaAttn's TensorRT plugins as a shared library, for trtexec, C++, Triton Inference Server and ONNX Runtime.
+    """Build AdaAttn's TensorRT plugins as a library, for trtexec, C++, Triton Inference Server and ONNX Runtime.
 
     An engine built from Python needs none of this: its kernels are embedded in it.
 

@@ -92,7 +92,7 @@ def kinds(model: Path) -> list[Kind]:
 
 
 def common_kinds() -> list[Kind]:
-    """For no model in particular: fp16, head_dim 64 and 128, causal or not, without a mask or with one of padding."""
+    """Return kinds for any model: fp16, head_dim 64 and 128, causal or not, without a mask or with one of padding."""
     padding = {"token_moments_masked": (False, True, False), "adaptive_attention_masked": (False, True, True, False)}
     found = []
     for head_dim in (64, 128):

@@ -20,7 +20,7 @@ def configs_of(model: nn.Module) -> list[Any]:
 
 
 def takes_implementations(module: nn.Module) -> bool:
-    """Whether a model of transformers calls the attention that its config names; some compute it by themselves."""
+    """Return whether a model of transformers dispatches through AttentionInterface; some compute attention themselves."""
     if not is_model(module):
         return True
     try:

@@ -28,7 +28,7 @@ def adaptive_attention(
     is_causal: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention in which each head follows its plan.
+    """Compute attention in which each head follows its plan.
 
     Keys are centred, dimensions of the query from `rank` on are zeroed, q, k and v are rounded as the head's precision
     says, products accumulate in float32, softmax is float32, and the un-normalised probabilities are rounded before the

@@ -60,7 +60,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradient of the unrounded formula at the plan's rank. That of `key_mean` is zero: softmax does not see it."""
+    """Return the gradient of the unrounded formula at the plan's rank; softmax does not see `key_mean`."""
     query, key, value, rank, attn_mask = ctx.saved_tensors
     compute = torch.promote_types(query.dtype, torch.float32)
     heads, head_dim, kv_heads = query.shape[1], query.shape[3], key.shape[1]

@@ -13,7 +13,7 @@ from adaattn.tensor_checks import check_device, check_float, check_mask, check_t
 
 
 def token_moments(x: Tensor, key_mask: Tensor | None = None, center: bool = False, *, impl: str = "auto") -> Moments:
-    """Mean, second moment and peaks of x over its tokens, in one pass.
+    """Compute mean, second moment and peaks of x over its tokens, in one pass.
 
     Args:
         x: (B, H, S, D), floating point.

@@ -42,7 +42,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, mean: Tensor, second: Tensor, channel: Tensor, token: Tensor
 ) -> tuple[Tensor, None, None, None]:
-    """Gradient of the formula; that of a peak goes to the elements that reach it, in equal parts, as in `amax`."""
+    """Return the gradient of the formula; a peak's goes to the elements that reach it in equal parts, as in `amax`."""
     x, key_mask, mean_of_x = ctx.saved_tensors
     y = x.to(mean.dtype)
     attended = y.new_ones(1, 1, 1, 1) if key_mask is None else key_mask.to(y.dtype).unsqueeze(-1)

@@ -87,7 +87,7 @@ def log2_of_scale(row, inputs):
 
 @triton.jit
 def _packed_value(start, row, column, DIM: tl.constexpr):
-    """Where `pack` puts a value: blocks of PADDING tokens, transposed; `row` counts from `start`, in the same block."""
+    """Return where `pack` puts a value: blocks of PADDING tokens, transposed; `row` counts from `start`."""
     start = tl.cast(start, tl.int64)
     return start // PADDING * (PADDING * DIM) + start % PADDING + (row + column * PADDING)
 
@@ -262,7 +262,7 @@ def _attend(
     ROW: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     MASK_OF_QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head, at one precision, with the first WIDTH dimensions of q and k."""
+    """Attend with one block of queries of one head, at one precision, with the first WIDTH dimensions of q and k."""
     QK: tl.constexpr = operand_types(ROW, query.dtype.element_ty)[0]
     PV: tl.constexpr = operand_types(ROW, query.dtype.element_ty)[1]
     LEAST: tl.constexpr = 32 if QK == tl.int8 else 16
@@ -391,7 +391,7 @@ def attend(
     PACKED: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, PROGRAM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one block of queries of one head, by the head's plan.
+    """Attend with one block of queries of one head, by the head's plan.
 
     Of heads whose precision is not among ROWS, which another launch serves, nothing is written.
     """

@@ -29,7 +29,7 @@ def adaptive_attention(
     scale: float,
     is_causal: bool,
 ) -> Tensor:
-    """Attention in which each head follows its plan; see `adaattn.ops.adaptive_attention`."""
+    """Compute attention in which each head follows its plan; see `adaattn.ops.adaptive_attention`."""
     compute = torch.promote_types(query.dtype, torch.float32)
     heads, head_dim = query.shape[1], query.shape[3]
     code = precision[:, :, None, None]
@@ -80,7 +80,7 @@ def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, start: int) -> Tensor:
-    """Scores of the queries from `start` on, with -inf where a query must not attend."""
+    """Return the scores of the queries from `start` on, with -inf where a query must not attend."""
     queries, keys = scores.shape[2], scores.shape[3]
     if attn_mask is not None:
         mask = attn_mask if attn_mask.shape[2] == 1 else attn_mask[:, :, start : start + queries]

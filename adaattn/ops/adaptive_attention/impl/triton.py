@@ -50,7 +50,7 @@ MASK_STRIDES = ("m_b", "m_h", "m_q", "m_k")
 
 
 def has_fp8(capability: int) -> bool:
-    """Whether tensor cores multiply e4m3 numbers; the interpreter, 0, emulates them."""
+    """Return whether tensor cores multiply e4m3 numbers; the interpreter, 0, emulates them."""
     return capability == 0 or capability >= 89
 
 
@@ -189,7 +189,7 @@ def adaptive_attention(
     scale: float,
     is_causal: bool,
 ) -> Tensor:
-    """Attention in which each head follows its plan; see `adaattn.ops.adaptive_attention`."""
+    """Compute attention in which each head follows its plan; see `adaattn.ops.adaptive_attention`."""
     if scale < 0:  # the kernel takes the largest product for the largest score
         query, scale = -query, -scale
     batch, heads, queries, head_dim = query.shape

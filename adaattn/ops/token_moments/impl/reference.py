@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def token_moments(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean, second moment and peak per dimension, mean squared peak per token; see `adaattn.ops.token_moments`."""
+    """Return the moments of x, (B, H, D) and a token peak (B, H); see `adaattn.ops.token_moments`."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if key_mask is None:
         tokens = x.new_full((1, 1, 1), x.shape[2])

@@ -25,7 +25,7 @@ STRIDES, MASK_STRIDES = ("x_b", "x_h", "x_s", "x_d"), ("m_b", "m_h", "m_s")
 
 @triton.jit
 def _sums(x, x_s, x_d, mask, m_s, about, first, end, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the tokens from `first` to `end`: Σx, Σ(x−c)², max|x−c| per dimension, Σ max_d (x−c)² and their number."""
+    """Sum tokens from `first` to `end`: Σx, Σ(x−c)², max|x−c| per dimension, Σ max_d (x−c)² and their number."""
     dim = tl.arange(0, WIDTH)
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     squares = tl.zeros([BLOCK, WIDTH], tl.float32)
@@ -129,7 +129,7 @@ def finish(partial, chunks, mean, second_moment, channel_peak, token_peak, HEAD_
 
 
 def moments_spec(dtype: torch.dtype, head_dim: int, masked: bool, center: bool) -> KernelSpec:
-    """One program a head, for a type and head dimension."""
+    """Describe the launch of `moments`, one program a head."""
     return KernelSpec(
         moments,
         {
@@ -145,7 +145,7 @@ def moments_spec(dtype: torch.dtype, head_dim: int, masked: bool, center: bool) 
 
 
 def reduce_spec(dtype: torch.dtype, head_dim: int, masked: bool, center: bool) -> KernelSpec:
-    """One program a chunk of a head."""
+    """Describe the launch of `reduce`, one program a chunk of a head."""
     return KernelSpec(
         reduce,
         {
@@ -162,7 +162,7 @@ def reduce_spec(dtype: torch.dtype, head_dim: int, masked: bool, center: bool) -
 
 
 def finish_spec(head_dim: int) -> KernelSpec:
-    """Return the sum over chunks."""
+    """Describe the launch of `finish`, which adds up chunks."""
     return KernelSpec(
         finish,
         {"partial": "*fp32", "chunks": "i32", **pointers(OPS["token_moments"].outputs)},
@@ -191,7 +191,7 @@ def _known(head_dim: int) -> dict[str, int]:
 
 
 def token_moments(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean, second moment and peak per dimension, mean squared peak per token; see `adaattn.ops.token_moments`."""
+    """Return the moments of x, (B, H, D) and a token peak (B, H); see `adaattn.ops.token_moments`."""
     batch, heads, tokens, head_dim = x.shape
     sizes = {"batch": batch, "heads": heads, "head_dim": head_dim}
     outputs = Moments(
