@@ -20,7 +20,7 @@ def configs_of(model: nn.Module) -> list[Any]:
 
 
 def takes_implementations(module: nn.Module) -> bool:
-    """Return whether a model of transformers dispatches through AttentionInterface; some compute attention themselves."""
+    """Return whether a model of transformers dispatches through AttentionInterface."""
     if not is_model(module):
         return True
     try:
