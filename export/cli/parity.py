@@ -167,3 +167,7 @@ def _say_where_else(report: Mapping[str, Any]) -> int:
         return 0
     _say(f"but on the golden inputs: {report['targets'][0]['reason']}; maybe it takes their sizes or numbers")
     return 1
+
+
+if __name__ == "__main__":
+    main()

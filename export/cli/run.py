@@ -176,3 +176,7 @@ def _finite(x: Any) -> bool:
     import numpy as np
 
     return bool(np.isfinite(x).all())
+
+
+if __name__ == "__main__":
+    main()

@@ -85,3 +85,7 @@ def onnxruntime(model: Path) -> None:
     from adaattn.plugins.native.onnxruntime_copy import for_onnxruntime
 
     click.echo(for_onnxruntime(model))
+
+
+if __name__ == "__main__":
+    main()

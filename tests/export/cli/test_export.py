@@ -251,7 +251,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(model: Path, monkeypatch: 
     def broken(*arguments: object) -> None:
         raise KeyError("a\nb")
 
-    monkeypatch.setattr("adaattn.export.artifacts.folder.check", broken)
+    monkeypatch.setattr("adaattn.export.artifacts.folder.check_output", broken)
     refused(run(model, *QUICK), "unexpected KeyError: 'a\\nb' (-v shows where)")
 
 

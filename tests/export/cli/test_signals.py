@@ -196,7 +196,7 @@ def at(where: str, monkeypatch: pytest.MonkeyPatch, signals: tuple[int, ...]) ->
 POINTS = [
     f"{moment} {name}"
     for name in (
-        *("atomic_file._make", "folder.check", "manifest.write_manifest", "atomic_file.sync", "folder.snapshot"),
+        *("atomic_file._make", "folder.check_output", "manifest.write_manifest", "atomic_file.sync", "folder.snapshot"),
         *("atomic_file.exchange", "atomic_file._renameat2", "atomic_file.remove", "atomic_file._remove"),
     )
     for moment in ("before", "after")
