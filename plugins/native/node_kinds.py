@@ -71,6 +71,8 @@ def kinds(model: Path) -> list[Kind]:
         ConfigError: it is not an ONNX file, has none, or a node whose types and shapes it does not tell.
     """
     import onnx
+    import onnx_ir as ir
+    from onnx_ir.tensor_adapters import to_torch_dtype
 
     graph = onnx_file.load(model).graph
     values = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.input, *graph.output)}
@@ -85,7 +87,7 @@ def kinds(model: Path) -> list[Kind]:
         tensors = [values[name] for name in node.input]
         dims = [[d.dim_value for d in x.shape.dim] for x in tensors]
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        found[_kind(node.op_type, [_torch_type(x.elem_type) for x in tensors], dims, attributes)] = None
+        found[_kind(node.op_type, [to_torch_dtype(ir.DataType(x.elem_type)) for x in tensors], dims, attributes)] = None
     if not found:
         raise ConfigError(f"{model} has no AdaAttn ops: no node of domain {NAMESPACE!r}")
     return list(found)
@@ -102,13 +104,6 @@ def common_kinds() -> list[Kind]:
             flags = (0,) if variant.flag is None else (0, 1)
             found += [Kind(name, types, head_dim, flag, padding.get(name, ())) for flag in flags]
     return found
-
-
-def _torch_type(elem_type: int) -> torch.dtype:
-    import onnx
-
-    name = onnx.TensorProto.DataType.Name(elem_type).lower()
-    return {"float": torch.float32, "double": torch.float64}.get(name) or getattr(torch, name)
 
 
 def _kind(op: str, types: Sequence[torch.dtype], dims: Sequence[Sequence[int]], attributes: Mapping[str, Any]) -> Kind:
