@@ -392,6 +392,6 @@ def _find_class(name: str, classes: Sequence[type[nn.Module]]) -> type[nn.Module
         found: type[nn.Module] = getattr(adaattn, public.removeprefix("adaattn:"))
         return found
     raise CheckpointError(
-        f"holds a {name}, which is no class of this package; pass it to adaattn.load(classes=[…]), or export with "
+        f"holds a {name}, which is not a class of this package; pass it to adaattn.load(classes=[…]), or export with "
         "package.module:factory and --weights"
     )

@@ -199,7 +199,7 @@ def _complaint(model: nn.Module, records: Sequence[Converted], handwritten: Coll
             advice = (
                 'use adaattn.integrations.transformers.registration.register() and set_attn_implementation("adaattn")'
             )
-        return f"convert left what looks like attention and is no torch.nn.MultiheadAttention: {shown}; {advice}"
+        return f"convert left what looks like attention and is not a torch.nn.MultiheadAttention: {shown}; {advice}"
     if any(record.reason is None for record in records):
         return None
     if records:

@@ -75,7 +75,7 @@ class InputSpec:
         'masked'
 
     Raises:
-        ConfigError: a text that is no specification.
+        ConfigError: a text that is not a specification.
     """
 
     name: str

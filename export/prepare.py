@@ -54,7 +54,7 @@ def split_inputs(inputs: Mapping[str, str | InputSpec | Tensor]) -> tuple[list[I
     """Return the specifications of inputs, and copies of those that are example tensors.
 
     Raises:
-        ConfigError: a text that is no specification, or tensors beside specifications.
+        ConfigError: a text that is not a specification, or tensors beside specifications.
     """
     specs, examples = [], {}
     for name, given in inputs.items():

@@ -133,7 +133,7 @@ def _umask() -> int:
 def test_a_class_of_the_users_own(tmp_path: Path) -> None:
     path, module = tmp_path / "model.pt", Doubler(3.0, (4, 5))
     adaattn.save(module, path)
-    with pytest.raises(CheckpointError, match=r"Doubler, which is no class of this package; pass it to adaattn.load"):
+    with pytest.raises(CheckpointError, match=r"Doubler, which is not a class of this package; pass it to"):
         adaattn.load(path)
     loaded = adaattn.load(path, classes=[Forgetful, Doubler])
     assert isinstance(loaded, Doubler)
@@ -172,13 +172,13 @@ def test_the_payload_below_is_sound(tmp_path: Path) -> None:
         (payload(format="other"), "not a model saved by adaattn.save; it holds a dict"),
         (torch.zeros(3), "not a model saved by adaattn.save; it holds a Tensor"),
         (payload()["state"], "not a model saved by adaattn.save"),
-        (payload(**{"class": "os:system"}), "os:system, which is no class of this package"),
-        (payload(**{"class": "adaattn.attention.dense:Sparse"}), "Sparse, which is no class"),
-        (payload(**{"class": "adaattn.nowhere:Dense"}), "adaattn.nowhere:Dense, which is no class"),
-        (payload(**{"class": "adaattn.errors:AdaAttnError"}), "no class of this package"),
-        (payload(**{"class": "adaattn.attention.base:AttentionBase"}), "no class of this package"),
-        (payload(**{"class": "adaattn:AdaAttnError"}), "no class of this package"),
-        (payload(**{"class": "adaattn:convert"}), "no class of this package"),
+        (payload(**{"class": "os:system"}), "os:system, which is not a class of this package"),
+        (payload(**{"class": "adaattn.attention.dense:Sparse"}), "Sparse, which is not a class"),
+        (payload(**{"class": "adaattn.nowhere:Dense"}), "adaattn.nowhere:Dense, which is not a class"),
+        (payload(**{"class": "adaattn.errors:AdaAttnError"}), "not a class of this package"),
+        (payload(**{"class": "adaattn.attention.base:AttentionBase"}), "not a class of this package"),
+        (payload(**{"class": "adaattn:AdaAttnError"}), "not a class of this package"),
+        (payload(**{"class": "adaattn:convert"}), "not a class of this package"),
         (payload(**{"class": 3}), "is damaged: its 'class' is missing or of another type"),
         (payload(**{"class": None}), "is damaged: its 'class' is missing"),
         (payload(config={"embed_dim": 9, "num_heads": 2}), "9 is not a positive multiple of num_heads 2"),
@@ -380,7 +380,7 @@ def refused_alike(path: Path, message: str) -> None:
         ({"version": torch.ones(2)}, "has format version of type Tensor"),
         ({"training": laughs()}, "its 'training' is missing"),
         ({"class": "adaattn.encoder:" + "E" * 10**6}, "its 'class' is missing or of another type"),
-        ({"class": "adaattn.checkpoint:load"}, "no class of this package"),
+        ({"class": "adaattn.checkpoint:load"}, "not a class of this package"),
         ({"inputs": {"query": laughs()}}, "its 'inputs' is missing or of another type"),
         ({"inputs": {"query": "B," * 10**6}}, "its 'inputs' is missing or of another type"),
         ({"inputs": {"a\nb": "B"}}, "does not fit together: input a b=B"),

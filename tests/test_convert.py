@@ -410,7 +410,7 @@ def test_attention_that_is_not_torchs_is_left_and_said(kind: type[nn.Module]) ->
             lambda: nn.Sequential(torch_attention(add_zero_attn=True)),
             "nothing in Sequential: 0: add_zero_attn",
         ),
-        (Handwritten, r"no torch.nn.MultiheadAttention: Handwritten \(1\)"),
+        (Handwritten, r"not a torch.nn.MultiheadAttention: Handwritten \(1\)"),
     ],
 )
 def test_a_conversion_that_changes_nothing_warns(make: Any, words: str) -> None:

@@ -61,7 +61,7 @@ class QueryKeyProjections:
 
 
 AttentionMatcher = Callable[[nn.Module], QueryKeyProjections | str | None]
-"""The pair of a module, or the reason why it cannot be calibrated, or None for a module that is no attention."""
+"""The pair of a module, or the reason why it cannot be calibrated, or None for a module that is not attention."""
 
 
 def match_adaattn(module: nn.Module) -> QueryKeyProjections | str | None:

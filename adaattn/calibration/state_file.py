@@ -38,7 +38,7 @@ def read(
     """Fill in the sums from a file; how many batches it has counted.
 
     Raises:
-        CheckpointError: it is no such file, or of other weights.
+        CheckpointError: it is not a state file, or belongs to other weights.
     """
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)

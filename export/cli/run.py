@@ -84,7 +84,7 @@ def main(
             name, equals, given = text.partition("=")
             if not equals or name not in model.inputs:
                 known = ", ".join(str(info) for info in model.inputs.values())
-                raise ConfigError(f"{text!r} is no input; write NAME=@FILE.npy or NAME=SIZES of {known}")
+                raise ConfigError(f"{text!r} is not an input; write NAME=@FILE.npy or NAME=SIZES of {known}")
             if name in arrays:
                 raise ConfigError(f"the input {name} is given twice")
             arrays[name] = _array(name, given, model.inputs[name].dtype, random)

@@ -66,7 +66,7 @@ def lower(
             output_names=list(output_names),
             custom_translation_table={**_translations(), **sdpa.translations(opset)},
             verbose=False,
-            optimize=False,  # it would remove what is written into inputs, which is no output yet
+            optimize=False,  # it would remove what is written into inputs, which is not an output yet
         )
     except torch.onnx.errors.OnnxExporterError as error:
         cause = innermost_cause(error)

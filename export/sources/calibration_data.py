@@ -49,7 +49,7 @@ def batches(source: str) -> Iterable[Any]:
         return _made(source, function)
     module, colon, name = source.partition(":")
     if not colon:
-        raise ConfigError(f"{source!r} is no sample data; {EXPECTED}")
+        raise ConfigError(f"{source!r} is not sample data; {EXPECTED}")
     with _importing(Path()):  # as python -m does: modules of the current folder
         try:
             function = getattr(importlib.import_module(module), name)

@@ -57,7 +57,7 @@ def adaptive_attention(
 
     Raises:
         ShapeError: shapes that do not go together.
-        DtypeError: types that do not go together, or an argument that is no tensor.
+        DtypeError: types that do not go together, or an argument that is not a tensor.
         DeviceError: operands on different devices.
         ConfigError: an unknown `impl`, or "triton" where it cannot run.
     """

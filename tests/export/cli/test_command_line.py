@@ -313,9 +313,9 @@ def files(tmp_path: Path) -> None:
         ),
         ("x=1000000,1000000,1000", ["more than the memory of this machine"]),
         ("x=1,2,3", ["expected x: float32(B, S)"]),
-        ("x", ["is no input", "x: float32(B, S), ids: int64(N)"]),
-        ("[/x]=1", ["is no input"]),
-        ("=1", ["is no input"]),
+        ("x", ["is not an input", "x: float32(B, S), ids: int64(N)"]),
+        ("[/x]=1", ["is not an input"]),
+        ("=1", ["is not an input"]),
         ("ids=3", ["ids is given twice"]),
     ],
 )

@@ -199,7 +199,7 @@ def test_the_command(exported: tuple[torch.nn.Module, Path], tmp_path: Path) -> 
     assert (refused.exit_code, Path("/dev/null").is_char_device()) == (2, True)
     assert "it is a folder or a device" in refused.output
     for given, said in (
-        ("z=1,5,32", "'z=1,5,32' is no input"),
+        ("z=1,5,32", "'z=1,5,32' is not an input"),
         ("x=one", "x=one: give @FILE.npy, or sizes"),
         (f"x=@{tmp_path}/none.npy", "cannot be read as a NumPy array"),
         ("x=1,5,7", "x is float32(1, 5, 7); expected"),

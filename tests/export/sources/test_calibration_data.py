@@ -103,7 +103,7 @@ def test_what_is_no_sample_data_is_refused() -> None:
         ("nothing.py", "has no function batches"),
         ("broken.py", "fails: RuntimeError: no data"),
         ("none.py", "returns a NoneType; it must yield batches"),
-        ("data", "'data' is no sample data"),
+        ("data", "'data' is not sample data"),
         ("nowhere.module:data", "cannot be imported"),
     ):
         with pytest.raises(ConfigError, match=said):
