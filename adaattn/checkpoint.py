@@ -197,7 +197,7 @@ def from_file(file: SavedFile, classes: Sequence[type[nn.Module]] = ()) -> Check
         if not isinstance(cause, AdaAttnError) and any(word in str(cause) for word in ("allocate", "overflow")):
             reason = TOO_LARGE  # before the first parameter was
         reason = reason if len(reason) <= 300 else reason[:297] + "..."
-        raise CheckpointError(f"does not fit together: {reason}") from error
+        raise CheckpointError(f"is inconsistent: {reason}") from error
     # The module's own random weights go before the file's come.
     assign_weights(module, payload["state"], known.__name__)
     assign_weights(module, file.load()["state"], known.__name__)
@@ -238,7 +238,7 @@ def assign_weights(module: nn.Module, state: Mapping[str, Any], name: str) -> No
         CheckpointError: they do not fit; a predicate for which the file's name is the subject.
     """
     if not all(isinstance(key, str) for key in state):
-        raise CheckpointError("holds a dict whose keys are no names, not weights by name")
+        raise CheckpointError("is not a state dict: keys must be strings")
     state = dict(state)
     for key, own in module.state_dict().items():
         x = state.get(key)

@@ -248,7 +248,7 @@ def replacement(attention: nn.MultiheadAttention, config: Conversion | None = No
 
 
 def refusal(attention: nn.MultiheadAttention) -> str | None:
-    """Why an attention cannot be replaced without changing what it computes; None if it can."""
+    """Return why an attention cannot be replaced without changing what it computes; None if it can."""
     out = attention.out_proj
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if type(attention).forward is not nn.MultiheadAttention.forward or "forward" in vars(attention):

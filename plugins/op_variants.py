@@ -125,19 +125,19 @@ def head_dim(shape: Shape) -> int:
 
 
 def moments_sizes(shapes: Mapping[str, Shape]) -> dict[str, Size]:
-    """Integer arguments of the kernels of `token_moments`."""
+    """Return the integer arguments of the kernels of `token_moments`."""
     sizes, mask = SIGNATURES["token_moments"].sizes(shapes), shapes.get("key_mask")
     sizes |= dict(zip(("x_b", "x_h", "x_s", "x_d"), _strides(shapes["x"]), strict=True))
     return sizes if mask is None else sizes | dict(zip(("m_b", "m_h", "m_s"), _strides(mask), strict=True))
 
 
 def plan_sizes(shapes: Mapping[str, Shape]) -> dict[str, Size]:
-    """Integer arguments of the kernel of `plan`."""
+    """Return the integer arguments of the kernel of `plan`."""
     return SIGNATURES["plan"].sizes(shapes)
 
 
 def attention_sizes(shapes: Mapping[str, Shape]) -> dict[str, Size]:
-    """Integer arguments of the kernels of `adaptive_attention`."""
+    """Return the integer arguments of the kernels of `adaptive_attention`."""
     sizes, mask = SIGNATURES["adaptive_attention"].sizes(shapes), shapes.get("attn_mask")
     for name in ("query", "key", "value"):
         sizes |= dict(zip((f"{name[0]}_{axis}" for axis in "bhsd"), _strides(shapes[name]), strict=True))

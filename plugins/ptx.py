@@ -78,7 +78,7 @@ def fit(ptx: str, metadata: Any, spec: KernelSpec) -> Entry:
 
 
 def _without_debug_information(ptx: str) -> str:
-    """Paths of this machine are in it."""
+    """Return PTX without the paths of this machine."""
     code, _, _ = ptx.partition("\t.section\t.debug")  # all of it is at the end
     code = re.sub(r"^\s*\.(?:loc|file)\s.*\n", "", code, flags=re.MULTILINE)
     return re.sub(r"[ \t]*//.*", "", code).strip() + "\n"

@@ -182,7 +182,7 @@ def test_the_payload_below_is_sound(tmp_path: Path) -> None:
         (payload(**{"class": 3}), "is damaged: its 'class' is missing or of another type"),
         (payload(**{"class": None}), "is damaged: its 'class' is missing"),
         (payload(config={"embed_dim": 9, "num_heads": 2}), "9 is not a positive multiple of num_heads 2"),
-        (payload(config={"embed_dim": 8, "num_heads": 2, "x": 1}), "does not fit together"),
+        (payload(config={"embed_dim": 8, "num_heads": 2, "x": 1}), "is inconsistent"),
         (payload(config=[8, 2]), "is damaged: its 'config'"),
         (payload(state={}), "does not fit DenseAttention: Missing key"),
         (payload(config={"embed_dim": 16, "num_heads": 2}), "does not fit DenseAttention: size mismatch"),
@@ -364,8 +364,8 @@ def refused_alike(path: Path, message: str) -> None:
     [
         ({"config": WIDE}, "asks for more weights than the file holds"),
         ({"config": {"embed_dim": 2**40, "num_heads": 2**20}}, "asks for more weights than the file holds"),
-        ({"config": {"embed_dim": float("nan"), "num_heads": 2}}, "does not fit together"),
-        ({"config": {"embed_dim": "8", "num_heads": 2}}, "does not fit together"),
+        ({"config": {"embed_dim": float("nan"), "num_heads": 2}}, "is inconsistent"),
+        ({"config": {"embed_dim": "8", "num_heads": 2}}, "is inconsistent"),
         ({"config": {"embed_dim": laughs(), "num_heads": 2}}, "its 'config' is missing or of another type"),
         ({"config": {3: 8}}, "its 'config' is missing or of another type"),
         (
@@ -383,10 +383,10 @@ def refused_alike(path: Path, message: str) -> None:
         ({"class": "adaattn.checkpoint:load"}, "not a class of this package"),
         ({"inputs": {"query": laughs()}}, "its 'inputs' is missing or of another type"),
         ({"inputs": {"query": "B," * 10**6}}, "its 'inputs' is missing or of another type"),
-        ({"inputs": {"a\nb": "B"}}, "does not fit together: input a b=B"),
+        ({"inputs": {"a\nb": "B"}}, "is inconsistent: input a b=B"),
         ({"inputs": {3: "B"}}, "its 'inputs' is missing or of another type"),
-        ({"dims": {"S": "1:2:" + "9" * 900}}, "does not fit together: dimension S=1:2:9"),
-        ({"state": {3: torch.ones(2)}}, "keys are no names"),
+        ({"dims": {"S": "1:2:" + "9" * 900}}, "is inconsistent: dimension S=1:2:9"),
+        ({"state": {3: torch.ones(2)}}, "not a state dict"),
         ({"state": {"q_proj.weight": "NaN"}}, "does not fit DenseAttention"),
         ({"state": {"q_proj.weight": laughs()}}, "does not fit DenseAttention"),
         (

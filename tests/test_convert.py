@@ -38,7 +38,7 @@ def torch_attention(**options: Any) -> nn.MultiheadAttention:
     return attention
 
 
-def shut_out(*shape: int) -> Tensor:
+def masked(*shape: int) -> Tensor:
     """Torch's boolean mask that leaves every query its first key."""
     mask = torch.rand(shape) < 0.4
     mask[..., 0] = False
@@ -46,21 +46,21 @@ def shut_out(*shape: int) -> Tensor:
 
 
 def additive(*shape: int) -> Tensor:
-    return torch.where(shut_out(*shape), -torch.inf, torch.randn(shape))
+    return torch.where(masked(*shape), -torch.inf, torch.randn(shape))
 
 
 def masks(kind: str, batch: int, queries: int, keys: int) -> dict[str, Tensor]:
     return {
         "none": lambda: {},
-        "padding": lambda: {"key_padding_mask": shut_out(batch, keys)},
+        "padding": lambda: {"key_padding_mask": masked(batch, keys)},
         "padding, added": lambda: {"key_padding_mask": additive(batch, keys)},
-        "scores": lambda: {"attn_mask": shut_out(queries, keys)},
-        "heads": lambda: {"attn_mask": shut_out(batch * HEADS, queries, keys)},
+        "scores": lambda: {"attn_mask": masked(queries, keys)},
+        "heads": lambda: {"attn_mask": masked(batch * HEADS, queries, keys)},
         "heads, added": lambda: {"attn_mask": additive(batch * HEADS, queries, keys)},
-        "both": lambda: {"key_padding_mask": shut_out(batch, keys), "attn_mask": shut_out(queries, keys)},
+        "both": lambda: {"key_padding_mask": masked(batch, keys), "attn_mask": masked(queries, keys)},
         "both, added": lambda: {"key_padding_mask": additive(batch, keys), "attn_mask": additive(queries, keys)},
         "mixed": lambda: {
-            "key_padding_mask": shut_out(batch, keys),
+            "key_padding_mask": masked(batch, keys),
             "attn_mask": torch.randn(batch * HEADS, queries, keys),
         },
     }[kind]()
@@ -110,7 +110,7 @@ def test_inputs_without_a_batch(batch_first: bool) -> None:
         q, k, v = torch.randn(queries, WIDTH), *torch.randn(2, keys, WIDTH)
         for given in (
             {},
-            {"key_padding_mask": shut_out(keys), "attn_mask": shut_out(queries, keys)},
+            {"key_padding_mask": masked(keys), "attn_mask": masked(queries, keys)},
             {"attn_mask": additive(HEADS, queries, keys), "average_attn_weights": False},
         ):
             for got, want in zip(
@@ -525,7 +525,7 @@ def test_exports_for_any_batch_and_length(batch_first: bool) -> None:
 
     def example(b: int, s: int) -> tuple[Tensor, ...]:
         x = torch.randn((b, s, WIDTH) if batch_first else (s, b, WIDTH))
-        return x, x.clone(), x.clone(), shut_out(b, s)
+        return x, x.clone(), x.clone(), masked(b, s)
 
     program = torch.export.export(layer, example(2, 5), dynamic_shapes=(axes, axes, axes, {0: batch, 1: tokens}))
     assert any("adaptive_attention" in str(node.target) for node in program.graph.nodes)

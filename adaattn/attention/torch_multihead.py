@@ -134,8 +134,8 @@ def merge_masks(
     if not masks:
         return None
     if all(mask.dtype == torch.bool for mask in masks):
-        shut_out = masks[0] if len(masks) == 1 else masks[0] | masks[1]
-        return ~shut_out
+        masked = masks[0] if len(masks) == 1 else masks[0] | masks[1]
+        return ~masked
     added = [
         torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
         for mask in masks

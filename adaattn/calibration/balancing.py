@@ -107,7 +107,7 @@ def _trace(x: Tensor) -> Tensor:
 
 
 def energies(moments: SecondMoments, scale: float, transform: Tensor, inverse: Tensor) -> Tensor:
-    """w_d = scale²·E[q'_d²]·E[k'_d²] of each query head in the new basis, (H, D); k' centred as in the plan."""
+    """Return w_d = scale²·E[q'_d²]·E[k'_d²] of each query head in the new basis, (H, D), k' centred."""
     group = moments.query.shape[0] // moments.key.shape[0]
     query, key = moments.means()
     a = transform.repeat_interleave(group, 0)

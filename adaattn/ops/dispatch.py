@@ -39,7 +39,7 @@ def takes_triton(impl: str, x: Tensor) -> bool:
 
 
 def _obstacle(x: Tensor, interpreted: bool) -> str | None:
-    """Why the kernels cannot run on x, or None. Triton's interpreter is for tests and never chosen by itself."""
+    """Return why the kernels cannot run on x, or None. "auto" never chooses Triton's interpreter."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {x.dtype}"
     if x.shape[-1] > LARGEST_HEAD_DIM:

@@ -113,7 +113,7 @@ class Signature:
 
 
 def _heads(prefix: str, heads: str, names: Sequence[str]) -> tuple[Argument, ...]:
-    """Moments of one tensor: per head and dimension, or per head alone."""
+    """Return the moments of one tensor: per head and dimension, or per head alone."""
     axes = {"token_peak": ("batch", heads)}
     return tuple(Argument(prefix + x, axes.get(x, ("batch", heads, "head_dim")), _FLOAT32) for x in names)
 

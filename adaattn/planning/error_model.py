@@ -52,12 +52,12 @@ class Plan(NamedTuple):
 
 
 def energy(query: Moments, key: Moments, scale: float) -> Tensor:
-    """w_d = scale²·E[q_d²]·E[k_d²] of each query head, shape (B, H, D): the score variance that a dimension carries."""
+    """Return w_d = scale²·E[q_d²]·E[k_d²], the score variance of each dimension of a query head, (B, H, D)."""
     return query.second_moment * for_query_heads(key, query).second_moment * (scale * scale)
 
 
 def noise(query: Moments, key: Moments, value: Moments, scale: float) -> Tensor:
-    """Predicted squared error of each precision at full rank, shape (B, H, 5); inf where the values do not fit it.
+    """Return the predicted squared error of each precision at full rank, (B, H, 5); inf where values do not fit.
 
     The terms are those of the table in docs/error-model.md. The fp16 and fp8 rows also count what underflow adds: to
     values, a uniform error of one subnormal step; to probabilities that one key makes small and alike, half a step.

@@ -11,7 +11,7 @@ from adaattn.planning.precision import BY_ACCURACY, COST, PRECISIONS
 
 
 def rank_classes(head_dim: int, low_rank: bool = True) -> tuple[int, ...]:
-    """Ranks that kernels are compiled for: quarters of the head dimension, rounded up.
+    """Return the ranks that kernels are compiled for: quarters of the head dimension, rounded up.
 
     Example:
         >>> rank_classes(64)

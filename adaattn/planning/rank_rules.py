@@ -25,7 +25,7 @@ def effective_rank(weights: Tensor) -> Tensor:
 
 
 def power_rank(weights: Tensor, threshold: float) -> Tensor:
-    """Smallest rank whose leading dimensions hold `threshold` of the energy, int32.
+    """Return the smallest rank whose leading dimensions hold `threshold` of the energy, int32.
 
     Example:
         >>> power_rank(torch.tensor([8.0, 1.0, 0.5, 0.5]), 0.9).item()

@@ -22,7 +22,7 @@ def _driver() -> Any:
 
 
 def capability(device: int = 0) -> int | None:
-    """Architecture of a GPU, 90 for compute capability 9.0; None without one."""
+    """Return the architecture of a GPU, 90 for compute capability 9.0; None without one."""
     driver = _driver()
     if driver is None:
         return None

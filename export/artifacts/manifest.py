@@ -119,7 +119,7 @@ def changed_files(folder: Path) -> list[str]:
 
 
 def write_manifest(folder: Path, report: Mapping[str, Any]) -> None:
-    """Hashes of all files, versions and command."""
+    """Write the manifest: hashes of all files, versions and command."""
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(folder.rglob("*"))

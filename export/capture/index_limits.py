@@ -182,7 +182,7 @@ def _name(user: Node) -> str:
 
 
 def _arguments(user: Node) -> list[Any]:
-    """Arguments by their places, as the operator's schema orders them."""
+    """Return arguments by their places, as the operator's schema orders them."""
     if not isinstance(user.target, OpOverload):
         return list(user.args)
     names = [argument.name for argument in user.target._schema.arguments]

@@ -339,7 +339,7 @@ def _check_names(model: nn.Module, specs: Sequence[InputSpec]) -> None:
 
 
 def _trace_sizes(dims: Mapping[str, Dimension]) -> Iterator[dict[str, int]]:
-    """Sizes to capture at: unlike 1 and unlike one another, so that none is taken for another.
+    """Return sizes to capture at: unlike 1 and unlike one another, so that none is taken for another.
 
     Small ones first, and then multiples of powers of two, which patches, windows and strides ask for.
     """

@@ -108,7 +108,7 @@ class Sizes:
         return [condition for condition in self.conditions if not _holds(condition, values)]
 
     def _around(self, symbol: str, size: int) -> Iterator[int]:
-        """Sizes of a dimension, the nearest first."""
+        """Return sizes of a dimension, the nearest first."""
         dim = self.dims[symbol]
         for distance in range(min(dim.max - dim.min + 1, TRIED)):
             yield from (near for near in {size - distance, size + distance} if dim.min <= near <= dim.max)

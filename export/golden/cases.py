@@ -33,7 +33,7 @@ class Case:
 
 
 def cases(captured: Captured) -> list[Case]:
-    """Golden inputs of a captured program, and the user's own where there are some."""
+    """Return golden inputs of a captured program, and the user's own where there are some."""
     generator = torch.Generator().manual_seed(SEED)
     dims = captured.dims
     first = {str(s) for item in captured.inputs if item.shape for s in getattr(item.shape[0], "free_symbols", ())}
@@ -127,7 +127,7 @@ def _hides_all(item: CapturedInput, sizes: Mapping[str, int]) -> bool:
 
 
 def _integers(shape: Sequence[int], below: int, distinct: bool, generator: torch.Generator) -> Tensor:
-    """Integers of [0, below): the largest, 0, and all others where there is room; else at random."""
+    """Draw integers of [0, below): the largest, 0, and all others where there is room; else at random."""
     count, below = math.prod(shape), max(below, 1)
     known = torch.tensor([below - 1, 0])[: min(count, below)]
     if distinct or below <= count:

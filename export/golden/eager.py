@@ -176,7 +176,7 @@ class EagerReference:
         return Expected(case, outputs, exact, mode, double, forced)
 
     def exact(self, case: Case, plans: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, Tensor], PlanMode]:
-        """float64 outputs at given plans."""
+        """Return float64 outputs at given plans."""
         return self._in_double(case, self.double_mode(plans=plans))
 
     def _in_double(self, case: Case, mode: PlanMode) -> tuple[dict[str, Tensor], PlanMode]:
@@ -225,12 +225,12 @@ class EagerReference:
         return self._inputs[case.name][1]
 
     def exact_at(self, case: Case, plans: Sequence[PlanPair]) -> dict[str, Array]:
-        """float64 outputs at the plans of a backend."""
+        """Return float64 outputs at the plans of a backend."""
         pairs = [(torch.from_numpy(precision), torch.from_numpy(rank)) for precision, rank in plans]
         return {name: array(x) for name, x in self.exact(case, pairs)[0].items()}
 
     def _shaken(self, expected: Expected) -> list[dict[str, Tensor]]:
-        """float64 outputs with q and k a rounding off, each way."""
+        """Return float64 outputs with q and k a rounding off, each way."""
         if not expected.mode.plans:
             return []
         shake = RULES[self.dtype].shake
@@ -238,7 +238,7 @@ class EagerReference:
         return [self._in_double(expected.case, mode)[0] for mode in modes]
 
     def _noisy(self, expected: Expected) -> list[dict[str, Tensor]]:
-        """float64 outputs with every result a rounding off, where such may decide an output."""
+        """Return float64 outputs with every result a rounding off, where such may decide an output."""
         whole = not all(x.is_floating_point() for x in expected.outputs.values())
         if not whole and self.dtype != "float64" and not self._errs(expected):
             return []
@@ -248,7 +248,7 @@ class EagerReference:
         return [self._in_double(expected.case, mode)[0] for mode in modes]
 
     def _replayed(self, expected: Expected, **options: Any) -> PlanMode:
-        """float64 at eager's plans."""
+        """Return a float64 mode at eager's plans."""
         return self.double_mode(plans=expected.mode.plans, **options)
 
     def _errs(self, expected: Expected) -> bool:
@@ -395,7 +395,7 @@ def _centring(call: PlanCall, key_mean: Tensor) -> Array:
 
 
 def _spread(value: Array, others: Sequence[Array]) -> Array:
-    """Twice the largest relative distance of others from a value, and a rounding; 0 where a value is infinite."""
+    """Return twice the largest relative distance of others from a value, and a rounding; 0 where it is infinite."""
     with np.errstate(invalid="ignore", divide="ignore"):
         moves = [np.abs(other - value) / value for other in others]
     return np.asarray(2 * np.nan_to_num(np.stack(moves), posinf=1.0).max(0) + 1e-5)
@@ -457,7 +457,7 @@ def _refuse_chance(case: Case, outputs: Mapping[str, Tensor], again: Sequence[Te
 
 
 def _error(got: Array, exact: Array) -> float:
-    """Relative error where both are finite."""
+    """Return the relative error where both are finite."""
     known = np.isfinite(got) & np.isfinite(exact)
     got, exact = np.where(known, got, 0), np.where(known, exact, 0)
     return relative_error(np.abs(got - exact), exact)

@@ -352,7 +352,7 @@ def _default_dtype(double: bool) -> Iterator[None]:
 
 
 def to_double(x: Tensor) -> Tensor:
-    """float64 of a floating-point tensor; others as they are."""
+    """Return a floating-point tensor in float64; others as they are."""
     return x.double() if x.is_floating_point() else x
 
 

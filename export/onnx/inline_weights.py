@@ -50,7 +50,7 @@ def inline_weights(path: Path, data: Path) -> None:
 
 
 def _head(field: int, length: int) -> bytes:
-    """Tag and length of a length-delimited field."""
+    """Return tag and length of a length-delimited field."""
     return _varint(field << 3 | 2) + _varint(length)
 
 

@@ -125,7 +125,7 @@ def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:
 
 
 def _forget_paths(model: ir.Model) -> None:
-    """Torch writes into each node where in which file it comes from: the file is not for this machine."""
+    """Remove the source files and lines that torch writes into each node: they are paths of this machine."""
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for graph in graphs:
         for node in ir.traversal.RecursiveGraphIterator(graph):

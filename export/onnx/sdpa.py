@@ -147,7 +147,7 @@ def _safe_mask(query: Any, key: Any, mask: Any, causal: bool, kind: int) -> tupl
 
 
 def _allowed(query: Any, key: Any, mask: Any, causal: bool) -> tuple[Any, Any]:
-    """Boolean: `_safe_mask` where nothing is added to the scores."""
+    """Return the boolean `_safe_mask` where nothing is added to the scores."""
     if mask is None:
         return _causal(query, key), None  # the first key is for all
     allowed = op.And(mask, _causal(query, key)) if causal else mask
@@ -163,7 +163,7 @@ def _causal(query: Any, key: Any) -> Any:
 
 
 def _per_query_head(x: Any, original: Any, query: Any) -> Any:
-    """Keys or values (..., Hk, S, D) with each head as often as query heads share it; one head is broadcast."""
+    """Return keys or values (..., Hk, S, D) with each head repeated for its query heads; one head is broadcast."""
     if len(original.shape) < 3:
         return x
     heads, kv_heads = query.shape[-3], original.shape[-3]

@@ -47,7 +47,7 @@ class BackendResult:
 
 Backend = Callable[[GoldenCase], BackendResult]
 ExactAt = Callable[[GoldenCase, Mapping[str, PlanPair]], Mapping[str, Array]]
-"""float64 outputs of a case at plans that are not eager's; it takes the model."""
+"""Return float64 outputs of a case at plans that are not eager's; it takes the model."""
 
 
 def compare(goldens: Sequence[GoldenCase], backend: Backend, exact_at: ExactAt | None = None) -> dict[str, Any]:

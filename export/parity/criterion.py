@@ -90,7 +90,6 @@ def limit_of(
         shaken: errors of float64 with q and k off by `shake`, each way. What lies on an edge (two keys that nearly tie
             for a row, a number between two integers of int8) falls to the other side in one of them.
         inner: the type of the weights, whose floor counts as far as eager's error shows that it matters.
-
         count: how many numbers the error is of.
 
     Where nothing is rounded the limit of an output of many numbers is three times eager's error: a change by four times
@@ -102,7 +101,7 @@ def limit_of(
 
 
 def clip_to_dtype(exact: Array, dtype: str) -> Array:
-    """Finite numbers of float64 as far as the type goes: the least number of a type is often written for -inf."""
+    """Clip finite float64 numbers to the range of a type, whose least number often means -inf."""
     if dtype not in RULES:
         return exact
     return np.where(np.isinf(exact), exact, np.clip(exact, -RULES[dtype].largest, RULES[dtype].largest))

@@ -69,7 +69,7 @@ class GoldenCase:
         forced: what every plan is forced to, such as "fp32" or "int8"; empty where the model makes its own plans. The
             plans themselves are those of `layers`.
         probes: the layer of which one node alone is run, empty where the whole model is: the plan, with moments that
-            `parity.probe_inputs` makes of the inputs, or, with plans that are forced, the attention.
+            `criterion.probe_inputs` derives from the inputs, or, with plans that are forced, the attention.
         trivial: whether every dynamic size is at its minimum.
     """
 

@@ -14,7 +14,7 @@ ULP_QUANTILES = (0.5, 0.99, 1.0)
 
 
 def relative_error(difference: Array, exact: Array) -> float:
-    """Root mean square of the difference, relative to that of what was wanted; 0 for two zeros."""
+    """Return the root mean square of the difference relative to that of the wanted numbers; 0 for two zeros."""
     error, size = root_mean_square(difference), root_mean_square(exact)
     return error / size if size > 0 else error
 
@@ -52,7 +52,7 @@ def _cosine(a: Array, b: Array) -> float:
 
 
 def _ulps(difference: Array, exact: Array, dtype: str) -> list[float]:
-    """Quantiles of the error in units of the last place that the type has at what was wanted."""
+    """Return quantiles of the error in units of the last place of the wanted numbers."""
     if not exact.size:
         return []
     exponent = np.maximum(np.frexp(exact)[1] - 1, RULES[dtype].smallest)

@@ -88,7 +88,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def _wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait until the device has finished its work."""
 
     @abstractmethod
     def close(self) -> None:

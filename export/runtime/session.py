@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +12,6 @@ from adaattn.errors import TargetError, last_line
 from adaattn.export.artifacts.arrays import Array
 from adaattn.export.artifacts.files import utf8
 from adaattn.system import cuda_driver
-
-if TYPE_CHECKING:
-    pass
-
 
 PROVIDERS = {
     "ort-cpu": "CPUExecutionProvider",
@@ -29,7 +25,7 @@ class CannotRun(TargetError):
 
 
 def session_of(model: Path | bytes, folder: Path, provider: str) -> Any:
-    """ONNX Runtime's session of a file, or of a model from memory whose external data are in a folder.
+    """Open an ONNX Runtime session of a file, or of a model in memory with external data in a folder.
 
     Raises:
         CannotRun: ONNX Runtime has no such provider here, or its provider has no kernel for a type of the model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaattn.errors import TargetError, last_line
 from adaattn.export.artifacts.arrays import Array
@@ -18,11 +18,6 @@ from adaattn.export.engines.load import check_plugin_library
 from adaattn.export.parity.compare import Backend, BackendResult
 from adaattn.export.parity.criterion import OPERAND, probe_inputs
 from adaattn.export.parity.golden_case import GoldenCase
-from adaattn.plugins import onnx_file
-from adaattn.system import cuda_driver
-
-if TYPE_CHECKING:
-    pass
 from adaattn.export.runtime.session import PROVIDERS, CannotRun, feed_of, session_of, wide
 from adaattn.export.verification.graph_copies import (
     exact_copy,
@@ -34,6 +29,8 @@ from adaattn.export.verification.graph_copies import (
     take_plans,
     value_types,
 )
+from adaattn.plugins import onnx_file
+from adaattn.system import cuda_driver
 
 BACKENDS = (*PROVIDERS, *engine_options.PACKAGES)
 """By the names of commands and reports."""
@@ -146,7 +143,7 @@ class OnnxRuntimeBackend:
         """Run the nodes between values that are known and others that are wanted.
 
         Args:
-            cut: a value, whose node gets inputs of its own for some of its arguments: those that `_alone` names.
+            cut: a value, whose node gets inputs of its own for some of its arguments: those that `input_alone` names.
             feed: the known values.
             wanted: for each label the name of a value.
         """

@@ -19,7 +19,7 @@ def main() -> None:
     \b
     Exit status
       0  the path of the library or of the copy was printed
-      2  the arguments, the files or this machine are not usable, or the command was interrupted
+      2  the arguments, the files or this machine cannot be used, or the command was interrupted
     """
 
 

@@ -49,7 +49,7 @@ def _images(key: Key, kernel: Compiled) -> dict[str, bytes]:
 
 
 def kernels_assembly(folder: Path, kernels: Mapping[Key, Compiled]) -> str:
-    """kernels.S: the code of all kernels."""
+    """Return kernels.S: the code of all kernels."""
     lines = [".section .rodata"]
     for place, (key, kernel) in enumerate(kernels.items()):
         for kind, image in _images(key, kernel).items():
@@ -61,7 +61,7 @@ def kernels_assembly(folder: Path, kernels: Mapping[Key, Compiled]) -> str:
 
 
 def image_declarations(kernels: Mapping[Key, Compiled]) -> str:
-    """images.inc: the names of kernels.S."""
+    """Return images.inc: the names of kernels.S."""
     return "".join(
         f'extern "C" unsigned char const adaattn_{kind}_{place}[];\n'
         for place, (key, kernel) in enumerate(kernels.items())
@@ -70,7 +70,7 @@ def image_declarations(kernels: Mapping[Key, Compiled]) -> str:
 
 
 def plugin_tables(programs: Sequence[Program], kernels: Mapping[Key, Compiled]) -> str:
-    """plugins.inc: the ops, the kernels, and a function for each program."""
+    """Return plugins.inc: the ops, the kernels, and a function for each program."""
     rows, functions, table = [], [], []
     for place, (key, kernel) in enumerate(kernels.items()):
         made = kernel.entry

@@ -41,7 +41,7 @@ class Symbol:
 
 
 def text_of(size: Any) -> str:
-    """C++ of a size."""
+    """Return a size as C++."""
     return size.text if isinstance(size, Symbol) else str(size)
 
 

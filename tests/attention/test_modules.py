@@ -238,17 +238,17 @@ def test_inputs_of_any_size(name: str, size: float) -> None:
         assert module.get_rank_statistics()["predicted_error"] == [torch.inf] * H
 
 
-@pytest.mark.parametrize("shut_out", [False, -torch.inf, -1e9], ids=str)
+@pytest.mark.parametrize("masked", [False, -torch.inf, -1e9], ids=str)
 @pytest.mark.parametrize("make", [AdaptiveAttention, AdaptivePrecisionAttention, AdaptiveRankAttention])
-def test_padding_does_not_sway_the_plan(make: Maker, shut_out: float) -> None:
+def test_padding_does_not_sway_the_plan(make: Maker, masked: float) -> None:
     module = make(WIDTH, H, tolerance=1e-2).eval()
     q, k, v = inputs()
     want, _ = module(q, k, v)
     statistics = module.get_rank_statistics(), module.get_precision_statistics()
     module.reset_statistics()
     k, v = (torch.cat([x, torch.full((B, 5, WIDTH), 1e6)], dim=1) for x in (k, v))
-    mask = torch.full((B, SK + 5), True if shut_out is False else 0.0)
-    mask[:, SK:] = shut_out
+    mask = torch.full((B, SK + 5), True if masked is False else 0.0)
+    mask[:, SK:] = masked
     got, _ = module(q, k, v, mask)
     assert (oracle.error(got, want.double()) < 1e-4).all()  # summed in another order, a rounding or two may flip
     for before, after in zip(

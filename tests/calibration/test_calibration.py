@@ -179,19 +179,19 @@ def spectra(module: nn.Module, batches: list[Any]) -> Tensor:
     return torch.stack([*(s.before for s in result.layers.values()), *(s.after for s in result.layers.values())])
 
 
-@pytest.mark.parametrize("shut_out", [False, -torch.inf, -1e9], ids=str)
-def test_padding_does_not_count(shut_out: float) -> None:
+@pytest.mark.parametrize("masked", [False, -torch.inf, -1e9], ids=str)
+def test_padding_does_not_count(masked: float) -> None:
     module = adaattn.AdaptiveAttention(WIDTH, HEADS, num_kv_heads=2)
     q, k = correlated(2, 9, WIDTH), correlated(2, 17, WIDTH)
     padded = torch.cat([k, torch.full((2, 5, WIDTH), 1e4)], 1)
-    mask = torch.full((2, 22), True if shut_out is False else 0.0)
-    mask[:, 17:] = shut_out
+    mask = torch.full((2, 22), True if masked is False else 0.0)
+    mask[:, 17:] = masked
     want = spectra(module, [(q, k, k)])
     for given in (mask, mask[:, None].expand(2, 9, 22), mask[:, None, None].expand(2, HEADS, 9, 22)):
         torch.testing.assert_close(spectra(module, [(q, padded, padded, given)]), want, rtol=1e-9, atol=1e-12)
     # By name too; and entries of other lengths are centred each by itself.
     shorter = {"query": q, "key": padded, "value": padded, "attention_mask": mask.clone()}
-    shorter["attention_mask"][1, 4:] = shut_out
+    shorter["attention_mask"][1, 4:] = masked
     separate = [(q[:1], k[:1], k[:1]), (q[1:], k[1:, :4], k[1:, :4])]
     torch.testing.assert_close(spectra(module, [shorter]), spectra(module, separate), rtol=1e-9, atol=1e-12)
 

@@ -120,7 +120,7 @@ parser.parse_from_file(sys.argv[2])  # TensorRT-RTX takes no plugins, and ends t
 
 
 def alone(model: Path, op: str, path: Path) -> Path:
-    """Return the first node of an op as a model of its own, with the body that every exported file has of it."""
+    """Return the first node of an op as a separate model, with the function that exported files have for it."""
     import onnx
 
     whole = onnx.load(model)

@@ -59,7 +59,7 @@ class Tagger(nn.Module):
 
 
 class Functional(nn.Module):
-    """Call the SDPA-like function, with names of its own."""
+    """Call the SDPA-like function, with other names."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return adaattn.adaptive_attention(q, k, v, is_causal=True, tolerance=1e-2)

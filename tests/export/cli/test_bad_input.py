@@ -195,7 +195,7 @@ def test_permission_to_unpickle_makes_no_model_of_noise(name: str, shelf: Path) 
         ("folder", ["is a folder", "state dict"]),
         ("module.pt", ["holds objects that only code can make, not weights alone", "state dict"]),
         ("list.pt", ["holds a list, not weights by name", "state dict"]),
-        ("numbered.pt", ["keys are no names"]),
+        ("numbered.pt", ["not a state dict"]),
         ("texts.pt", ["does not fit tests.support.models:linear", "<class 'str'>"]),
         ("training.pt", ['Unexpected key(s) in state_dict: "state_dict", "epoch"']),
     ],

@@ -39,7 +39,7 @@ BOOLEAN, ADDITIVE = tl.constexpr(1), tl.constexpr(2)
 
 @triton.constexpr_function
 def first_piece(width, least):
-    """Tensors are powers of two wide: a width is covered by one of them, or by two where that is tighter."""
+    """Return the first piece of a width: tensors are powers of two wide, and two may cover it more tightly."""
     whole = max(triton.next_power_of_2(width), least)
     half = whole // 2
     rest = max(triton.next_power_of_2(max(width - half, 1)), least)
@@ -67,7 +67,7 @@ def has(rows, row):
 
 @triton.constexpr_function
 def operand_types(row, inputs):
-    """Types of the operands of q·k and of P·v."""
+    """Return the types of the operands of q·k and of P·v."""
     return {
         0: (inputs, inputs),  # products of 16-bit numbers are exact
         1: (tl.bfloat16, tl.bfloat16),
@@ -79,7 +79,7 @@ def operand_types(row, inputs):
 
 @triton.constexpr_function
 def log2_of_scale(row, inputs):
-    """log2 of the static scale of P, which puts a probability of 1 where the type it is rounded to reaches far down."""
+    """Return log2 of the static scale of P, which puts a probability of 1 high in the range of its type."""
     if row == 0 and inputs == tl.float16:
         return 15.0
     return 8.807354922057604 if row == 4 else 0.0  # log2(448)
@@ -94,7 +94,7 @@ def _packed_value(start, row, column, DIM: tl.constexpr):
 
 @triton.jit
 def _tile(base, start, stride, step, end, FIRST, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr):
-    """Rows from `start` and columns from FIRST of a matrix of `end` rows and DIM columns; zeros outside it."""
+    """Load rows from `start` and columns from FIRST of a matrix of `end` rows and DIM columns; zeros outside it."""
     row = tl.arange(0, ROWS)[:, None]
     column = FIRST + tl.arange(0, WIDTH)[None, :]
     if base.dtype.element_ty == tl.float8e4nv:
@@ -123,7 +123,7 @@ def _centred(
 
 @triton.jit
 def _rounded(x, TYPE: tl.constexpr):
-    """Saturating: a masked token may lie outside the range, and its inf times a probability of 0 would be NaN."""
+    """Cast with saturation: a masked token may be out of range, and inf times a probability of 0 is NaN."""
     x = x.to(tl.float32)
     if TYPE == tl.float16:
         x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
@@ -195,7 +195,7 @@ def _queries(
     query, start, q_s, q_d, queries, rank,
     FIRST, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Zero from the rank on, by the load alone: what follows a load can be multiplied from shared memory."""
+    """Load with zeros from the rank on: only what comes from a load is multiplied from shared memory."""
     row = tl.arange(0, ROWS)[:, None]
     column = FIRST + tl.arange(0, WIDTH)[None, :]
     at = query + tl.cast(start, tl.int64) * q_s + (row * q_s + column * q_d)

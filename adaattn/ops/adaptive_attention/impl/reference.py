@@ -61,7 +61,7 @@ def adaptive_attention(
 def attention_weights(
     query: Tensor, key: Tensor, rank: Tensor | None, attn_mask: Tensor | None, scale: float, is_causal: bool
 ) -> Tensor:
-    """Normalised probabilities (B, H, Sq, Sk) of the unrounded formula, at the plan's rank (None: full)."""
+    """Return probabilities (B, H, Sq, Sk) of the unrounded formula, at the plan's rank (None: full)."""
     compute = torch.promote_types(query.dtype, torch.float32)
     q = query.to(compute)
     if rank is not None:
@@ -73,7 +73,7 @@ def attention_weights(
 
 
 def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(score − row maximum) and its sum; zeros and 1 for a row that is -inf throughout."""
+    """Return exp(score − row maximum) and its sum; zeros and 1 for a row that is -inf throughout."""
     peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
     p = (scores - peak).exp()
     return p, p.sum(-1, keepdim=True).clamp_min(1)  # the maximum alone contributes exp(0) = 1

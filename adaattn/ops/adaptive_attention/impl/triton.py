@@ -96,7 +96,7 @@ def _width(head_dim: int) -> int:
 
 
 def padded(keys: Any) -> Any:
-    """Tokens for which packed e4m3 values have room."""
+    """Return the number of tokens for which packed e4m3 values have room."""
     return (keys + PADDING.value - 1) // PADDING.value * PADDING.value
 
 
@@ -245,7 +245,7 @@ def adaptive_attention(
 def scratch(
     dtype: torch.dtype, head_dim: int, capability: int, batch: Any, kv_heads: Any, keys: Any
 ) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
-    """Shapes and types of what `pack` writes: fp16 copies only of other types, e4m3 where it can be multiplied."""
+    """Return shapes and types of what `pack` writes: fp16 copies of other types, e4m3 where tensor cores have it."""
     tokens = (batch, kv_heads, keys)
     shapes = {"key8": ((*tokens, head_dim), torch.int8), "key_step": (tokens, torch.float32)}
     if has_fp8(capability):
