@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from adaattn.checks import as_bool, as_choice, as_float
 from adaattn.errors import ShapeError
-from adaattn.masks import attended_keys, causal_mask
+from adaattn.masks import attended_keys
 from adaattn.ops.adaptive_attention.api import as_scale, check_attention_inputs
 from adaattn.ops.adaptive_attention.ops import adaptive_attention as attention_op
 from adaattn.ops.dispatch import IMPLEMENTATIONS
@@ -73,7 +72,8 @@ def adaptive_attention(
         enable_gqa: allow fewer heads of key and value than of query.
         tolerance: accepted relative error (root mean square) of the output of a head.
         safety, precisions, low_rank: see `adaattn.planning.budget.Budget`.
-        impl: "auto" (Triton on CUDA, else the reference), "reference" or "triton".
+        impl: "auto" (Triton on CUDA, else SDPA at each head's rank, which rounds nothing), "reference", which emulates
+            the rounding, or "triton".
 
     Returns:
         (B, H, Sq, D), of the query's type. A query that may attend to nothing gives zeros.
@@ -141,26 +141,3 @@ def attend_by_plan(
     )
     return output
 
-
-def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
-) -> Tensor:
-    """Compute SDPA with a mask and causality together; a query that may attend to nothing gives zeros."""
-    gqa = query.shape[1] != key.shape[1]
-    if attn_mask is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa)
-    allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
-    if is_causal:
-        allowed = allowed & causal_mask(query.shape[2], key.shape[2], query.device)
-    some = allowed.any(-1, keepdim=True)
-    # A row without a key attends everywhere, so that no backend meets a softmax of nothing, and is zeroed after.
-    bias = allowed | ~some
-    if attn_mask.dtype != torch.bool:
-        lowest = torch.finfo(query.dtype).min
-        if torch.finfo(attn_mask.dtype).min < lowest:  # a finite value stays finite in a narrower type
-            attn_mask = attn_mask.clamp_min(lowest)
-        bias = torch.where(some, torch.where(allowed, attn_mask, -torch.inf), 0).to(query.dtype)
-    # Not every runtime broadcasts a mask over queries; here the expansion is a view.
-    bias = bias.expand(-1, -1, query.shape[2], key.shape[2])
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=gqa)
-    return torch.where(some, output, 0)

@@ -124,7 +124,15 @@ def measure(draw: tuple[Draw, Draw, Draw], attends: str, tokens: int, head_dim: 
     got = torch.cat(
         [  # a precision at a time: larger temporaries would cost more time than the arithmetic
             ops.adaptive_attention(
-                q.expand(-1, len(ranks), -1, -1), k, v, key.mean, value.channel_peak, *plan, mask, is_causal=causal
+                q.expand(-1, len(ranks), -1, -1),
+                k,
+                v,
+                key.mean,
+                value.channel_peak,
+                *plan,
+                mask,
+                is_causal=causal,
+                impl="reference",
             )
             for plan in zip(precision.split(len(ranks), 1), rank.split(len(ranks), 1), strict=True)
         ],

@@ -23,7 +23,7 @@ ARROWS = {
     "adaattn/planning": "checks errors heads",
     "adaattn/tensor_checks": "checks errors",
     "adaattn/masks": "errors tensor_checks",
-    "adaattn/ops": "checks errors heads planning tensor_checks",
+    "adaattn/ops": "checks errors heads masks planning tensor_checks",
     "adaattn/functional": "checks errors masks ops planning tensor_checks",
     "adaattn/attention": "checks errors functional heads input_spec masks ops planning tensor_checks",
     "adaattn/checkpoint": "adaattn archive attention checks errors input_spec system",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from adaattn.attention.base import AttentionBase
-from adaattn.functional import dense_attention
+from adaattn.ops.adaptive_attention.impl.dense import dense_attention
 
 
 class DenseAttention(AttentionBase):

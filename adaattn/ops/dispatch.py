@@ -34,7 +34,7 @@ def takes_triton(impl: str, x: Tensor) -> bool:
     if obstacle is None:
         return True
     if impl == "triton":
-        raise ConfigError(f"impl='triton' cannot run here: {obstacle}; impl='auto' takes the reference instead")
+        raise ConfigError(f"impl='triton' cannot run here: {obstacle}; impl='auto' computes without it")
     return False
 
 
@@ -67,7 +67,7 @@ def _missing_on(device: torch.device) -> str | None:
     if not _installed():
         # Not a choice anybody made, and some hundred times slower: say so, once a device.
         warnings.warn(
-            "triton is not installed: AdaAttn runs its reference on the GPU. pip install triton", stacklevel=2
+            "triton is not installed: AdaAttn computes its moments and plans by torch on the GPU. pip install triton", stacklevel=2
         )
         return "triton is not installed (pip install triton)"
     return None

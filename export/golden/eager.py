@@ -20,7 +20,7 @@ from adaattn.export.artifacts.arrays import Array
 from adaattn.export.artifacts.dtypes import dtype_name
 from adaattn.export.capture.captured import Captured
 from adaattn.export.golden.cases import Case
-from adaattn.export.golden.plan_mode import PlanCall, PlanMode, run_eager, to_double
+from adaattn.export.golden.plan_mode import PlanCall, PlanMode, reference, run_eager, to_double
 from adaattn.export.parity.criterion import (
     EXACT,
     OPERAND,
@@ -134,7 +134,7 @@ class EagerReference:
 
         def at(operands: Mapping[str, Any], rung: ForcedPlan) -> Tensor:
             precision, rank = rung.of_heads(given["precision"], given["query"].shape[3])
-            output: Tensor = torch.ops.adaattn.adaptive_attention(**{**operands, "precision": precision, "rank": rank})
+            output: Tensor = reference("adaptive_attention", **{**operands, "precision": precision, "rank": rank})
             return output
 
         found, whole = [], at(wide, ForcedPlan())

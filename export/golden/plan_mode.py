@@ -82,7 +82,7 @@ class PlanCall:
     def within(self, share: float) -> PlanPair:
         """Return the plans that the same moments make within a limit larger by a share."""
         limit = self.limit * (1 + share)
-        made = torch.ops.adaattn.plan(**self.moments, ladder=self.ladder, scale=self.scale, limit=limit)
+        made = reference("plan", **self.moments, ladder=self.ladder, scale=self.scale, limit=limit)
         return made[0], made[1]
 
 
@@ -149,11 +149,11 @@ class PlanMode(TorchDispatchMode):
             self.branched = True
             return func(*tree_map(self._within, args), **kwargs)
         if func is torch.ops.adaattn.token_moments.default:
-            moments = func(**_without_impl("token_moments", args, kwargs))
+            moments = reference("token_moments", **_bound("token_moments", args, kwargs))
             return tuple(self._perturbed_moments(x) for x in moments) if self._perturb_moments else moments
         if func is torch.ops.adaattn.plan.default:
-            given = _without_impl("plan", args, kwargs)
-            made = func(**given)
+            given = _bound("plan", args, kwargs)
+            made = reference("plan", **given)
             ladder, scale, limit = (given.pop(name) for name in ("ladder", "scale", "limit"))
             self._made.append(PlanCall(given, ladder, scale, limit, *made))
             return made
@@ -165,7 +165,7 @@ class PlanMode(TorchDispatchMode):
             return args[0].reshape(args[1])  # a captured program counts on the strides of torch's own attention
         if func is not torch.ops.adaattn.adaptive_attention.default:
             return self._perturbed(func, func(*args, **kwargs))
-        given = _without_impl("adaptive_attention", args, kwargs)
+        given = _bound("adaptive_attention", args, kwargs)
         self.planned.append(next((call for call in self._made if call.precision is given["precision"]), None))
         self.key_means.append(given["key_mean"])
         if self._keep:
@@ -175,7 +175,7 @@ class PlanMode(TorchDispatchMode):
         if self._perturb_qk:
             given |= self._perturbed_qk(given)
         self.plans.append((given["precision"], given["rank"]))
-        output: Tensor = self._perturbed(func, func(**given))
+        output: Tensor = self._perturbed(func, reference("adaptive_attention", **given))
         self.outputs.append(output if output.numel() <= LARGE else None)
         if self._measure:
             self.errors.append(_head_errors(output, **given))
@@ -236,11 +236,16 @@ class PlanMode(TorchDispatchMode):
         }
 
 
-def _without_impl(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call but `impl`: in float64 only the reference runs."""
+def _bound(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by their names, without `impl`: the reference computes all that is compared."""
     given = OPS[op].bound(args, kwargs)
     given.pop("impl", None)
     return given
+
+
+def reference(op: str, **given: Any) -> Any:
+    """Compute an op by its reference, which rounds as its plan says."""
+    return getattr(torch.ops.adaattn, op)(**given, impl="reference")
 
 
 def _move(x: Tensor, rounded: Tensor, integers: Tensor, generator: torch.Generator) -> Tensor:
@@ -384,21 +389,23 @@ def _head_errors(
     scale: float,
     is_causal: bool,
 ) -> HeadErrors:
-    ops = torch.ops.adaattn
     keys = attended_keys(attn_mask, key.shape[1])
     wanted = ((query, None, False), (key, keys, True), (value, keys, False))
-    q, k, v = (Moments(*ops.token_moments(x, mask, center)) for x, mask, center in wanted)
-    exact = ops.adaptive_attention(
-        query.double(),
-        key.double(),
-        value.double(),
-        key_mean,
-        value_peak,
-        torch.full_like(precision, FP32),
-        torch.full_like(rank, query.shape[3]),
-        attn_mask,
-        scale,
-        is_causal,
+    q, k, v = (
+        Moments(*reference("token_moments", x=x, key_mask=mask, center=center)) for x, mask, center in wanted
+    )
+    exact = reference(
+        "adaptive_attention",
+        query=query.double(),
+        key=key.double(),
+        value=value.double(),
+        key_mean=key_mean,
+        value_peak=value_peak,
+        precision=torch.full_like(precision, FP32),
+        rank=torch.full_like(rank, query.shape[3]),
+        attn_mask=attn_mask,
+        scale=scale,
+        is_causal=is_causal,
     )
     difference = (output.double() - exact).square().mean(dim=(2, 3)).sqrt()
     size = exact.square().mean(dim=(2, 3)).sqrt()

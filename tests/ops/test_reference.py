@@ -67,7 +67,8 @@ def moments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Momen
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("distribution", oracle.DISTRIBUTIONS)
-def test_error_stays_within_what_the_model_predicts(distribution: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_error_stays_within_what_the_model_predicts(impl: str, distribution: str, shape: tuple[int, ...]) -> None:
     batch, _, queries, keys, head_dim = shape
     precision, rank = every_plan(batch, head_dim)
     exact = (precision[0] == FP32) & (rank[0] == head_dim)
@@ -77,7 +78,8 @@ def test_error_stays_within_what_the_model_predicts(distribution: str, shape: tu
         mask = oracle.mask(kind, batch, 20, queries, keys)
         of_q, of_k, of_v = moments(q, k, v, mask)
         predicted = plan_of(precision, rank, of_q, of_k, of_v, head_dim**-0.5).predicted_error.double()
-        output = adaptive_attention(q, k, v, of_k.mean, of_v.channel_peak, precision, rank, mask, is_causal=causal)
+        plan = of_k.mean, of_v.channel_peak, precision, rank
+        output = adaptive_attention(q, k, v, *plan, mask, is_causal=causal, impl=impl)
         assert output.dtype == dtype
         assert output.isfinite().all(), f"{dtype}, {kind} mask, causal={causal}"
 
@@ -150,7 +152,7 @@ def test_rounding_is_that_of_the_specification(code: int, inputs: str) -> None:
     peak = v.abs().amax(2)
     rank = torch.arange(1, 21, dtype=torch.int32).clamp(max=head_dim).unsqueeze(0)
     mask = oracle.mask("biased", 1, 20, queries, keys)
-    output = adaptive_attention(q, k, v, mean, peak, torch.full_like(rank, code), rank, mask)
+    output = adaptive_attention(q, k, v, mean, peak, torch.full_like(rank, code), rank, mask, impl="reference")
     for h in range(20):
         operands = (oracle.array(x[0, h]) for x in (q, k, v, mean, peak))
         want = emulate(*operands, code, int(rank[0, h]), oracle.array(mask[0, h]))

@@ -44,7 +44,8 @@ def adaptive_attention(
         attn_mask: (B or 1, H or 1, Sq or 1, Sk or 1), boolean (True attends) or added to the scores.
         scale: softmax scale; 1/√D by default.
         is_causal: query i attends to keys j ≤ i, aligned at the top left.
-        impl: "auto" (Triton on CUDA, else the reference), "reference" or "triton".
+        impl: "auto" (Triton on CUDA, else SDPA at each head's rank, which rounds nothing), "reference", which emulates
+            the rounding, or "triton".
 
     Returns:
         (B, H, Sq, D), of the query's type.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaattn.heads import per_query_head
-from adaattn.ops.adaptive_attention.impl import reference
+from adaattn.ops.adaptive_attention.impl import dense, reference
 from adaattn.ops.dispatch import takes_triton
 from adaattn.ops.signatures import OPS
 
@@ -28,7 +28,7 @@ def adaptive_attention(
     impl: str = "auto",
 ) -> Tensor:
     """Attend as `adaattn.ops.adaptive_attention` says, without its checks."""
-    run = reference.adaptive_attention
+    run = dense.adaptive_attention if impl == "auto" else reference.adaptive_attention
     if takes_triton(impl, query):
         from adaattn.ops.adaptive_attention.impl import triton
 

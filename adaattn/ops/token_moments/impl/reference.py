@@ -24,6 +24,7 @@ def token_moments(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Ten
     about = torch.where(torch.full((1,), center, device=x.device), mean, 0)
     y = attended(x - about.unsqueeze(2))
     second_moment = y.square().sum(dim=2) / tokens
-    channel_peak = y.abs().amax(dim=2)
-    token_peak = y.abs().amax(dim=3).square().sum(dim=2) / tokens.squeeze(-1)
+    size = y.abs()
+    channel_peak = size.amax(dim=2)
+    token_peak = size.amax(dim=3).square().sum(dim=2) / tokens.squeeze(-1)
     return mean, second_moment, channel_peak, token_peak
