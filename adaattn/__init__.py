@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adaattn.encoder import Encoder
     from adaattn.errors import AdaAttnError
     from adaattn.functional import adaptive_attention
+    from adaattn.integrations.sdpa import adapt, adaptive_sdpa
 
 __version__ = "0.1.0"
 
@@ -31,7 +32,9 @@ _HOME = {
     "Conversion": "adaattn.conversion",
     "DenseAttention": "adaattn.attention.dense",
     "Encoder": "adaattn.encoder",
+    "adapt": "adaattn.integrations.sdpa",
     "adaptive_attention": "adaattn.functional",
+    "adaptive_sdpa": "adaattn.integrations.sdpa",
     "calibrate": "adaattn.calibration",
     "convert": "adaattn.conversion",
     "load": "adaattn.checkpoint",
@@ -46,7 +49,9 @@ __all__ = [
     "Conversion",
     "DenseAttention",
     "Encoder",
+    "adapt",
     "adaptive_attention",
+    "adaptive_sdpa",
     "calibrate",
     "convert",
     "load",

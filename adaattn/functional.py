@@ -99,11 +99,34 @@ def adaptive_attention(
     if key.shape[1] != query.shape[1] and not enable_gqa:
         raise ShapeError(f"query has {query.shape[1]} heads and key {key.shape[1]}; pass enable_gqa=True to share keys")
     scale = as_scale(scale, query.shape[-1])
+    return attend_within(budget, query, key, value, attn_mask, is_causal, scale, impl)[0]
+
+
+def attend_within(
+    budget: Budget,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    impl: str = "auto",
+) -> tuple[Tensor, Plan]:
+    """Return `adaptive_attention` of checked operands, and the plan that it followed."""
     table = ladder_table_for(budget, query.shape[-1], query.device)
     with torch.no_grad():  # a decision has no gradient
         moments = operand_moments(query, key, value, attn_mask, impl)
         plan = plan_within(budget, table, *moments, scale, impl)
-    return attend_by_plan(query, key, value, moments, plan, attn_mask, is_causal, scale, impl)
+    return attend_by_plan(query, key, value, moments, plan, attn_mask, is_causal, scale, impl), plan
+
+
+def in_autocast_type(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Return operands of float32 in the type of `torch.autocast` where that is on, as SDPA takes them."""
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return operands
+    low = torch.get_autocast_dtype(device)
+    return tuple(x.to(low) if x.dtype == torch.float32 else x for x in operands)
 
 
 def operand_moments(
@@ -140,4 +163,3 @@ def attend_by_plan(
         query, key, value, k.mean, v.channel_peak, plan.precision, plan.rank, attn_mask, scale, is_causal, impl
     )
     return output
-

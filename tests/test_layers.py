@@ -30,7 +30,7 @@ ARROWS = {
     "adaattn/conversion": "attention checks errors parameters planning",
     "adaattn/encoder": "attention checks input_spec planning",
     "adaattn/calibration": "attention checkpoint checks errors masks parameters planning",
-    "adaattn/integrations": "calibration checks errors functional masks planning",
+    "adaattn/integrations": "calibration checks errors functional masks ops planning tensor_checks",
     "plugins/native": "onnx_file op_variants plugins ptx",
     "plugins/python": "op_variants plugins ptx",
     "export/engines": "artifacts",

@@ -45,7 +45,7 @@ def call(module: nn.Module, x: Tensor = X) -> Tensor:
 
 
 def plans(module: nn.Module) -> list[object]:
-    return [m._plan_counts.tolist() for m in module.modules() if isinstance(m, PlannedAttention)]
+    return [m._statistics.counts.tolist() for m in module.modules() if isinstance(m, PlannedAttention)]
 
 
 def on_meta(make: Make) -> nn.Module:

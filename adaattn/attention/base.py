@@ -24,11 +24,8 @@ from adaattn.ops.plan.api import plan_within
 from adaattn.planning.budget import POLICIES, Budget, as_tolerance, resolve_tolerance
 from adaattn.planning.error_model import Moments, Plan
 from adaattn.planning.ladder import ladder_table_for
-from adaattn.planning.precision import PRECISIONS
+from adaattn.planning.statistics import PlanStatistics
 from adaattn.tensor_checks import check_device, check_float, check_tensor
-
-# Statistics are integers, which `.half()` leaves alone: errors count in units far below float32's own rounding.
-ERROR_UNIT, ERROR_END = 2.0**-40, 2**62
 
 
 class AttentionBase(nn.Module, ABC):
@@ -179,8 +176,7 @@ class PlannedAttention(AttentionBase):
 
     # Statistics are no buffers: they belong to this run, and what treats buffers as part of the model (`to_empty`,
     # `type`, the broadcasts of DistributedDataParallel) would spoil them.
-    _plan_counts: Tensor  # (H, precisions, D + 1): plans so far
-    _largest_error: Tensor  # (H,): largest predicted error so far, in units of ERROR_UNIT
+    _statistics: PlanStatistics
     low_rank = True  # whether this class cuts the rank
 
     def __init__(
@@ -206,9 +202,7 @@ class PlannedAttention(AttentionBase):
         resolve_tolerance(tolerance, policy)
         checked = Budget(POLICIES["balanced"], safety, precisions, self.low_rank)
         self.safety, self.precisions = checked.safety, checked.precisions
-        size = (num_heads, len(PRECISIONS), self.head_dim + 1)
-        self._plan_counts = torch.zeros(size, dtype=torch.int64, device="cpu")
-        self._largest_error = torch.zeros(num_heads, dtype=torch.int64, device="cpu")
+        self._statistics = PlanStatistics(num_heads, self.head_dim)
 
     @property
     def budget(self) -> Budget | None:
@@ -244,36 +238,20 @@ class PlannedAttention(AttentionBase):
             plan = self._make_plan(*moments, q.dtype)
         output = attend_by_plan(q, k, v, moments, plan, mask, self.causal, self.scale)
         if not torch.compiler.is_exporting() and q.shape[0] and not q.is_meta:
-            self._record(plan)
+            self._statistics.record(plan)
         return output, plan.rank
-
-    def _record(self, plan: Plan) -> None:
-        self._move_statistics(plan.rank.device)
-        place = plan.precision * (self.head_dim + 1) + plan.rank
-        self._plan_counts.view(self.num_heads, -1).scatter_add_(
-            1, place.T.long(), self._plan_counts.new_ones(1, 1).expand(place.T.shape)
-        )
-        error = (plan.predicted_error.amax(0) / ERROR_UNIT).clamp(max=ERROR_END).long()
-        self._largest_error.copy_(torch.maximum(self._largest_error, error))
-
-    def _move_statistics(self, device: torch.device) -> None:
-        if self._plan_counts.device != device:
-            with torch.inference_mode(False):  # they are written outside of it, too
-                self._plan_counts = self._plan_counts.to(device)
-                self._largest_error = self._largest_error.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the statistics with the weights: `to`, `cuda`, `to_empty` and their like call this."""
         super()._apply(fn, recurse)
         weight = self.q_proj.weight
         if isinstance(weight, Tensor) and not weight.is_meta:
-            self._move_statistics(weight.device)
+            self._statistics.move(weight.device)
         return self
 
     def reset_statistics(self) -> None:
         """Forget all plans so far."""
-        self._plan_counts.zero_()
-        self._largest_error.zero_()
+        self._statistics.reset()
 
     def get_precision_statistics(self) -> dict[str, object]:
         """Return how often each precision was chosen since the last reset. Reading waits for the device.
@@ -282,13 +260,7 @@ class PlannedAttention(AttentionBase):
             `plans`, the number of (batch, head) plans; `share`, of each precision; `per_head`, a list of such shares;
             `predicted_error`, the largest predicted relative error of each head.
         """
-        counts = self._plan_counts.sum(-1).cpu()
-        return {
-            "plans": int(counts.sum()),
-            "share": _shares(counts.sum(0)),
-            "per_head": [_shares(head) for head in counts],
-            "predicted_error": self._predicted_errors(),
-        }
+        return self._statistics.precisions()
 
     def get_rank_statistics(self) -> dict[str, object]:
         """Return which ranks were chosen since the last reset. Reading waits for the device.
@@ -297,20 +269,7 @@ class PlannedAttention(AttentionBase):
             `plans`, the number of (batch, head) plans; `head_dim`; `mean_rank`; `per_head`, the mean rank of each head;
             `low_rank_share`, the share of plans below head_dim; `predicted_error` as in `get_precision_statistics`.
         """
-        counts = self._plan_counts.sum(1).cpu()
-        ranks = torch.arange(self.head_dim + 1)
-        plans = int(counts.sum())
-        return {
-            "plans": plans,
-            "head_dim": self.head_dim,
-            "mean_rank": float((counts.sum(0) * ranks).sum()) / max(plans, 1),
-            "per_head": ((counts * ranks).sum(1) / counts.sum(1).clamp_min(1)).tolist(),
-            "low_rank_share": float(counts[:, :-1].sum()) / max(plans, 1),
-            "predicted_error": self._predicted_errors(),
-        }
-
-    def _predicted_errors(self) -> list[float]:
-        return [float("inf") if n >= ERROR_END else n * ERROR_UNIT for n in self._largest_error.tolist()]
+        return self._statistics.ranks()
 
 
 def check_tokens(name: str, x: Tensor, width: int, layer: nn.Module) -> None:
@@ -330,8 +289,3 @@ def check_tokens(name: str, x: Tensor, width: int, layer: nn.Module) -> None:
     if x.device != weight.device and "forward" not in vars(layer) and not layer._forward_pre_hooks:
         hint = "; load or initialise its weights first" if weight.is_meta else ""
         raise DeviceError(f"{name} is on {x.device} and the module on {weight.device}; move them to one device{hint}")
-
-
-def _shares(counts: Tensor) -> dict[str, float]:
-    total = max(int(counts.sum()), 1)
-    return {name: int(count) / total for name, count in zip(PRECISIONS, counts, strict=True)}

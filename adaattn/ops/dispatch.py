@@ -67,7 +67,8 @@ def _missing_on(device: torch.device) -> str | None:
     if not _installed():
         # Not a choice anybody made, and some hundred times slower: say so, once a device.
         warnings.warn(
-            "triton is not installed: AdaAttn computes its moments and plans by torch on the GPU. pip install triton", stacklevel=2
+            "triton is not installed: on the GPU AdaAttn makes its plans by torch, slowly. pip install triton",
+            stacklevel=2,
         )
         return "triton is not installed (pip install triton)"
     return None

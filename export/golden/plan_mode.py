@@ -391,9 +391,7 @@ def _head_errors(
 ) -> HeadErrors:
     keys = attended_keys(attn_mask, key.shape[1])
     wanted = ((query, None, False), (key, keys, True), (value, keys, False))
-    q, k, v = (
-        Moments(*reference("token_moments", x=x, key_mask=mask, center=center)) for x, mask, center in wanted
-    )
+    q, k, v = (Moments(*reference("token_moments", x=x, key_mask=mask, center=center)) for x, mask, center in wanted)
     exact = reference(
         "adaptive_attention",
         query=query.double(),

@@ -283,7 +283,7 @@ def test_statistics_count_since_the_last_reset() -> None:
     )
     module.reset_statistics()
     assert module.get_precision_statistics()["predicted_error"] == [0.0] * H
-    assert not set(module.state_dict()) & {"_plan_counts", "_largest_error", "_ladder"}  # of no run but its own
+    assert not set(module.state_dict()) & {"_statistics", "_statistics.counts", "_ladder"}  # of no run but its own
 
 
 @pytest.mark.parametrize("make", [AdaptiveAttention, AdaptivePrecisionAttention, AdaptiveRankAttention])

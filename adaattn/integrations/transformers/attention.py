@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adaattn.errors import ConfigError
-from adaattn.functional import adaptive_attention, chooses_as_exported
+from adaattn.functional import adaptive_attention, chooses_as_exported, in_autocast_type
 from adaattn.integrations.transformers.registry import SETTING
 from adaattn.planning.budget import Budget
 
@@ -100,10 +100,7 @@ def attend(
         else:  # a prompt in a static cache, whose end is still empty
             key, value = key[:, :, : sizes[0]], value[:, :, : sizes[0]]
             position_bias = None if position_bias is None else position_bias[..., : sizes[0]]
-    device = query.device.type
-    if torch.is_autocast_enabled(device):  # rotary embedding leaves q and k in float32
-        low = torch.get_autocast_dtype(device)
-        query, key, value = (x.to(low) if x.dtype == torch.float32 else x for x in (query, key, value))
+    query, key, value = in_autocast_type(query, key, value)  # rotary embedding leaves q and k in float32
     output = adaptive_attention(
         query,
         key,

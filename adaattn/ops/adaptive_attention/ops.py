@@ -33,7 +33,8 @@ def adaptive_attention(
         from adaattn.ops.adaptive_attention.impl import triton
 
         run = triton.adaptive_attention
-    return run(query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal)
+    with torch.autocast(query.device.type, enabled=False):  # the plan alone says what may be rounded
+        return run(query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal)
 
 
 @adaptive_attention.register_fake
