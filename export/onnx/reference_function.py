@@ -92,6 +92,9 @@ class Value:
     def __rtruediv__(self, x: float) -> Value:
         return self._binary("Div", x, self)
 
+    def __neg__(self) -> Value:
+        return self.record("Neg", self)
+
     def __floordiv__(self, x: Value | int) -> Value:
         return self._binary("Div", self, x)
 

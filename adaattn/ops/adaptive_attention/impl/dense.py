@@ -25,10 +25,13 @@ def adaptive_attention(
     is_causal: bool,
 ) -> Tensor:
     """Compute attention at each head's rank; see `adaattn.ops.adaptive_attention`."""
-    kept = torch.arange(query.shape[3], device=query.device) < rank[:, :, None, None]
+    head_dim = query.shape[3]
+    if query.device.type != "cpu" or bool((rank < head_dim).any()):  # a question costs a GPU more than the copy
+        kept = torch.arange(head_dim, device=query.device) < rank[:, :, None, None]
+        query = torch.where(kept, query, 0)
     # No plan allows the rounding of 16-bit kernels, whose probabilities are of the type of the inputs.
     compute = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(compute) for x in (torch.where(kept, query, 0), key, value))
+    q, k, v = (x.to(compute) for x in (query, key, value))
     return dense_attention(q, k, v, attn_mask, is_causal, scale).to(query.dtype)
 
 

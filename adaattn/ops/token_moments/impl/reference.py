@@ -19,12 +19,17 @@ def token_moments(x: Tensor, key_mask: Tensor | None, center: bool) -> tuple[Ten
     def attended(y: Tensor) -> Tensor:
         return y if key_mask is None else torch.where(key_mask, y, 0)
 
-    mean = attended(x).sum(dim=2) / tokens
-    # A tensor decides, not a branch: an ONNX function learns `center` from the node that calls it.
-    about = torch.where(torch.full((1,), center, device=x.device), mean, 0)
-    y = attended(x - about.unsqueeze(2))
+    y = attended(x)
+    mean = y.sum(dim=2) / tokens
+    if center is not False:  # an ONNX function learns it from the node that calls it: there a tensor decides
+        about = torch.where(torch.full((1,), center, device=x.device), mean, 0)
+        y = attended(x - about.unsqueeze(2))
     second_moment = y.square().sum(dim=2) / tokens
-    size = y.abs()
-    channel_peak = size.amax(dim=2)
-    token_peak = size.amax(dim=3).square().sum(dim=2) / tokens.squeeze(-1)
+    channel_peak = _peak(y, 2)
+    token_peak = _peak(y, 3).square().sum(dim=2) / tokens.squeeze(-1)
     return mean, second_moment, channel_peak, token_peak
+
+
+def _peak(x: Tensor, dim: int) -> Tensor:
+    """Return the largest magnitude along a dimension, without the copy of x that `abs` makes."""
+    return torch.maximum(x.amax(dim=dim), -x.amin(dim=dim))
