@@ -43,3 +43,15 @@ def attended_keys(mask: Tensor | None, kv_heads: int) -> Tensor | None:
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """Return a boolean mask (Sq, Sk) by which query i attends to keys j ≤ i."""
     return torch.arange(keys, device=device) <= torch.arange(queries, device=device).unsqueeze(1)
+
+
+def with_four_axes(x: Tensor) -> Tensor:
+    """Return (…, H, S, D) as (B, H, S, D): (S, D) has one head, and (H, S, D) one batch entry."""
+    return x[(None,) * (4 - x.dim())] if x.dim() <= 4 else x.flatten(0, -4)
+
+
+def mask_with_four_axes(mask: Tensor, query: Tensor) -> Tensor:
+    """Return a mask that broadcasts to (…, H, Sq, Sk) as one that broadcasts to (B, H, Sq, Sk)."""
+    if query.dim() <= 4 or mask.dim() <= 3:
+        return mask[(None,) * (4 - mask.dim())]
+    return mask.expand(*query.shape[:-3], *mask.shape[-3:]).flatten(0, -4)

@@ -7,7 +7,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from adaattn.checks import (
     check_instance,
     check_mapping,
 )
-from adaattn.errors import TargetError
+from adaattn.errors import ConfigError, TargetError
 from adaattn.export.artifacts import folder, manifest
 from adaattn.export.artifacts.arrays import Array
 from adaattn.export.artifacts.report import FAILED, Package, Report, TargetResult, artifacts
@@ -37,6 +38,7 @@ from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.prepare import calibrate_copy, capture, engine_profile, split_inputs
 from adaattn.export.report import summary
 from adaattn.export.report.html import render
+from adaattn.export.rewrite.program import ADAPTIVE, Rewritten, rewrite
 from adaattn.export.serving import ep_context, triton_server
 from adaattn.export.sources.source import usable
 from adaattn.export.verification import verify
@@ -135,6 +137,11 @@ def export(
         with clock.stage("capture"):
             captured, module = capture(model, specs, examples, sizes, options, notes)
             notes += captured.notes
+        with clock.stage("attention"):
+            captured = cases.settle(captured, notes) if options.verify else captured
+            known = partial(cases.proof, captured)
+            captured, attentions = rewrite(captured, options.tolerance, known, replan=module is None)
+            _refuse_without_attention(attentions, options)
             profiles = [engine_profile(captured, narrower) for narrower in options.chosen_profiles()]
         with clock.stage("onnx"):
             lowered = _lower(captured, options)
@@ -154,7 +161,6 @@ def export(
         unproven: list[str] = []
         if options.verify:
             with clock.stage("eager"):
-                captured = cases.settle(captured, notes)
                 reference = EagerReference(captured)
                 expected, goldens, layers = _eager(captured, reference, lowered, module, staged, notes)
                 unproven = [*cases.unproven(captured), *disagreements(goldens)]
@@ -176,6 +182,7 @@ def export(
                 targets=[replace(target, seconds=clock.seconds[target.name]) for target in targets],
                 serving=serving,
                 layers=layers,
+                attentions=[asdict(each) for each in attentions],
                 seconds=clock.seconds,
                 calibration=None if calibrated is None else summary.calibration(calibrated),
                 tokens={want.case.name: cases.length(want.case, captured) for want in expected},
@@ -184,6 +191,19 @@ def export(
             (staged / "report.html").write_text(render(report), encoding="utf-8")
             manifest.write_manifest(staged, report)
     return Result(out, report, staging.leftover)
+
+
+def _refuse_without_attention(attentions: Sequence[Rewritten], options: Options) -> None:
+    """Raise ConfigError where a tolerance has nothing to act on."""
+    if options.tolerance is None or any(each.became == ADAPTIVE for each in attentions):
+        return
+    reasons = "; ".join(f"{each.path}: {each.reason}" for each in attentions[:3])
+    more = f", and {len(attentions) - 3} more" if len(attentions) > 3 else ""
+    raise ConfigError(
+        f"--tolerance applies to attention, and no attention of the model can be adaptive: {reasons}{more}"
+        if attentions
+        else "--tolerance applies to attention, and the model has none"
+    )
 
 
 class _Clock:

@@ -82,9 +82,8 @@ def capture(
     if isinstance(model, ExportedProgram):
         if examples:
             raise ConfigError("a program has its own example inputs; give specifications, such as ids=B,S:int64<30522")
-        for name, given in (("--dtype", options.dtype), ("--tolerance", options.tolerance)):
-            if given:
-                raise ConfigError(f"{name} cannot change a program that is captured already; capture it anew with it")
+        if options.dtype:
+            raise ConfigError("--dtype cannot change a program that is captured already; capture it anew with it")
         _warn_of_weights({**model.state_dict, **model.constants}, notes)
         return with_specs(capture_program(model, sizes), specs), None
     elsewhere = any(x.device.type != "cpu" for x in model.state_dict().values() if isinstance(x, Tensor))
@@ -100,18 +99,14 @@ def capture(
 
 def _set_tolerance(model: nn.Module, tolerance: float, notes: list[str]) -> None:
     """Set the tolerance of all adaptive attention in a model."""
-    changed = len(registry.configs_of(model))
-    if changed:
+    if registry.configs_of(model):
         integration.set_tolerance(model, tolerance)
     for name, module in model.named_modules():
         if isinstance(module, PlannedAttention):
             try:
                 module.set_tolerance(tolerance)
-                changed += 1
             except ConfigError as error:
                 notes.append(f"{name or type(module).__name__} keeps its plan: {error}")
-    if not changed:
-        raise ConfigError("--tolerance applies only to adaptive attention, and the model has none")
 
 
 def _warn_of_weights(state: Mapping[str, Any], notes: list[str]) -> None:

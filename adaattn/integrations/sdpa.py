@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from adaattn.checks import as_choice, check_instance
 from adaattn.errors import ConfigError
 from adaattn.functional import attend_within, in_autocast_type
+from adaattn.masks import mask_with_four_axes, with_four_axes
 from adaattn.ops.adaptive_attention.api import as_scale
 from adaattn.ops.dispatch import IMPLEMENTATIONS, LARGEST_HEAD_DIM
 from adaattn.planning.budget import Budget
@@ -238,8 +239,8 @@ class AdaptiveSDPA(TorchFunctionMode):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        q, k, v = (_with_four_axes(x) for x in in_autocast_type(query, key, value))
-        mask = None if attn_mask is None else _mask_with_four_axes(attn_mask, query)
+        q, k, v = (with_four_axes(x) for x in in_autocast_type(query, key, value))
+        mask = None if attn_mask is None else mask_with_four_axes(attn_mask, query)
         factor = as_scale(scale, query.shape[-1])
         output, plan = attend_within(self.budget, q, k, v, mask, is_causal, factor, self.impl)
         if counts:
@@ -392,18 +393,6 @@ def _refusal(
     if mask is not None and mask.dim() > max(axes, 2):
         return "a mask with more axes than the queries"
     return None
-
-
-def _with_four_axes(x: Tensor) -> Tensor:
-    """Return (…, H, S, D) as (B, H, S, D): (S, D) has one head, and (H, S, D) one batch entry."""
-    return x[(None,) * (4 - x.dim())] if x.dim() <= 4 else x.flatten(0, -4)
-
-
-def _mask_with_four_axes(mask: Tensor, query: Tensor) -> Tensor:
-    """Return a mask that broadcasts to (…, H, Sq, Sk) as one that broadcasts to (B, H, Sq, Sk)."""
-    if query.dim() <= 4 or mask.dim() <= 3:
-        return mask[(None,) * (4 - mask.dim())]
-    return mask.expand(*query.shape[:-3], *mask.shape[-3:]).flatten(0, -4)
 
 
 def _place() -> Place:

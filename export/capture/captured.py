@@ -53,8 +53,9 @@ class Captured:
     """A program and what is known about it.
 
     `eager` is the model itself where there is one: what every backend must agree with. `in_double` makes a copy of it
-    with float64 weights. `sizes` says which of the sizes within `dims` the model takes; `notes` is what the user should
-    know of the capture.
+    with float64 weights. Where attention was replaced, both are of the program, and `original` makes the float64 copy
+    of the model. `sizes` says which of the sizes within `dims` the model takes; `notes` is what the user should know of
+    the capture.
     """
 
     model_name: str
@@ -68,6 +69,7 @@ class Captured:
     sizes: Sizes
     written: tuple[str, ...] = ()  # inputs that forward writes into: their new values are the last outputs
     notes: tuple[str, ...] = ()
+    original: Callable[[], Callable[..., Any]] | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -70,6 +70,35 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
         if len(tensors) == len(inputs):
             example = {item.name: x for item, x in zip(inputs, tensors, strict=True)}
     inputs = with_limits(inputs, program, example)
+    eager, in_double = eager_of(program, module, inputs)
+    found = Sizes(sizes, conditions(program, used), _example_sizes(inputs, example))
+    fitted = found.fitted()
+    for symbol, size in fitted.items():
+        notes += diagnostics.check_fitted(size, sizes[symbol], symbol in dims)
+    found = replace(found, dims=fitted)
+    notes += found.gaps()
+    return Captured(
+        "ExportedProgram",
+        program,
+        eager,
+        in_double,
+        inputs,
+        fitted,
+        output_names,
+        example,
+        found,
+        notes=tuple(notes),
+    )
+
+
+def eager_of(
+    program: ExportedProgram, module: nn.Module, inputs: Sequence[CapturedInput]
+) -> tuple[Callable[..., Any], Callable[[], Callable[..., Any]]]:
+    """Return what calls a program's module with its inputs by name, and what makes the same of a float64 copy.
+
+    Raises:
+        ConfigError: the program takes inputs that are not tensors.
+    """
     structure = program.call_spec.in_spec
     if structure is None or structure.num_leaves != len(inputs):
         raise ConfigError("the program takes inputs that are not tensors; capture it with tensors alone")
@@ -81,24 +110,8 @@ def capture_program(program: ExportedProgram, dims: Mapping[str, Dimension]) -> 
 
         return call
 
-    found = Sizes(sizes, conditions(program, used), _example_sizes(inputs, example))
-    fitted = found.fitted()
-    for symbol, size in fitted.items():
-        notes += diagnostics.check_fitted(size, sizes[symbol], symbol in dims)
-    found = replace(found, dims=fitted)
-    notes += found.gaps()
-    return Captured(
-        "ExportedProgram",
-        program,
-        callable_of(module),
-        lambda: callable_of(copy.deepcopy(module).double()),  # its parameters are the program's own
-        inputs,
-        fitted,
-        output_names,
-        example,
-        found,
-        notes=tuple(notes),
-    )
+    # Its parameters are the program's own: only a copy is changed.
+    return callable_of(module), lambda: callable_of(copy.deepcopy(module).double())
 
 
 def _example_sizes(inputs: Sequence[CapturedInput], example: Mapping[str, Tensor] | None) -> dict[str, int]:

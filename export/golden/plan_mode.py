@@ -94,6 +94,7 @@ class PlanMode(TorchDispatchMode):
         dtype: the model's own type. Where the program takes a number from the limits of its type (torch.finfo), float64
             computes with those of this one.
         plans: replay these, one a call, instead of the plans that the program makes.
+        exact: set all plans aside: fp32 at full rank.
         measure: compare each call with exact attention on its own operands.
         perturb_moments: move all moments by this share first, to see which plans hang on their last digits.
         tilt: move the first dimensions so and the last ones the other way.
@@ -113,6 +114,7 @@ class PlanMode(TorchDispatchMode):
         double: bool = False,
         dtype: torch.dtype | None = None,
         plans: Sequence[PlanPair] | None = None,
+        exact: bool = False,
         measure: bool = False,
         perturb_moments: float = 0.0,
         tilt: bool = False,
@@ -131,6 +133,7 @@ class PlanMode(TorchDispatchMode):
         self._made: list[PlanCall] = []
         self.errors: list[HeadErrors] = []
         self.outputs: list[Tensor | None] = []
+        self._exact = exact
         self._replay, self._measure, self._perturb_moments, self._tilt = plans, measure, perturb_moments, tilt
         self.branched = False
         self.double = double
@@ -170,6 +173,9 @@ class PlanMode(TorchDispatchMode):
         self.key_means.append(given["key_mean"])
         if self._keep:
             self.calls.append(dict(given))
+        if self._exact:
+            given["precision"] = torch.full_like(given["precision"], FP32)
+            given["rank"] = torch.full_like(given["rank"], given["query"].shape[3])
         if self._replay is not None:
             given["precision"], given["rank"] = self._replay[len(self.plans)]
         if self._perturb_qk:
