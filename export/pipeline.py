@@ -38,7 +38,7 @@ from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.prepare import calibrate_copy, capture, engine_profile, split_inputs
 from adaattn.export.report import summary
 from adaattn.export.report.html import render
-from adaattn.export.rewrite.program import ADAPTIVE, Rewritten, rewrite
+from adaattn.export.rewrite.program import ADAPTIVE, Rewritten, departures, rewrite
 from adaattn.export.serving import ep_context, triton_server
 from adaattn.export.sources.source import usable
 from adaattn.export.verification import verify
@@ -162,8 +162,8 @@ def export(
         if options.verify:
             with clock.stage("eager"):
                 reference = EagerReference(captured)
-                expected, goldens, layers = _eager(captured, reference, lowered, module, staged, notes)
-                unproven = [*cases.unproven(captured), *disagreements(goldens)]
+                expected, goldens, layers = _eager(captured, reference, lowered, module, staged, options, notes)
+                unproven = [*cases.unproven(captured), *disagreements(goldens), *departures(captured)]
             targets = _verify(targets, goldens, _exact_at(reference, expected, lowered), staged, options, clock)
             targets = verify.withhold(targets, unproven)
         else:
@@ -265,6 +265,7 @@ def _eager(
     lowered: lower.Lowered,
     module: nn.Module | None,
     staged: Path,
+    options: Options,
     notes: list[str],
 ) -> tuple[list[Expected], list[GoldenCase], list[dict[str, Any]]]:
     """Run eager PyTorch on all cases and write golden.npz and trace.npz; return what a verdict and the report need."""
@@ -279,7 +280,7 @@ def _eager(
     golden_case.save(staged / "golden.npz", goldens)
     trace = record_nodes.record(reference, lowered, cases.small(captured), names)
     golden_case.save(staged / "trace.npz", trace)
-    return expected, goldens, attention_statistics.attention_statistics(names, expected, module)
+    return expected, goldens, attention_statistics.attention_statistics(names, expected, module, options.tolerance)
 
 
 def _exact_at(reference: EagerReference, expected: Sequence[Expected], lowered: lower.Lowered) -> compare.ExactAt:

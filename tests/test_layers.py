@@ -40,12 +40,13 @@ ARROWS = {
     "export/golden": "artifacts capture onnx parity",
     "export/options": "engines onnx",
     "export/report": "artifacts capture parity",
+    "export/rewrite": "capture golden",
     "export/runtime": "artifacts engines",
     "export/serving": "engines",
     "export/prepare": "artifacts capture engines options",
     "export/verification": "artifacts engines parity runtime",
     "export/pipeline": (
-        "artifacts capture engines golden onnx options parity prepare report serving sources verification"
+        "artifacts capture engines golden onnx options parity prepare report rewrite serving sources verification"
     ),
     "export/testing": "export verification",
     "export/cli": "artifacts engines options pipeline report runtime sources verification",

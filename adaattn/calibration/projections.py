@@ -92,7 +92,8 @@ def register_matcher(matcher: AttentionMatcher) -> None:
     Example:
         >>> register_matcher(lambda module: "it is rotary" if type(module).__name__ == "LlamaAttention" else None)
     """
-    _matchers.append(matcher)
+    if matcher not in _matchers:
+        _matchers.append(matcher)
 
 
 def find_projections(model: nn.Module) -> dict[str, QueryKeyProjections | str]:

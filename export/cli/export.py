@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -327,6 +328,8 @@ def _export(
         )
         on_stage("load")
         source = load(model, weights, allow_pickle)
+        if options.tolerance is None and source.tolerance is not None:
+            options = replace(options, tolerance=source.tolerance)
         described = {spec.name: spec for spec in source.inputs} | inputs
         used = {size for spec in described.values() for size in spec.shape}
         saved = {dim.name: dim for dim in source.dims if dim.name in used}

@@ -15,9 +15,16 @@ from adaattn.planning.precision import PRECISIONS
 
 
 def attention_statistics(
-    names: Sequence[str], expected: Sequence[Expected], module: nn.Module | None
+    names: Sequence[str], expected: Sequence[Expected], module: nn.Module | None, asked: float | None
 ) -> list[dict[str, Any]]:
-    """Return each planned attention's usual precision, mean rank and worst errors of each head over all cases."""
+    """Return each planned attention's usual precision, mean rank and worst errors of each head over all cases.
+
+    Args:
+        names: of the planned attentions.
+        expected: the cases.
+        module: that was captured, if any.
+        asked: the tolerance of the export, if one was given.
+    """
     found = []
     for index, name in enumerate(names):
         modes = [want.mode for want in expected if len(want.mode.plans) == len(names)]
@@ -31,6 +38,7 @@ def attention_statistics(
             tolerance = attention.budget.tolerance if attention.budget is not None else None
         else:
             tolerance = tolerance_of(attention) if attention is not None else None
+            tolerance = asked if asked is not None else tolerance
         found.append(
             {
                 "name": name,

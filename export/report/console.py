@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -58,6 +59,8 @@ def print_report(report: Mapping[str, Any], where: str) -> None:
                 f"{target['name']}: {plans['differ']} of {plans['heads']} plans differ from eager's, "
                 f"{plans['excused']} of them within rounding of their limit"
             )
+    for line in attentions_text(report.get("attentions", [])):
+        console.print(one_line(f"attention: {line}"), style="dim", soft_wrap=True)
     for package in report.get("serving", []):  # reports of 0.1.0 have none
         said = f"written; {package['command']}" if package["artifacts"] else "not written: the engine was not built"
         console.print(one_line(f"serve {package['name']}: {said}"), style="dim", soft_wrap=True)
@@ -74,3 +77,28 @@ def _share(row: Mapping[str, Any]) -> float:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1e}"
+
+
+def attentions_text(attentions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return lines on the attentions of a model: how many became one op, and which did not and why.
+
+    Example:
+        >>> attentions_text([{"path": "encoder.0", "became": "adaptive_attention", "reason": None}])
+        ['1 of 1 attentions are adaptive']
+    """
+    if not attentions:
+        return []
+    made = Counter(each["became"] for each in attentions)
+    adaptive = made["adaptive_attention"]
+    if adaptive:
+        lines = [f"{adaptive} of {len(attentions)} attentions are adaptive"]
+    else:
+        lines = [f"{made.total() - made[None]} of {len(attentions)} attentions are scaled_dot_product_attention"]
+    left: dict[str, list[str]] = {}
+    for each in attentions:
+        if each["became"] is None:
+            left.setdefault(each["reason"], []).append(each["path"])
+    for reason, paths in left.items():
+        shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        lines.append(f"{shown} as before: {reason}")
+    return lines

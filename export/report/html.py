@@ -68,7 +68,7 @@ def render(report: dict[str, Any]) -> str:
     calibration = report["calibration"] or None
     histograms, scatter, lengths, energy = _figures(targets, rows, tokens, calibration)
     return environment.get_template("report.html.jinja").render(
-        {"serving": []} | {key: [] if value is None else value for key, value in report.items()},
+        {"serving": [], "attentions": []} | {key: [] if value is None else value for key, value in report.items()},
         sentence=_sentence(targets),
         worst=[max(target["outputs"] or [], key=_badness, default=None) for target in targets],
         histograms=histograms,

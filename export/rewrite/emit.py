@@ -20,7 +20,7 @@ from adaattn.planning.budget import Budget
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]
 
 
-class NotExpressible(Exception):
+class NotExpressibleError(Exception):
     """The op does not compute what a site does."""
 
 
@@ -31,7 +31,7 @@ def write(graph: Graph, site: Site, budget: Budget | None) -> Node:
         budget: of adaptive attention; None for `scaled_dot_product_attention`.
 
     Raises:
-        NotExpressible: the op cannot compute it.
+        NotExpressibleError: the op cannot compute it.
     """
     operands = list(dict.fromkeys(_operands(site)))
     traced = _traced(site, budget, operands)
@@ -44,7 +44,7 @@ def write(graph: Graph, site: Site, budget: Budget | None) -> Node:
             elif node.op == "output":
                 made = copies[node.args[0]]
             elif node.op == "get_attr":
-                raise NotExpressible("it needs a constant that the program has not")
+                raise NotExpressibleError("it needs a constant that the program has not")
             else:
                 copies[node] = graph.node_copy(node, lambda x: copies[x])
                 _describe(copies[node], site.node)
@@ -91,7 +91,7 @@ def _within(budget: Budget) -> Attend:
 
 def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     if mask is not None and is_causal:
-        raise NotExpressible("scaled_dot_product_attention takes a mask or causality, not both")
+        raise NotExpressibleError("scaled_dot_product_attention takes a mask or causality, not both")
     gqa = q.shape[1] != k.shape[1]
     if mask is not None:
         mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
@@ -107,15 +107,15 @@ def _compute(site: Site, values: Mapping[Node, Any], attend: Attend) -> Tensor:
         for node, order in ((site.query, of_query), (site.key, of_key), (site.value, of_value))
     )
     if len({q.dtype, k.dtype, v.dtype}) > 1 or not q.is_floating_point():
-        raise NotExpressible(f"its operands are of {q.dtype}, {k.dtype} and {v.dtype}")
+        raise NotExpressibleError(f"its operands are of {q.dtype}, {k.dtype} and {v.dtype}")
     lead = v.shape[:-2]
     q, k, mask, scale = _applied(site, q, k, values)
     if site.viewed or v.dim() != q.dim():
         v = v.reshape(*q.shape[:-2], *v.shape[-2:])
     _check(q, k, v)
-    four = [with_four_axes(x) for x in (q, k, v)]
     mask = None if mask is None else mask_with_four_axes(mask, q)
-    output = attend(*four, mask, site.is_causal, scale).reshape(q.shape)
+    of_heads = (with_four_axes(q), with_four_axes(k), with_four_axes(v))
+    output = attend(*of_heads, mask, site.is_causal, scale).reshape(q.shape)
     if site.viewed:
         output = output.reshape(*lead, *output.shape[-2:])
     return output if of_output is None else output.permute(of_output)
@@ -124,15 +124,15 @@ def _compute(site: Site, values: Mapping[Node, Any], attend: Attend) -> Tensor:
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     head_dim = q.shape[-1]
     if not isinstance(head_dim, int):
-        raise NotExpressible("its head size is dynamic")
+        raise NotExpressibleError("its head size is dynamic")
     if head_dim > LARGEST_HEAD_DIM:
-        raise NotExpressible(f"its head size is {head_dim}, above {LARGEST_HEAD_DIM}")
+        raise NotExpressibleError(f"its head size is {head_dim}, above {LARGEST_HEAD_DIM}")
     if v.shape[-1] != head_dim:
-        raise NotExpressible(f"its values have {v.shape[-1]} dimensions and its queries {head_dim}")
+        raise NotExpressibleError(f"its values have {v.shape[-1]} dimensions and its queries {head_dim}")
     if not q.dim() == k.dim() == v.dim() or k.shape[:-2] != v.shape[:-2]:
-        raise NotExpressible("its keys and values have different batches or heads")
+        raise NotExpressibleError("its keys and values have different batches or heads")
     if q.dim() > 2 and (q.shape[:-3] != k.shape[:-3] or not _divides(k.shape[-3], q.shape[-3])):
-        raise NotExpressible("its queries and keys have different batches or heads")
+        raise NotExpressibleError("its queries and keys have different batches or heads")
 
 
 def _divides(kv_heads: Any, heads: Any) -> bool:
@@ -172,12 +172,12 @@ def _multiplied(factor: Any, q: Tensor, mask: Tensor | None, scale: float) -> tu
         if mask is not None and mask.dtype != torch.bool:
             mask = mask * factor
         if not (isinstance(factor, (int, float)) and factor > 0) and mask is not None:
-            raise NotExpressible("its scores are multiplied by a number that is not positive")
+            raise NotExpressibleError("its scores are multiplied by a number that is not positive")
         return q, mask, scale * float(factor)
     if any(size != 1 for size in factor.shape[-2:]):
-        raise NotExpressible("its scores are multiplied by a tensor")
+        raise NotExpressibleError("its scores are multiplied by a tensor")
     if mask is not None:
-        raise NotExpressible("its masked scores are multiplied by a tensor")
+        raise NotExpressibleError("its masked scores are multiplied by a tensor")
     return q * factor.to(q.dtype), None, scale
 
 

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from adaattn.export.rewrite.match import Site, Step, _Not, aten, value_of
+from adaattn.export.rewrite.match import Not, Site, Step, aten, value_of
 from adaattn.input_spec import Dimension
 
 LOW = -1e4  # a score that much lower has a probability of zero
@@ -25,7 +25,7 @@ _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """A value hangs on the inputs of the model, or is too large to look at."""
 
 
@@ -46,7 +46,7 @@ class Sizes:
         try:
             with torch.no_grad():
                 return [self._at(node, place) for place in range(len(self._points))]
-        except _Unknown:
+        except _UnknownError:
             return None
 
     def _at(self, node: Node, place: int) -> Any:
@@ -61,17 +61,17 @@ class Sizes:
         if node.op == "placeholder":
             if node.name in self._constants:
                 return self._constants[node.name]
-            raise _Unknown
+            raise _UnknownError
         if node.op != "call_function" or getattr(node.target, "_schema", None) is None:
-            raise _Unknown
+            raise _UnknownError
         if isinstance(value, Tensor):
             count = 1
             for size in value.shape:
                 count *= self._number(size, place)
             if count > LARGEST:
-                raise _Unknown
+                raise _UnknownError
         if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
-            raise _Unknown
+            raise _UnknownError
 
         def known(x: Node) -> Any:
             # The size of an input is known, whatever its numbers.
@@ -80,10 +80,10 @@ class Sizes:
         args, kwargs = map_arg(node.args, known), map_arg(node.kwargs, known)
         try:
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        except _Unknown:
+        except _UnknownError:
             raise
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
-            raise _Unknown from error
+            raise _UnknownError from error
 
     def _number(self, value: Any, place: int) -> Any:
         if not isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
@@ -94,7 +94,7 @@ class Sizes:
             found = expression.subs(values)
             return bool(found) if isinstance(value, torch.SymBool) else int(found)
         except (KeyError, TypeError) as error:
-            raise _Unknown from error
+            raise _UnknownError from error
 
 
 def _points(dims: Mapping[str, Dimension]) -> Iterator[dict[str, int]]:
@@ -113,7 +113,6 @@ def _points(dims: Mapping[str, Dimension]) -> Iterator[dict[str, int]]:
 def simplified(site: Site, sizes: Sizes) -> Site:
     """Return a site with causality said as such, and masks without what hides nothing."""
     causal, steps = site.is_causal, []
-    queries, keys = value_of(site.query), value_of(site.key)
     for step in site.steps:
         if step.kind == "add":
             if isinstance(step.given[0], Node) and _all(sizes.everywhere(step.given[0]), _adds_causality):
@@ -129,16 +128,15 @@ def simplified(site: Site, sizes: Sizes) -> Site:
             low = isinstance(number, (int, float)) and number <= LOW
             if isinstance(number, Node):
                 low = _all(sizes.everywhere(number), lambda x: x.numel() == 1 and bool((x <= LOW).all()))
-            attends = mask.mask if isinstance(mask, _Not) else None
-            if low and attends is not None and _all(sizes.everywhere(attends), _is_causality):
-                causal = True
-            elif low and attends is None and _all(sizes.everywhere(mask), lambda x: _is_causality(~x.bool())):
+            attends = mask.mask if isinstance(mask, Not) else None
+            if (low and attends is not None and _all(sizes.everywhere(attends), _is_causality)) or (
+                low and attends is None and _all(sizes.everywhere(mask), lambda x: _is_causality(~x.bool()))
+            ):
                 causal = True
             else:
                 steps.append(step)
         else:
             steps.append(step)
-    del queries, keys
     return replace(site, is_causal=causal, steps=steps)
 
 
@@ -155,7 +153,7 @@ def _split(mask: Node, sizes: Sizes) -> tuple[bool, list[Node]]:
         return True, []
     first: Any = mask.args[0] if mask.args else None
     if mask.target in _AND:
-        parts = [_split(part, sizes) for part in mask.args if isinstance(part, Node)]  # type: ignore[arg-type]
+        parts = [_split(part, sizes) for part in mask.args if isinstance(part, Node)]
         return any(causal for causal, _ in parts), [x for _, several in parts for x in several]
     if mask.target in _COPIES or (mask.target in _CASTS and value_of(first).dtype == torch.bool):
         return _split(first, sizes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,17 +23,21 @@ _SAME = (
     *(aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.dropout.default),
     *(aten.native_dropout.default, aten.lift_fresh_copy.default),
 )
-_VIEW = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints)
+_VIEW = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
+)
 _MUL = (aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar)
 _DIV = (aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar)
 _ADD = (aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.add_.Scalar)
 _SUB = (aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar, aten.sub_.Scalar)
-_FILL = (
-    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor),
-)
+_FILL = (*(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor),)
 _WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 _PRODUCT = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
-NAMES = {
+NAMES: dict[Any, str] = {
     aten.tanh.default: "a cap on its scores (tanh)",
     aten.cat.default: "scores beside those of the keys (cat), as of attention sinks",
     aten.clamp.default: "limits on its scores (clamp)",
@@ -114,6 +118,7 @@ def find(graph: torch.fx.Graph) -> Found:
             _call(node, found)
         elif node.target in _SOFTMAX and value_of(node).dim() >= 2:
             _decomposed(node, found)
+    found.sites = [_of_kv_heads(site) for site in found.sites]
     return found
 
 
@@ -127,7 +132,8 @@ def path_of(node: Node) -> str:
 def value_of(node: Node) -> Tensor:
     """Return the tensor without numbers that stands for a node's value."""
     value = node.meta["val"]
-    return value[0] if isinstance(value, (tuple, list)) else value
+    found: Tensor = value[0] if isinstance(value, (tuple, list)) else value
+    return found
 
 
 def users(node: Node) -> list[Node]:
@@ -203,8 +209,8 @@ def _decomposed(softmax: Node, found: Found) -> None:
 
 def _product_with_values(softmax: Node) -> tuple[Node | None, list[Node], bool] | None:
     """Follow weights to their product with the values; None where there is none, and None within where others read."""
-    inner, node, viewed = [], softmax, False
-    shared = False
+    inner: list[Node] = []
+    node, viewed, shared = softmax, False, False
     while True:
         readers = users(node)
         products = [x for x in readers if x.target in _PRODUCT and _first_factor(x) is node]
@@ -288,14 +294,14 @@ def _scores(node: Node) -> _Scores:
     if node.target in _WHERE:
         condition, other = given["condition"], given["other"]
         if isinstance(first, Node) and _reaches(first):
-            return _onward(first, node, Step("hide", (_Not(condition), other)))
+            return _onward(first, node, Step("hide", (Not(condition), other)))
         if isinstance(other, Node) and _reaches(other):
             return _onward(other, node, Step("hide", (condition, first)))
     raise _NoMatchError(f"its scores go through {NAMES.get(node.target, str(node.target).removeprefix('aten.'))}")
 
 
 @dataclass(frozen=True)
-class _Not:
+class Not:
     """The opposite of a mask."""
 
     mask: Node
@@ -321,7 +327,7 @@ def _reciprocal(x: Any) -> Any:
 
 def resolved(x: Any, of: Mapping[Node, Any]) -> Any:
     """Return an operand of a step, with values for nodes."""
-    if isinstance(x, _Not):
+    if isinstance(x, Not):
         return ~resolved(x.mask, of)
     if isinstance(x, _Negative):
         return -resolved(x.of, of)
@@ -401,7 +407,7 @@ def _factors(product: Node) -> tuple[Node, Node]:
 
 def _site(scores: _Scores, softmax: Node, output: Node, inner: list[Node], viewed: bool) -> Site:
     query, columns = _factors(scores.product)
-    weights, value = _factors(output)
+    _, value = _factors(output)
     if output.target is aten.baddbmm.default and arguments(output)["beta"] != 0:
         raise _NoMatchError("its output is a sum with another tensor (baddbmm)")
     if min(value_of(x).dim() for x in (query, columns, value)) < 2:
@@ -427,17 +433,49 @@ def _site(scores: _Scores, softmax: Node, output: Node, inner: list[Node], viewe
     )
 
 
+def _of_kv_heads(site: Site) -> Site:
+    """Return a site with the keys and values of before they were repeated for the query heads that share them."""
+    key, value = _unrepeated(site.key), _unrepeated(site.value)
+    if key is None or value is None or any(site.orders) or site.viewed or any(x.kind == "view" for x in site.steps):
+        return site
+    return replace(site, key=key, value=value)
+
+
+def _unrepeated(node: Node) -> Node | None:
+    """Return what (B, H·G, S, D) was repeated from by an expansion of (B, H, 1, S, D), or by repeat_interleave."""
+    while node.target in (aten.clone.default, aten.contiguous.default):
+        node = node.args[0]  # type: ignore[assignment]
+    if (
+        node.target is aten.repeat_interleave.self_int
+        and arguments(node)["dim"] in (1, -3)
+        and value_of(node).dim() == 4
+    ):
+        return node.args[0]  # type: ignore[return-value]
+    if node.target not in _VIEW or value_of(node).dim() != 4:
+        return None
+    expanded: Any = node.args[0]
+    while expanded.target in (aten.clone.default, aten.contiguous.default):
+        expanded = expanded.args[0]
+    one = expanded.args[0] if expanded.target is aten.expand.default else None
+    if one is None or one.target is not aten.unsqueeze.default or value_of(one).dim() != 5 or one.args[1] % 5 != 2:
+        return None
+    wide, narrow = value_of(expanded).shape, value_of(one).shape
+    same = all(value_of(node).shape[at] == wide[dim] for at, dim in ((0, 0), (2, 3), (3, 4)))
+    return one.args[0] if same and wide[1] == narrow[1] else None
+
+
 def _transposed(columns: Node) -> tuple[Node, tuple[int, ...] | None]:
     """Return the keys that were transposed for the product, or the permutation that undoes it."""
     rank = value_of(columns).dim()
     swapped = (*range(rank - 2), rank - 1, rank - 2)
-    if columns.target is aten.transpose.int and {int(x) % rank for x in columns.args[1:3]} == {rank - 2, rank - 1}:  # type: ignore[call-overload, misc]
-        return columns.args[0], None  # type: ignore[return-value]
-    if columns.target in (aten.mT.default, aten.permute.default):
-        order = swapped if columns.target is aten.mT.default else tuple(int(x) % rank for x in columns.args[1])  # type: ignore[union-attr, arg-type, call-overload, misc]
-        if order == swapped:
-            return columns.args[0], None  # type: ignore[return-value]
-    return columns, swapped
+    args: Any = columns.args
+    if columns.target is aten.transpose.int:
+        undone = {dim % rank for dim in args[1:3]} == {rank - 2, rank - 1}
+    elif columns.target is aten.permute.default:
+        undone = tuple(dim % rank for dim in args[1]) == swapped
+    else:
+        undone = columns.target is aten.mT.default
+    return (args[0], None) if undone else (columns, swapped)
 
 
 def _letters(equation: str) -> tuple[str, str, str]:
@@ -452,16 +490,26 @@ def _orders_of_scores(equation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     left, right, out = _letters(equation)
     batch, row, column = out[:-2], out[-2:-1], out[-1:]
     inner = [x for x in left if x in right and x not in out]
-    if len(inner) != 1 or sorted(left) != sorted(batch + row + inner[0]) or sorted(right) != sorted(batch + column + inner[0]):
+    if (
+        len(inner) != 1
+        or sorted(left) != sorted(batch + row + inner[0])
+        or sorted(right) != sorted(batch + column + inner[0])
+    ):
         raise _NoMatchError(f"its product is einsum({equation!r})")
-    return tuple(left.index(x) for x in batch + row + inner[0]), tuple(right.index(x) for x in batch + column + inner[0])
+    return tuple(left.index(x) for x in batch + row + inner[0]), tuple(
+        right.index(x) for x in batch + column + inner[0]
+    )
 
 
 def _orders_of_output(equation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     left, right, out = _letters(equation)
     batch, row, column = left[:-2], left[-2:-1], left[-1:]
     width = [x for x in right if x not in left]
-    if len(width) != 1 or sorted(right) != sorted(batch + column + width[0]) or sorted(out) != sorted(batch + row + width[0]):
+    if (
+        len(width) != 1
+        or sorted(right) != sorted(batch + column + width[0])
+        or sorted(out) != sorted(batch + row + width[0])
+    ):
         raise _NoMatchError(f"its product with the values is einsum({equation!r})")
     whole = batch + row + width[0]
     return tuple(right.index(x) for x in batch + column + width[0]), tuple(whole.index(x) for x in out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,16 +15,19 @@ from torch.fx import Graph, GraphModule, Node
 from adaattn.errors import AdaAttnError, first_line
 from adaattn.export.capture.captured import Captured
 from adaattn.export.capture.saved_program import eager_of
+from adaattn.export.golden import cases
 from adaattn.export.golden.cases import Case
-from adaattn.export.golden.plan_mode import PlanMode
+from adaattn.export.golden.plan_mode import PlanMode, run_eager, to_double
 from adaattn.export.rewrite import masks
-from adaattn.export.rewrite.emit import NotExpressible, write
+from adaattn.export.rewrite.emit import NotExpressibleError, write
 from adaattn.export.rewrite.match import CALL, CHECK, DECOMPOSED, Site, find, path_of
-from adaattn.export.rewrite.prove import LIMIT, arguments_of, worst_errors
+from adaattn.export.rewrite.prove import LIMIT, arguments_of, difference, worst_errors
 from adaattn.ops.signatures import OPS
 from adaattn.planning.budget import Budget
 
 ADAPTIVE, ATTEND = "adaptive_attention", torch.ops.adaattn.adaptive_attention.default
+
+DEPARTURE = 1e-6  # of the largest number of an output: roundings of float64, however deep the model
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def _replace(
     for site in sites:
         try:
             pairs[site.node] = write(graph, site, budget)
-        except (NotExpressible, AdaAttnError) as error:
+        except (NotExpressibleError, AdaAttnError) as error:
             results[site.node] = first_line(error)
         except (RuntimeError, ValueError, TypeError) as error:  # of torch, for shapes that do not go together
             results[site.node] = f"the op does not take its operands: {first_line(error)}"
@@ -143,6 +146,28 @@ def _replace(
         graph.eliminate_dead_code()
         module.recompile()
     return results
+
+
+def departures(captured: Captured) -> list[str]:
+    """Return a line for each case in which a rewritten program computes something else than the model.
+
+    Both run in float64, the program unrounded and at full rank. What is found is a fault of the capture: the rewriting
+    itself is proven.
+    """
+    if captured.original is None:
+        return []
+    model, program = captured.original(), captured.in_double()
+    lines = []
+    for case in cases.proof(captured):
+        inputs = {name: to_double(x) for name, x in case.inputs.items()}
+        wanted, got = (
+            run_eager(eager, inputs, PlanMode(double=True, dtype=captured.dtype, exact=True), captured.written)
+            for eager in (model, program)
+        )
+        worst = max((difference(to_double(a), to_double(b)) for a, b in zip(wanted, got, strict=True)), default=0.0)
+        if worst > DEPARTURE:
+            lines.append(f"case {case.name}: the captured program differs from the model by {worst:.1e} in float64")
+    return lines
 
 
 def _remove_unused(graph: Graph, sites: Iterable[Site]) -> None:

@@ -35,12 +35,12 @@ class Proof(Interpreter):
         if n in self._new:
             self._made[n] = value
         if n in self._pairs:
-            error = _difference(value, self._made.pop(self._pairs[n]))
+            error = difference(value, self._made.pop(self._pairs[n]))
             self.worst[n] = max(self.worst[n], error)
         return value
 
 
-def _difference(old: Tensor, new: Tensor) -> float:
+def difference(old: Tensor, new: Tensor) -> float:
     """Return the largest difference, over the largest number, where the old output has numbers."""
     if old.shape != new.shape:
         return float("inf")

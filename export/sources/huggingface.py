@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from adaattn import archive
 from adaattn.checkpoint import at_most
-from adaattn.errors import CheckpointError
+from adaattn.errors import CheckpointError, ConfigError
 from adaattn.export.sources import sentence_pooling
 from adaattn.export.sources.source import EXPERTS, Source, loops_over_experts
 from adaattn.input_spec import Dimension, InputSpec
-from adaattn.integrations.transformers import registration as integration
-from adaattn.integrations.transformers import takes_implementations
+from adaattn.integrations.transformers import register_calibration
+from adaattn.integrations.transformers.registry import SETTING
 
-# Of its own, for the process may have registered another; dense never, for a program has one road for all lengths.
-IMPLEMENTATION = "adaattn-export"
 LONGEST = 512  # tokens, where the model does not say
 ELSE = "describe the model by package.module:factory and --input"
 
@@ -74,18 +72,22 @@ def load(folder: Path, allow_pickle: bool = False) -> Source:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
-    integration.register(name=IMPLEMENTATION, dense_below=0)
+    try:
+        register_calibration()
+    except ImportError as error:
+        raise ConfigError("transformers is missing or too old: pip install 'adaattn[transformers]'") from error
     if not allow_pickle and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder} has no weights in safetensors; pickled ones are read only with --allow-pickle; or save them "
             "anew by save_pretrained"
         )
     pooling = sentence_pooling.pooling_of(folder)
-    model = _from_pretrained(folder, allow_pickle, pooled=pooling is not None)
+    model: Any = _from_pretrained(folder, allow_pickle, pooled=pooling is not None)
     inputs = inputs_of(model, folder)
     longest = longest_of(model)
     dims = tuple(Dimension(name, 1, min(128, longest), longest) for name in ("S", "T"))
-    return Source(HuggingFaceModel(model, pooling).eval(), inputs, dims)
+    tolerance = getattr(model.config, SETTING, None)
+    return Source(HuggingFaceModel(model, pooling).eval(), inputs, dims, tolerance)
 
 
 def inputs_of(model: Any, folder: Path) -> tuple[InputSpec, ...]:
@@ -150,15 +152,14 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
         with _without_progress(), at_most(2 * _weights_in(folder), sys.maxsize):
             model, found = architecture.from_pretrained(
                 str(folder),
-                attn_implementation=IMPLEMENTATION,
+                # Weights are an output of its own formula alone; else the best that it has.
+                attn_implementation="eager" if content.get("output_attentions") else None,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
             )
     except Exception as error:  # transformers, safetensors and torch each have errors of their own
-        if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):  # the class looks it up in its own table
-            raise CheckpointError(_own_attention(architecture, version)) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, KeyError):  # says no more than the key
             lines[0] = f"KeyError: {lines[0]}"
@@ -166,8 +167,6 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
         if "ignore_mismatched_sizes" in line:  # what does not fit, transformers logs
             line = "its weights have other sizes than config.json says"
         raise CheckpointError(f"{folder} cannot be loaded by {version}: {line}") from error
-    if not takes_implementations(model):  # transformers would use its own attention and not say so
-        raise CheckpointError(_own_attention(type(model), version))
     missing = sorted(found["missing_keys"])
     if pooled:
         missing = [key for key in missing if "pooler." not in key]
@@ -195,10 +194,6 @@ def _weights_in(folder: Path) -> int:
         with safe_open(path, framework="pt") as file:
             count += len(file.keys())
     return count if files else sys.maxsize // 2 - 1
-
-
-def _own_attention(architecture: type, version: str) -> str:
-    return f"{architecture.__name__} of {version} does not dispatch through transformers' AttentionInterface; {ELSE}"
 
 
 @contextmanager

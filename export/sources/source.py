@@ -26,11 +26,12 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded model and what its file says about its inputs."""
+    """A loaded model and what its file says about its inputs, and about the tolerance of its attention."""
 
     model: nn.Module | ExportedProgram
     inputs: tuple[InputSpec, ...] = ()
     dims: tuple[Dimension, ...] = ()
+    tolerance: float | None = None
 
 
 def usable(model: object) -> nn.Module | ExportedProgram:

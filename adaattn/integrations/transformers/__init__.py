@@ -4,7 +4,7 @@ Transformers calls one function for the attention of all its models and another 
 AdaAttn's under a name. Nothing here imports transformers before that.
 """
 
-from adaattn.integrations.transformers.registration import register, set_tolerance
+from adaattn.integrations.transformers.registration import register, register_calibration, set_tolerance
 from adaattn.integrations.transformers.registry import configs_of, takes_implementations, tolerance_of
 
-__all__ = ["configs_of", "register", "set_tolerance", "takes_implementations", "tolerance_of"]
+__all__ = ["configs_of", "register", "register_calibration", "set_tolerance", "takes_implementations", "tolerance_of"]

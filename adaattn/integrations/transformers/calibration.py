@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaattn.calibration.projections import QueryKeyProjections
-from adaattn.integrations.transformers.registry import takes_implementations, tolerance_of
+from adaattn.integrations.transformers.registry import takes_implementations
 from adaattn.masks import attended_keys
 
 NAMES = (("query", "key"), ("q_proj", "k_proj"), ("q_lin", "k_lin"), ("q", "k"))
@@ -17,12 +17,12 @@ WIDTHS = ("attention_head_size", "head_dim", "key_value_proj_dim")
 
 
 def match_attention(module: nn.Module) -> QueryKeyProjections | str | None:
-    """Match modules that attend by `attn_implementation="adaattn"`.
+    """Match the attention modules of transformers.
 
     Their code says whether the embedding of positions is rotary: such keys are turned after their projection, and no
     basis of a projection commutes with that.
     """
-    if tolerance_of(module) is None:
+    if not hasattr(getattr(module, "config", None), "_attn_implementation"):
         return None
     children = dict(module.named_children())
     projections = next(((children[q], children[k]) for q, k in NAMES if {q, k} <= children.keys()), None)

@@ -63,11 +63,21 @@ def register(
     except ImportError as error:
         raise ConfigError("transformers is missing or too old: pip install 'adaattn[transformers]'") from error
 
-    if not registered:
-        register_matcher(match_attention)
+    register_calibration()
     AttentionInterface.register(name, functools.partial(attend, budget, dense_below, sdpa_attention_forward))
     AttentionMaskInterface.register(name, functools.partial(attention_mask, sdpa_mask))
     registered[name] = budget
+
+
+def register_calibration() -> None:
+    """Let `adaattn.calibrate` find the attention of models of transformers, whatever implementation computes it.
+
+    Raises:
+        ImportError: transformers is missing.
+    """
+    import transformers  # noqa: F401
+
+    register_matcher(match_attention)
 
 
 def set_tolerance(model: nn.Module, tolerance: float) -> None:
