@@ -45,13 +45,22 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.arange(keys, device=device) <= torch.arange(queries, device=device).unsqueeze(1)
 
 
-def with_four_axes(x: Tensor) -> Tensor:
-    """Return (…, H, S, D) as (B, H, S, D): (S, D) has one head, and (H, S, D) one batch entry."""
+def with_four_axes(x: Tensor, grouped: bool) -> Tensor:
+    """Return (…, H, S, D) as (B, H, S, D), without copying it where it has four axes or fewer.
+
+    Args:
+        x: any number of axes from two; (N, S, D) has one head in each of N batch entries.
+        grouped: whether query heads share those of keys: then (H, S, D) is one batch entry.
+    """
+    if x.dim() == 3 and not grouped:
+        return x.unsqueeze(1)
     return x[(None,) * (4 - x.dim())] if x.dim() <= 4 else x.flatten(0, -4)
 
 
-def mask_with_four_axes(mask: Tensor, query: Tensor) -> Tensor:
+def mask_with_four_axes(mask: Tensor, query: Tensor, grouped: bool) -> Tensor:
     """Return a mask that broadcasts to (…, H, Sq, Sk) as one that broadcasts to (B, H, Sq, Sk)."""
+    if query.dim() == mask.dim() == 3 and not grouped:
+        return mask.unsqueeze(1)
     if query.dim() <= 4 or mask.dim() <= 3:
         return mask[(None,) * (4 - mask.dim())]
     return mask.expand(*query.shape[:-3], *mask.shape[-3:]).flatten(0, -4)

@@ -239,8 +239,8 @@ class AdaptiveSDPA(TorchFunctionMode):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        q, k, v = (with_four_axes(x) for x in in_autocast_type(query, key, value))
-        mask = None if attn_mask is None else mask_with_four_axes(attn_mask, query)
+        q, k, v = (with_four_axes(x, enable_gqa) for x in in_autocast_type(query, key, value))
+        mask = None if attn_mask is None else mask_with_four_axes(attn_mask, query, enable_gqa)
         factor = as_scale(scale, query.shape[-1])
         output, plan = attend_within(self.budget, q, k, v, mask, is_causal, factor, self.impl)
         if counts:

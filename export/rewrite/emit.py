@@ -92,7 +92,7 @@ def _within(budget: Budget) -> Attend:
 def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     if mask is not None and is_causal:
         raise NotExpressibleError("scaled_dot_product_attention takes a mask or causality, not both")
-    gqa = q.shape[1] != k.shape[1]
+    gqa = bool(q.shape[1] != k.shape[1])
     if mask is not None:
         mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
@@ -113,8 +113,9 @@ def _compute(site: Site, values: Mapping[Node, Any], attend: Attend) -> Tensor:
     if site.viewed or v.dim() != q.dim():
         v = v.reshape(*q.shape[:-2], *v.shape[-2:])
     _check(q, k, v)
-    mask = None if mask is None else mask_with_four_axes(mask, q)
-    of_heads = (with_four_axes(q), with_four_axes(k), with_four_axes(v))
+    grouped = q.dim() == 3 and bool(q.shape[0] != k.shape[0])
+    mask = None if mask is None else mask_with_four_axes(mask, q, grouped)
+    of_heads = (with_four_axes(q, grouped), with_four_axes(k, grouped), with_four_axes(v, grouped))
     output = attend(*of_heads, mask, site.is_causal, scale).reshape(q.shape)
     if site.viewed:
         output = output.reshape(*lead, *output.shape[-2:])

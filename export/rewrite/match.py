@@ -413,6 +413,9 @@ def _site(scores: _Scores, softmax: Node, output: Node, inner: list[Node], viewe
     if min(value_of(x).dim() for x in (query, columns, value)) < 2:
         raise _NoMatchError("its operands have no tokens")
     of_query = of_key = of_value = of_output = None
+    while scores.steps and scores.steps[-1].kind == "view":  # the values take the shape of before as well
+        scores.steps.pop()
+        viewed = True
     key = columns
     if scores.product.target is aten.einsum.default:
         of_query, of_key = _orders_of_scores(str(scores.product.args[0]))
