@@ -113,23 +113,29 @@ def _compute(site: Site, values: Mapping[Node, Any], attend: Attend) -> Tensor:
     if site.viewed or v.dim() != q.dim():
         v = v.reshape(*q.shape[:-2], *v.shape[-2:])
     _check(q, k, v)
+    width = v.shape[-1]
+    if q.shape[-1] != width:  # zeros add nothing
+        q, k, v = (_widened(x, max(q.shape[-1], width)) for x in (q, k, v))
     grouped = q.dim() == 3 and bool(q.shape[0] != k.shape[0])
     mask = None if mask is None else mask_with_four_axes(mask, q, grouped)
     of_heads = (with_four_axes(q, grouped), with_four_axes(k, grouped), with_four_axes(v, grouped))
     output = attend(*of_heads, mask, site.is_causal, scale).reshape(q.shape)
+    output = output if q.shape[-1] == width else output[..., :width]
     if site.viewed:
         output = output.reshape(*lead, *output.shape[-2:])
     return output if of_output is None else output.permute(of_output)
 
 
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else torch.cat([x, x.new_zeros(*x.shape[:-1], width - x.shape[-1])], -1)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    head_dim = q.shape[-1]
-    if not isinstance(head_dim, int):
+    widths = (q.shape[-1], v.shape[-1])
+    if not all(isinstance(width, int) for width in widths):
         raise NotExpressibleError("its head size is dynamic")
-    if head_dim > LARGEST_HEAD_DIM:
-        raise NotExpressibleError(f"its head size is {head_dim}, above {LARGEST_HEAD_DIM}")
-    if v.shape[-1] != head_dim:
-        raise NotExpressibleError(f"its values have {v.shape[-1]} dimensions and its queries {head_dim}")
+    if max(widths) > LARGEST_HEAD_DIM:
+        raise NotExpressibleError(f"its head size is {max(widths)}, above {LARGEST_HEAD_DIM}")
     if not q.dim() == k.dim() == v.dim() or k.shape[:-2] != v.shape[:-2]:
         raise NotExpressibleError("its keys and values have different batches or heads")
     if q.dim() > 2 and (q.shape[:-3] != k.shape[:-3] or not _divides(k.shape[-3], q.shape[-3])):

@@ -201,6 +201,8 @@ def _decomposed(softmax: Node, found: Found) -> None:
         if output is None:
             raise _NoMatchError("its weights are used elsewhere too")
         scores = _scores(given["self"])
+        if any(node.target is aten.slice.Tensor for node in inner):
+            raise _NoMatchError("only some of its weights meet values")
         found.sites.append(_site(scores, softmax, output, [*scores.inner, softmax, *inner], viewed))
     except _NoMatchError as error:
         if _looks_like_attention(given["self"]):
@@ -217,6 +219,7 @@ def _product_with_values(softmax: Node) -> tuple[Node | None, list[Node], bool] 
         if products:
             return (products[0] if len(readers) == 1 and not shared else None), inner, viewed
         onward = [x for x in readers if x.target in (*_SAME, *_VIEW) and x.args[0] is node and not _drops(x)]
+        onward += [x for x in readers if x.target is aten.slice.Tensor]  # of sinks, which its scores show
         onward += [x for x in readers if x.target is aten.expand.default and value_of(x).shape == value_of(node).shape]
         if not onward:
             return None
