@@ -22,7 +22,7 @@ from adaattn.export.capture.module import capture_module
 from adaattn.export.capture.saved_program import capture_program
 from adaattn.export.golden import cases
 from adaattn.export.golden.eager import EagerReference, array
-from adaattn.export.golden.plan_mode import run_eager
+from adaattn.export.golden.plan_mode import PlanMode, run_eager
 from adaattn.export.parity import compare
 from adaattn.export.parity.compare import BackendResult
 from adaattn.export.verification.verify import verify_export
@@ -144,7 +144,7 @@ def judge(found: Captured) -> Callable[[Callable[[Inputs], Inputs]], str]:
 
     def verdict(fault: Callable[[Inputs], Inputs]) -> str:
         def backend(of: Any) -> BackendResult:
-            outputs = run_eager(found.eager, fault(dict(made[of.name].inputs)))
+            outputs = run_eager(found.eager, fault(dict(made[of.name].inputs)), PlanMode())
             return BackendResult(dict(zip(found.output_names, map(array, outputs), strict=True)), {}, {})
 
         return str(compare.compare(goldens, backend)["verdict"])

@@ -62,11 +62,12 @@ def test_a_user_exports_a_model(model: Path, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     stages = [line.split()[0] for line in err.splitlines()]
-    assert stages == ["import", "load", "capture", "onnx", "eager", "verify", "report"]
-    heading, row, compared, last = out.splitlines()
+    assert stages == ["import", "load", "capture", "attention", "onnx", "eager", "verify", "report"]
+    heading, row, compared, attention, last = out.splitlines()
     assert heading.split() == ["target", "verdict", "error", "eager's", "limit", "size", "time"]
     assert row.split()[:2] == ["onnx", "passed"]
     assert compared.startswith("onnx: compared 5 cases, ")
+    assert attention == "attention: 1 of 1 attentions are adaptive"
     assert last == "passed  model-export/report.html"
     assert os.listdir(tmp_path) == ["model-export"]
 

@@ -16,8 +16,8 @@ import pytest
 from adaattn.export.report.html import render
 
 SECTIONS = [
-    "targets", "outputs", "compared", "lengths", "warnings", "histograms", "plan", "predicted", "calibration", "inputs",
-    "versions", "command", "seconds",
+    "targets", "outputs", "compared", "lengths", "warnings", "attention", "histograms", "plan", "predicted",
+    "calibration", "inputs", "versions", "command", "seconds",
 ]  # fmt: skip
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 NASTY = """</title><script>alert("x")</script><img src='http://evil.example/a.png' onerror="x"> $\\frac{1}{2}$ $\\bad"""

@@ -22,6 +22,7 @@ from adaattn.export.engines import description
 from adaattn.export.engines import options as engine_options
 from adaattn.export.engines.description import profile_of
 from adaattn.export.engines.load import open_engine
+from adaattn.export.golden.plan_mode import PlanMode
 from adaattn.export.runtime import open_runtime
 from adaattn.system import cuda_driver
 from tests.support.engine_files import described
@@ -40,7 +41,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module,
 
 def test_arrays_give_arrays_and_tensors_give_tensors(exported: tuple[torch.nn.Module, Path]) -> None:
     model, folder = exported
-    with torch.no_grad():
+    with torch.no_grad(), PlanMode():
         want = model(torch.from_numpy(X))
     with open_runtime(folder) as runtime:
         (name,) = runtime.outputs

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from adaattn.errors import ConfigError
 from adaattn.export import Options, export
 from adaattn.export.artifacts.folder import model_name
 from adaattn.export.sources import huggingface
@@ -107,7 +106,8 @@ def test_a_decoder() -> None:
 def test_a_classifier_of_images() -> None:
     report = exported(saved("vit"))
     assert report["inputs"] == {"pixel_values": "B,3,24,24:float32"}
-    assert len(report["layers"]) == 2
+    assert [each["became"] for each in report["attentions"]] == ["scaled_dot_product_attention"] * 2
+    assert report["layers"] == []
 
 
 @pytest.mark.thorough  # test_minilm exports it too
@@ -158,13 +158,13 @@ def test_outputs_have_their_names() -> None:
 
 
 def test_a_tolerance_in_the_folder_is_kept() -> None:
-    model = architectures.build("gpt2", "sdpa")
-    huggingface.load(saved("gpt2"))  # registers
-    model.set_attn_implementation(huggingface.IMPLEMENTATION)
+    register()
+    model = architectures.build("gpt2", "adaattn", n_layer=1)
     set_tolerance(model, 0.125)
     model.save_pretrained("kept")
-    source = huggingface.load(Path("kept"))
-    assert source.model.model.config.adaattn_tolerance == 0.125  # type: ignore[union-attr]
+    assert huggingface.load(Path("kept")).tolerance == 0.125
+    report = exported(Path("kept"))
+    assert [layer["tolerance"] for layer in report["layers"]] == [0.125]
 
 
 @pytest.mark.parametrize(
@@ -215,20 +215,6 @@ def code_of_its_own() -> Path:
     return folder
 
 
-def attention_of_its_own_table() -> Path:
-    hf.FalconForCausalLM(
-        hf.FalconConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    ).save_pretrained("folder")
-    return Path("folder")
-
-
-def segments_of_images() -> Path:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 64}
-    vision = hf.SamVisionConfig(**sizes, patch_size=16, output_channels=16)
-    hf.SamModel(hf.SamConfig(vision_config=vision.to_dict())).save_pretrained("folder")
-    return Path("folder")
-
-
 def configured(**changes: Any) -> Callable[[], Path]:
     """Return a folder whose config.json says something else of the weights."""
 
@@ -248,11 +234,6 @@ def config_that_is(text: str) -> Callable[[], Path]:
         return folder
 
     return make
-
-
-def attention_of_its_own() -> Path:
-    hf.MPNetModel(hf.MPNetConfig(**architectures.SIZES)).save_pretrained("folder")
-    return Path("folder")
 
 
 def text_and_images() -> Path:
@@ -279,9 +260,6 @@ def a_layer_behind() -> Path:
         (weights_left_out, ["lacks weights of BertModel", "pooler.dense", "random"]),
         (weights_damaged, ["cannot be loaded by transformers"]),
         (code_of_its_own, ["'shop'", "unknown to transformers", "never run"]),
-        (attention_of_its_own, ["MPNetModel", "does not dispatch through"]),
-        (attention_of_its_own_table, ["FalconForCausalLM", "does not dispatch through", "package.module:factory"]),
-        (segments_of_images, ["SamModel", "does not dispatch through", "package.module:factory"]),
         (configured(num_hidden_layers=10**6), ["asks for more weights than the file holds"]),
         (configured(hidden_size=2**30), ["its weights have other sizes than config.json says"]),
         (configured(vocab_size=2**40), ["its weights have other sizes than config.json says"]),
@@ -309,6 +287,43 @@ def mixture(name: str) -> Path:
         config = hf.Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=16, head_dim=8)
         hf.Qwen3MoeForCausalLM(config).save_pretrained("folder")
     return Path("folder")
+
+
+OWN_CODE: dict[str, tuple[Any, Any, list[str]]] = {  # models that call no function of transformers for attention
+    "mpnet": (hf.MPNetModel, hf.MPNetConfig(**architectures.SIZES), []),
+    "falcon": (
+        hf.FalconForCausalLM,
+        hf.FalconConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+        [],
+    ),
+    "gemma2": (
+        hf.Gemma2Model,
+        hf.Gemma2Config(**architectures.GROUPED, head_dim=8),
+        ["layers.0.self_attn", "a cap on its scores (tanh)"],
+    ),
+    "output_attentions": (
+        hf.BertModel,
+        hf.BertConfig(**architectures.SIZES, attn_implementation="eager", output_attentions=True),
+        ["encoder.layer.1.attention.self", "its weights are used elsewhere too"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_attention_of_a_models_own(name: str) -> None:
+    cls, config, words = OWN_CODE[name]
+    torch.manual_seed(1)
+    cls(config).save_pretrained("folder")
+    tolerance = [] if words else ["--tolerance", "1e-3"]
+    report = exported(Path("folder"), "--dim", "S=1:8:16", *tolerance)
+    assert len(report["attentions"]) == 2
+    if not words:
+        assert {each["became"] for each in report["attentions"]} == {"adaptive_attention"}
+        return
+    assert {each["became"] for each in report["attentions"]} == {None}
+    assert words[1] in report["attentions"][0]["reason"]
+    result = run("hf:folder", "-q", "--force", "--tolerance", "1e-3")
+    refused(result, "no attention of the model can be adaptive", *words)
 
 
 @pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.thorough)])
@@ -384,5 +399,6 @@ def test_a_tolerance_reaches_a_registered_model(tmp_path: Path) -> None:
     export(model, inputs, tmp_path / "out", dims=dims, options=options)
     assert not hasattr(model.config, "adaattn_tolerance")  # the caller's stays as it is
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ConfigError, match="--tolerance applies only to adaptive attention"):
-        export(model, inputs, tmp_path / "no", dims=dims, options=options)
+    found = export(model, inputs, tmp_path / "other", dims=dims, options=options).report["attentions"]
+    assert [each["was"] for each in found] == ["scaled_dot_product_attention"] * 2
+    assert [each["became"] for each in found] == ["adaptive_attention"] * 2
