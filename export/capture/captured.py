@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,12 +151,13 @@ def program_inputs(program: ExportedProgram) -> tuple[CapturedInput, ...]:
 def tensors_of(output: Any, taken: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors that a model returns, by name and in order, and a line on each other value.
 
-    `output`, or `output_0`, `output_1` …; of a dictionary its keys.
+    `output`, or `output_0`, `output_1` …; of a dictionary, a dataclass or a named tuple its keys. What is inside these, or
+    in a cache of transformers, is named by the whole way to it.
 
     Raises:
         ExportError: there is no tensor.
     """
-    leaves = torch.utils._pytree.tree_flatten_with_path(output)[0]
+    leaves = list(_leaves(output))
     count = sum(isinstance(x, Tensor) for _, x in leaves)
     if not count:
         raise ExportError("the model returns no tensor")
@@ -163,13 +165,12 @@ def tensors_of(output: Any, taken: Sequence[str]) -> tuple[dict[str, Tensor], li
     left_out = []
     for path, x in leaves:
         if not isinstance(x, Tensor):
-            if x is not None:
-                kind = type(x).__name__.removeprefix("Sym").lower()
-                where = torch.utils._pytree.keystr(path)
-                left_out.append(f"output{where} is of type {kind}, no tensor, and left out of the file")
+            kind = type(x).__name__.removeprefix("Sym").lower()
+            where = "".join(f"[{key!r}]" for key in path)
+            left_out.append(f"output{where} is of type {kind}, no tensor, and left out of the file")
             continue
-        if isinstance(output, dict):
-            name = "_".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path)
+        if path and isinstance(path[0], str):
+            name = "_".join(map(str, path))
         else:
             name = "output" if count == 1 else f"output_{len(found)}"
         name = f"{name}_out" if name in taken else name or "output"
@@ -180,3 +181,26 @@ def tensors_of(output: Any, taken: Sequence[str]) -> tuple[dict[str, Tensor], li
             unique = f"{name}_{same}"
         found[unique] = x
     return found, left_out
+
+
+def _leaves(output: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Return what is inside an output, with the keys and places that lead to it; nothing for None."""
+    inside: Iterable[tuple[Any, Any]]
+    if isinstance(output, Mapping):
+        inside = output.items()
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        inside = ((field.name, getattr(output, field.name)) for field in dataclasses.fields(output))
+    elif isinstance(output, tuple) and hasattr(output, "_fields"):
+        inside = zip(output._fields, output, strict=True)
+    elif isinstance(output, (list, tuple)):
+        inside = enumerate(output)
+    elif hasattr(output, "self_attention_cache") and hasattr(output, "cross_attention_cache"):
+        inside = (("self", output.self_attention_cache), ("cross", output.cross_attention_cache))
+    elif isinstance(getattr(output, "layers", None), list) and not isinstance(output, torch.nn.Module):
+        inside = ((i, {"key": layer.keys, "value": layer.values}) for i, layer in enumerate(output.layers))
+    else:
+        if output is not None:
+            yield path, output
+        return
+    for key, x in inside:
+        yield from _leaves(x, (*path, key))
