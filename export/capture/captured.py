@@ -151,8 +151,8 @@ def program_inputs(program: ExportedProgram) -> tuple[CapturedInput, ...]:
 def tensors_of(output: Any, taken: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors that a model returns, by name and in order, and a line on each other value.
 
-    `output`, or `output_0`, `output_1` …; of a dictionary, a dataclass or a named tuple its keys. What is inside these, or
-    in a cache of transformers, is named by the whole way to it.
+    `output`, or `output_0`, `output_1` …; of a dictionary, a dataclass or a named tuple its keys. What is inside these,
+    or in a cache of transformers, is named by the whole way to it.
 
     Raises:
         ExportError: there is no tensor.

@@ -58,6 +58,7 @@ def lower(
         ExportError: torch.onnx cannot translate the program, or it keeps something from one call to the next.
     """
     _register_schemas()
+    _cast_before_subtraction(program)
     try:
         exported = torch.onnx.export(
             program,
@@ -109,6 +110,21 @@ def lower(
     _forget_paths(model)
     model.producer_name, model.producer_version = "adaattn", adaattn.__version__
     return Lowered(model, exported.exported_program, written)
+
+
+def _cast_before_subtraction(program: torch.export.ExportedProgram) -> None:
+    """Write `1.0 - x`, for integers x, with the cast that it implies, which torch.onnx does not find by itself."""
+    aten = torch.ops.aten
+    for node in list(program.graph.nodes):
+        if node.target is not aten.rsub.Scalar or not isinstance(node.args[1], float):
+            continue
+        value = node.args[0].meta["val"]
+        if not value.is_floating_point():
+            with program.graph.inserting_before(node):
+                cast = program.graph.call_function(aten.to.dtype, (node.args[0], node.meta["val"].dtype))
+            cast.meta = {**node.meta, "val": value.to(node.meta["val"].dtype)}
+            node.replace_input_with(node.args[0], cast)
+    program.graph_module.recompile()
 
 
 def planned_nodes(model: ir.Model) -> dict[str, ir.Node]:

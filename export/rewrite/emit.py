@@ -113,29 +113,41 @@ def _compute(site: Site, values: Mapping[Node, Any], attend: Attend) -> Tensor:
     if site.viewed or v.dim() != q.dim():
         v = v.reshape(*q.shape[:-2], *v.shape[-2:])
     _check(q, k, v)
-    width = v.shape[-1]
-    if q.shape[-1] != width:  # zeros add nothing
-        q, k, v = (_widened(x, max(q.shape[-1], width)) for x in (q, k, v))
+    width, widest = _width(v), max(map(_width, (q, k, v)))
+    q, k, v = (_widened(x, widest) for x in (q, k, v))  # zeros add nothing
     grouped = q.dim() == 3 and bool(q.shape[0] != k.shape[0])
     mask = None if mask is None else mask_with_four_axes(mask, q, grouped)
     of_heads = (with_four_axes(q, grouped), with_four_axes(k, grouped), with_four_axes(v, grouped))
     output = attend(*of_heads, mask, site.is_causal, scale).reshape(q.shape)
-    output = output if q.shape[-1] == width else output[..., :width]
+    output = output if width == widest else output[..., :width]
     if site.viewed:
         output = output.reshape(*lead, *output.shape[-2:])
     return output if of_output is None else output.permute(of_output)
 
 
+def _width(x: Tensor) -> int:
+    """Return the head size of an operand, which torch may have written as an expression of other sizes: 8·B/B'.
+
+    Raises:
+        NotExpressibleError: it is dynamic.
+    """
+    width = x.shape[-1]
+    if isinstance(width, int):
+        return width
+    if width.node.expr.args and width.node.hint is not None:  # an expression, and its value at the traced sizes
+        return int(width.node.hint)
+    raise NotExpressibleError("its head size is dynamic")
+
+
 def _widened(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else torch.cat([x, x.new_zeros(*x.shape[:-1], width - x.shape[-1])], -1)
+    missing = width - _width(x)
+    return x if not missing else torch.cat([x, x.new_zeros(*x.shape[:-1], missing)], -1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    widths = (q.shape[-1], v.shape[-1])
-    if not all(isinstance(width, int) for width in widths):
-        raise NotExpressibleError("its head size is dynamic")
-    if max(widths) > LARGEST_HEAD_DIM:
-        raise NotExpressibleError(f"its head size is {max(widths)}, above {LARGEST_HEAD_DIM}")
+    widest = max(map(_width, (q, k, v)))
+    if widest > LARGEST_HEAD_DIM:
+        raise NotExpressibleError(f"its head size is {widest}, above {LARGEST_HEAD_DIM}")
     if not q.dim() == k.dim() == v.dim() or k.shape[:-2] != v.shape[:-2]:
         raise NotExpressibleError("its keys and values have different batches or heads")
     if q.dim() > 2 and (q.shape[:-3] != k.shape[:-3] or not _divides(k.shape[-3], q.shape[-3])):
