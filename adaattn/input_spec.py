@@ -88,7 +88,8 @@ class InputSpec:
     def parse(cls, name: str, text: str) -> InputSpec:
         """Parse SHAPE[:TYPE[<LIMIT]][:MEANING]."""
         match = re.fullmatch(r"([^:<]*)(?:: *(\w*) *)?(?:< *(\d{1,100}) *)?(?:: *(\w+) *)?", text.strip())
-        if not name.isidentifier() or match is None or (match[2] == "" and match[4] is None):
+        named = re.fullmatch(r"[^\W\d]\w*(\.\w+)*", name)
+        if named is None or match is None or (match[2] == "" and match[4] is None):
             raise ConfigError(f"input {name}={text}; write NAME=SHAPE[:TYPE[:MEANING]], such as query=B,S,512:float32")
         shape: list[int | str] = []
         for size in map(str.strip, match[1].split(",") if match[1].strip() else ()):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.models [NAME ...]
 
-Each is captured, its attention made adaptive at a tolerance of 1e-2, lowered to ONNX, and verified in ONNX Runtime against
-float64. Prints a table, writes benchmarks/results/models.json and, where all were run, docs/models.md.
+Each is captured, its attention made adaptive at a tolerance of 1e-2, lowered to ONNX, and verified in ONNX Runtime
+against float64. Prints a table, writes benchmarks/results/models.json and, where all were run, docs/models.md.
 """
 
 from __future__ import annotations
@@ -256,7 +256,11 @@ def measure(name: str) -> dict[str, Any]:
     entry = MODELS[name]
     specs = [InputSpec.parse(*given.split("=", 1)) for given in entry.inputs]
     dims = {key: DIMS[key] for key in DIMS if any(key in spec.shape for spec in specs)}
-    row: dict[str, Any] = {"name": name, "class": f"{entry.package}.{entry.name}".strip("."), "control": not entry.attention}
+    row: dict[str, Any] = {
+        "name": name,
+        "class": f"{entry.package}.{entry.name}".strip("."),
+        "control": not entry.attention,
+    }
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -294,12 +298,12 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Models that were exported",
         "",
-        "`python -m benchmarks.models` (`make models`) builds each model from a small random configuration, with no edit of its",
-        f"source, exports it at a tolerance of {TOLERANCE:g} and verifies the file in ONNX Runtime on a CPU ({versions},",
-        "[models.json](../benchmarks/results/models.json)). An attention is replaced only where old and new agree in float64;",
-        "what stays as it was, and why, is below the table. Error and limit are those of the output that comes closest to its",
-        "limit. Controls have no attention. timm, torchvision and open_clip are not here: their wheels need a build of",
-        "torchvision that does not fit the CPU build of torch.",
+        "`python -m benchmarks.models` (`make models`) builds each model from a small random configuration, with no",
+        f"edit of its source, exports it at a tolerance of {TOLERANCE:g}, and verifies it in ONNX Runtime on a CPU",
+        f"({versions}; [models.json](../benchmarks/results/models.json)). An attention is replaced only where old and",
+        "new agree in float64; what stays as it was, and why, is below the table. Error and limit are those of the",
+        "output that comes closest to its limit. Controls have no attention. timm, torchvision and open_clip are not",
+        "here: they need a torchvision that fits the CPU build of torch, and no wheel does.",
         "",
         "| model | class | attentions | adaptive | error | limit | verdict | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -309,14 +313,18 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         numbers = [f"{row[key]:.1e}" if row.get(key) is not None else "–" for key in ("error", "limit")]
         name = f"{row['name']} (control)" if row["control"] else row["name"]
         counts = [str(row.get(key, "–")) for key in ("sites", "adaptive")]
-        cells = [name, f"`{row['class']}`", *counts, *numbers, row["verdict"], f"{row['seconds']:.0f}"]
+        cells = (name, f"`{row['class']}`", *counts, *numbers, row["verdict"], f"{row['seconds']:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
         notes += [f"- {row['name']}: {reason}." for reason in row.get("left", ())]
         if row["verdict"] != "passed" and row.get("reason"):
             notes.append(f"- {row['name']}: {row['reason']}.")
     total = sum(row.get("sites", 0) for row in rows), sum(row.get("adaptive", 0) for row in rows)
     passed = sum(row["verdict"] == "passed" for row in rows)
-    lines += ["", f"In all {total[1]} of {total[0]} attentions are adaptive, and {passed} of {len(rows)} models passed.", ""]
+    lines += [
+        "",
+        f"In all {total[1]} of {total[0]} attentions are adaptive, and {passed} of {len(rows)} models passed.",
+        "",
+    ]
     return "\n".join([*lines, *notes]).rstrip() + "\n"
 
 
@@ -332,8 +340,10 @@ def main(names: tuple[str, ...]) -> None:
         row = measure(name)
         rows.append(row)
         sites = f"{row.get('adaptive', '–')} of {row.get('sites', '–')} adaptive"
-        say(f"{place:2}/{len(wanted)} {name:20} {row['verdict']:8} {sites:18} {row['seconds']:5.1f} s  {row.get('reason') or ''}")
-    say(f"{sum(row['verdict'] == 'passed' for row in rows)} of {len(rows)} passed, {sum(row['seconds'] for row in rows):.0f} s")
+        seconds, reason = f"{row['seconds']:5.1f} s", row.get("reason") or ""
+        say(f"{place:2}/{len(wanted)} {name:20} {row['verdict']:8} {sites:18} {seconds}  {reason}")
+    passed, spent = sum(row["verdict"] == "passed" for row in rows), sum(row["seconds"] for row in rows)
+    say(f"{passed} of {len(rows)} passed, {spent:.0f} s")
     if not names:
         (RESULTS / "models.json").write_text(json.dumps({"tolerance": TOLERANCE, "models": rows}, indent=1) + "\n")
         PAGE.write_text(page(rows))

@@ -32,7 +32,9 @@ dense = DenseAttention(EMBED, HEADS, causal=True)
 output, weights = dense(x, x, x, need_weights=True)
 print(f"  output {tuple(output.shape)}, weights {tuple(weights.shape)}, error {error(dense, x, x, x):.1e}")
 
-print("adaptive precision: each head as cheap as the tolerance allows; a CPU, which gains nothing by it, rounds nothing")
+print(
+    "adaptive precision: each head as cheap as the tolerance allows; a CPU, which gains nothing by it, rounds nothing"
+)
 for tolerance in (1e-4, 1e-3, 1e-2, 1e-1):
     attention = AdaptivePrecisionAttention(EMBED, HEADS, tolerance=tolerance)
     measured = error(attention, x, x, x)

@@ -25,7 +25,9 @@ from adaattn.errors import ConfigError, TargetError
 from adaattn.export.artifacts import folder, manifest
 from adaattn.export.artifacts.arrays import Array
 from adaattn.export.artifacts.report import FAILED, Package, Report, TargetResult, artifacts
+from adaattn.export.capture.arguments import with_arguments
 from adaattn.export.capture.captured import Captured
+from adaattn.export.capture.module import default_inputs
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import child, description
 from adaattn.export.engines import options as engine_options
@@ -73,6 +75,7 @@ def export(
     output_dir: str | os.PathLike[str] = "export",
     *,
     dims: Mapping[str, str | Dimension] | None = None,
+    constants: Mapping[str, Any] | None = None,
     options: Options | None = None,
     source: str | None = None,
     command: str | None = None,
@@ -87,9 +90,11 @@ def export(
         model: a module, or a program captured by torch.export.
         inputs: for each argument of forward a specification such as "B,S,512:float32" (a text or an InputSpec), or an
             example tensor, whose sizes are then fixed. Modules of this package need none. Programs need them only
-            where an export asks for the range of integers or the meaning of a mask.
+            where an export asks for the range of integers or the meaning of a mask. "pair.0" is within a tuple that
+            forward takes as `pair`, and "batch.ids" within a dictionary.
         output_dir: the folder; it appears, or replaces an earlier one, only when the export is complete.
         dims: for each dynamic dimension its sizes, "min:opt:max" or a Dimension.
+        constants: what other arguments of forward get: numbers, texts, booleans or None.
         options: targets, opset, types and engine options; by default `Options()`.
         source, command: the model and the command, as the report names them.
         reads: files and folders that were read for the model; an output folder that holds one is refused.
@@ -135,6 +140,11 @@ def export(
             with clock.stage("calibrate"):
                 model, calibrated = calibrate_copy(model, options, on_progress)
         with clock.stage("capture"):
+            if isinstance(model, nn.Module):
+                described = specs or ([] if not constants else list(default_inputs(model)))
+                model, specs, examples = with_arguments(model, described, examples, constants or {})
+            elif constants:
+                raise ConfigError("constants cannot change a program that is captured already; capture it with them")
             captured, module = capture(model, specs, examples, sizes, options, notes)
             notes += captured.notes
         with clock.stage("attention"):

@@ -21,6 +21,7 @@ from adaattn.attention.base import AttentionBase
 from adaattn.encoder import Encoder
 from adaattn.errors import ConfigError, ExportError
 from adaattn.export.capture import diagnostics
+from adaattn.export.capture.arguments import WithArguments
 from adaattn.export.capture.captured import (
     Captured,
     check_dims,
@@ -119,7 +120,7 @@ def capture_module(
         return _named_outputs(_copy(model, share=False).double())
 
     return Captured(
-        type(model).__name__,
+        type(model.model if isinstance(model, WithArguments) else model).__name__,
         program,
         _named_outputs(_copy(model)),
         in_double,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 import sys
@@ -80,6 +81,16 @@ def _inputs(context: click.Context, parameter: click.Parameter, values: tuple[st
     return _parsed(InputSpec.parse, values)
 
 
+def _constants(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    def constant(name: str, text: str) -> Any:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    return _parsed(constant, values)
+
+
 def _dims(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Dimension]:
     from adaattn.input_spec import Dimension
 
@@ -102,7 +113,17 @@ def _list(context: click.Context, parameter: click.Parameter, value: str | None)
 
 
 SECTIONS = {
-    "Model": ("inputs", "dims", "dtype", "tolerance", "calibrate", "calibration_state", "weights", "allow_pickle"),
+    "Model": (
+        "inputs",
+        "constants",
+        "dims",
+        "dtype",
+        "tolerance",
+        "calibrate",
+        "calibration_state",
+        "weights",
+        "allow_pickle",
+    ),
     "Artifacts": (
         "targets",
         "servers",
@@ -148,7 +169,16 @@ class ExportCommand(Command):
     callback=_inputs,
     help='An input, such as "query=B,S,512:float32"; letters are dynamic dimensions. Integers: "ids=B,S:int64<30522". '
     'Masks: "mask=B,S:bool:masked"; attend: true or 1 attends, masked: true or 1 does not, bias: added to the scores, '
-    "values: any other.  [default: what MODEL says]",
+    'values: any other. Within a tuple or a dictionary: "pair.0=B,S", "batch.ids=B,S:int64".  '
+    "[default: what MODEL says]",
+)
+@click.option(
+    "--set",
+    "constants",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_constants,
+    help="Another argument of forward, a constant of the file: a number, a text, True, False or None.",
 )
 @click.option(
     "--dim",
@@ -282,6 +312,7 @@ def _export(
     output: str | None,
     force: bool,
     inputs: dict[str, InputSpec],
+    constants: dict[str, Any],
     dims: dict[str, Dimension],
     targets: tuple[str, ...],
     servers: tuple[str, ...],
@@ -339,6 +370,7 @@ def _export(
             described,
             directory,
             dims=saved | dims,
+            constants=constants,
             options=options,
             source=model,
             command=shlex.join([NAME, *sys.argv[1:]]),
