@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := cpu,tensorrt-rtx,test
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types format docs parity demo demo-minilm bench gpu gpu-wheels clean
+.PHONY: help install test lint types format docs parity demo demo-minilm models bench gpu gpu-wheels clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile

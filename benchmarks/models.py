@@ -265,15 +265,9 @@ def measure(name: str) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            options = Options(("onnx",), tolerance=TOLERANCE if entry.attention else None)
+            options = Options(("onnx",), tolerance=TOLERANCE)
             inputs = {spec.name: spec for spec in specs}
-            try:
-                report = export(build(entry), inputs, f"{folder}/out", dims=dims, options=options).report
-            except AdaAttnError as error:
-                if "no attention of the model can be adaptive" not in str(error):
-                    raise
-                options = Options(("onnx",))
-                report = export(build(entry), inputs, f"{folder}/out", dims=dims, options=options).report
+            report = export(build(entry), inputs, f"{folder}/out", dims=dims, options=options).report
     except AdaAttnError as error:
         return row | {"verdict": "error", "reason": str(error), "seconds": time.perf_counter() - start}
     (target,) = report["targets"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,37 @@ def calibrate_copy(
         )
         raise ConfigError(f"--calibrate found no attention to calibrate: {reasons}")
     return model, found
+
+
+def check_memory(model: nn.Module | ExportedProgram) -> None:
+    """Refuse a verification for which this machine has too little memory, before anything is made.
+
+    Beside the model there are float64 copies of it and of the program that is compared with it, and the ONNX file in
+    two runtimes' hands: the writer's and ONNX Runtime's.
+
+    Raises:
+        ConfigError: less is free.
+    """
+    state = model.state_dict() if isinstance(model, nn.Module) else model.state_dict
+    weights = [x for x in state.values() if isinstance(x, Tensor)]
+    doubles = sum(8 * x.numel() for x in weights if x.is_floating_point())
+    needed, free = 2 * doubles + 2 * sum(x.nbytes for x in weights), free_memory()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"verifying this model takes about {needed / 2**30:.0f} GiB beside it, for its float64 copies, and "
+            f"{free / 2**30:.0f} GiB are free; pass --no-verify, or export where there is more memory"
+        )
+
+
+def free_memory() -> int | None:
+    """Return the bytes that a process can still take; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return None
 
 
 def split_inputs(inputs: Mapping[str, str | InputSpec | Tensor]) -> tuple[list[InputSpec], dict[str, Tensor]]:

@@ -87,7 +87,7 @@ class EagerReference:
 
     def __init__(self, captured: Captured) -> None:
         self.dtype = dtype_name(captured.dtype)
-        self._eager, self._double, self._names = captured.eager, captured.in_double(), captured.output_names
+        self._eager, self.double, self._names = captured.eager, captured.in_double(), captured.output_names
         self.written = captured.written
         self.double_mode = partial(PlanMode, double=True, dtype=captured.dtype)
         self._nudged: tuple[Case, list[PlanMode]] | None = None
@@ -181,7 +181,7 @@ class EagerReference:
 
     def _in_double(self, case: Case, mode: PlanMode) -> tuple[dict[str, Tensor], PlanMode]:
         inputs = {name: to_double(x) for name, x in case.inputs.items()}
-        return self._named(run_eager(self._double, inputs, mode, self.written)), mode
+        return self._named(run_eager(self.double, inputs, mode, self.written)), mode
 
     def golden(self, expected: Expected, layers: Sequence[str]) -> GoldenCase:
         """Return the golden case that a verdict needs.

@@ -39,7 +39,7 @@ _WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.w
 _PRODUCT = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 NAMES: dict[Any, str] = {
     aten.tanh.default: "a cap on its scores (tanh)",
-    aten.cat.default: "scores beside those of the keys (cat), as of attention sinks",
+    aten.cat.default: "a concatenation (cat), as of attention sinks",
     aten.clamp.default: "limits on its scores (clamp)",
     aten.topk.default: "a choice of keys (topk)",
 }

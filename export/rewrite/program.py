@@ -148,15 +148,19 @@ def _replace(
     return results
 
 
-def departures(captured: Captured) -> list[str]:
+def departures(captured: Captured, program: Callable[..., Any]) -> list[str]:
     """Return a line for each case in which a rewritten program computes something else than the model.
 
     Both run in float64, the program unrounded and at full rank. What is found is a fault of the capture: the rewriting
     itself is proven.
+
+    Args:
+        captured: the rewritten program, and the model that it was captured from.
+        program: the program in float64.
     """
     if captured.original is None:
         return []
-    model, program = captured.original(), captured.in_double()
+    model = captured.original()
     lines = []
     for case in cases.proof(captured):
         inputs = {name: to_double(x) for name, x in case.inputs.items()}

@@ -268,3 +268,14 @@ def test_a_model_above_2_gib(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(result.directory / "model.onnx", providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"x": np.ones((1, 4, WIDTH), np.float32)})
     assert np.isfinite(got).all()
+
+
+def test_too_little_memory_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaattn.export.prepare.free_memory", lambda: 1000)
+    stages: list[str] = []
+    with pytest.raises(ConfigError, match="takes about 0 GiB beside it, for its float64 copies, and 0 GiB are free"):
+        export(adaattn.DenseAttention(8, 2), output_dir=tmp_path / "out", on_stage=stages.append)
+    assert stages == []
+    assert list(tmp_path.iterdir()) == []
+    options = Options(("onnx",), verify=False)
+    assert export(adaattn.DenseAttention(8, 2), output_dir=tmp_path / "out", options=options).directory.exists()

@@ -318,10 +318,6 @@ def test_weights_that_do_not_fit_the_factory(weights: str, words: list[str], she
         ("tests.support.models:tiny --tolerance 0", ["tolerance is 0.0", "above 0"]),
         ("tests.support.models:tiny --tolerance -0.1", ["tolerance is -0.1", "above 0"]),
         ("tests.support.models:tiny --tolerance nan", ["tolerance is nan", "above 0"]),
-        (
-            "tests.support.models:Add --input x=B,16 --input y=B,16 --tolerance 0.1",
-            ["--tolerance applies to attention, and the model has none"],
-        ),
         ("SHELF/good.pt --weights SHELF/weights.pt", ["--weights goes with package.module:factory"]),
         ("SHELF/good.pt2 --allow-pickle", ["no upper bound", "input=s", "--dim s"]),
         ("SHELF/good.pt2 --allow-pickle --dim width=1:2:3", ["no input has a dimension 'width'", "input=s"]),

@@ -247,7 +247,7 @@ def test_every_form_becomes_one_op(name: str) -> None:
     else:
         rows = [not isinstance(size, int) for size in mask.meta["val"].shape[2:]]
         assert rows == [size == "S" for size in of_mask.split(",")[2:]]
-    assert departures(after) == []
+    assert departures(after, after.in_double()) == []
 
     for case in cases.cases(before):
         inputs = {key: to_double(x) for key, x in case.inputs.items()}
@@ -413,6 +413,6 @@ def test_departures_of_a_program_from_its_model_are_found(monkeypatch: pytest.Mo
     assert after.original is not None
     wrong = captured(by_einsum)
     monkeypatch.setattr(rewriting, "DEPARTURE", 1e-6)
-    lines = departures(rewriting.replace(after, original=wrong.in_double))
+    lines = departures(rewriting.replace(after, original=wrong.in_double), after.in_double())
     assert lines
     assert "differs from the model by" in lines[0]

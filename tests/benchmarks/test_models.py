@@ -1,0 +1,31 @@
+"""Six of the models of `make models`: a call, products written out, a decoder, sinks that stay, and a control."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.models import MODELS, measure, page
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "sites", "adaptive"),
+    [
+        ("a hand-written GPT", 2, 2),
+        ("MPNet", 2, 2),
+        ("CLIP, image", 2, 2),
+        ("VAE", 2, 2),
+        ("gpt-oss", 2, 0),
+        ("ConvNeXt", 0, 0),
+    ],
+)
+def test_a_model_that_nobody_here_wrote(name: str, sites: int, adaptive: int) -> None:
+    row = measure(name)
+    assert (row["verdict"], row["sites"], row["adaptive"]) == ("passed", sites, adaptive), row
+    assert bool(row["left"]) == (sites > adaptive)
+    assert f"| {name}" in page([row])
+
+
+def test_there_are_many() -> None:
+    assert len(MODELS) >= 25
+    assert {entry.package for entry in MODELS.values()} == {"transformers", "diffusers", "torch", ""}
