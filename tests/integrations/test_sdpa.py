@@ -196,7 +196,13 @@ def test_a_block_answers_every_attention_of_a_model(name: str) -> None:
     assert (used.calls, used.plans) == (0, {})
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TransformerEncoder",
+        *(pytest.param(x, marks=pytest.mark.thorough) for x in ("handwritten", "MultiheadAttention")),
+    ],
+)
 @pytest.mark.usefixtures("_eval")
 def test_compiled_models_are_answered_in_the_block_and_not_outside(name: str) -> None:
     model = made(name)

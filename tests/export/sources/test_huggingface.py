@@ -309,7 +309,10 @@ OWN_CODE: dict[str, tuple[Any, Any, list[str]]] = {  # models that call no funct
 }
 
 
-@pytest.mark.parametrize("name", OWN_CODE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.thorough) if name in ("falcon", "gemma2") else name for name in OWN_CODE],
+)
 def test_attention_of_a_models_own(name: str) -> None:
     cls, config, words = OWN_CODE[name]
     torch.manual_seed(1)
