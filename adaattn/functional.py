@@ -111,9 +111,15 @@ def attend_within(
     is_causal: bool,
     scale: float,
     impl: str = "auto",
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Plan]:
-    """Return `adaptive_attention` of checked operands, and the plan that it followed."""
-    table = ladder_table_for(budget, query.shape[-1], query.device)
+    """Return `adaptive_attention` of checked operands, and the plan that it followed.
+
+    Args:
+        table: `ladder_table` of the budget, where the caller has made it.
+    """
+    if table is None:
+        table = ladder_table_for(budget, query.shape[-1], query.device)
     with torch.no_grad():  # a decision has no gradient
         moments = operand_moments(query, key, value, attn_mask, impl)
         plan = plan_within(budget, table, *moments, scale, impl)

@@ -45,6 +45,16 @@ def ladder_table(budget: Budget, head_dim: int, device: torch.device | None = No
     return torch.tensor([codes, ranks], device=device)
 
 
+def ladder_by_operators(budget: Budget, head_dim: int, device: torch.device) -> Tensor:
+    """Return `ladder_table` as a trace takes it: by operators, not as a constant.
+
+    Torch cannot decompose a constant in a branch of torch.cond, and a CUDA graph would copy it from the host.
+    """
+    codes, ranks = zip(*ladder(budget, head_dim), strict=True)
+    numbers = {n: torch.full((), n, dtype=torch.int64, device=device) for n in (*codes, *ranks)}
+    return torch.stack([torch.stack([numbers[n] for n in row]) for row in (codes, ranks)])
+
+
 _tables: dict[tuple[tuple[str, ...], bool, int, torch.device], Tensor] = {}
 
 
@@ -53,16 +63,10 @@ def ladder_table_for(budget: Budget, head_dim: int, device: torch.device) -> Ten
 
     It follows from the configuration, so modules make it here: as a buffer, it would be lost in `Module.to_empty`.
     """
-    if (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        # By operators, not as a constant: torch cannot decompose a constant in a branch of torch.cond, and a CUDA graph
-        # would copy it from the host.
-        codes, ranks = zip(*ladder(budget, head_dim), strict=True)
-        numbers = {n: torch.full((), n, dtype=torch.int64, device=device) for n in (*codes, *ranks)}
-        return torch.stack([torch.stack([numbers[n] for n in row]) for row in (codes, ranks)])
+    if torch.compiler.is_compiling():
+        return ladder_by_operators(budget, head_dim, device)
+    if is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return ladder_table(budget, head_dim, device)
     key = (budget.precisions, budget.low_rank, head_dim, device)  # a ladder does not depend on the tolerance
     if key not in _tables:
         with torch.inference_mode(False):

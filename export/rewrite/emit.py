@@ -16,6 +16,7 @@ from adaattn.functional import attend_within
 from adaattn.masks import mask_with_four_axes, with_four_axes
 from adaattn.ops.dispatch import LARGEST_HEAD_DIM
 from adaattn.planning.budget import Budget
+from adaattn.planning.ladder import ladder_by_operators
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]
 
@@ -84,7 +85,8 @@ def _traced(site: Site, budget: Budget | None, operands: Sequence[Node]) -> Grap
 
 def _within(budget: Budget) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-        return attend_within(budget, q, k, v, mask, is_causal, scale)[0]
+        table = ladder_by_operators(budget, q.shape[-1], q.device)
+        return attend_within(budget, q, k, v, mask, is_causal, scale, table=table)[0]
 
     return attend
 
