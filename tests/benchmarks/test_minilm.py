@@ -13,6 +13,7 @@ from benchmarks.sentences import calibration_text, judged_text
 from tests.support import oracle
 
 
+@pytest.mark.thorough  # tests/export/sources/test_huggingface.py exports it
 @pytest.mark.parametrize(
     ("sentences", "tolerances"),
     [(48, (EXPORTED,)), pytest.param(240, TOLERANCES, marks=pytest.mark.thorough)],

@@ -56,10 +56,8 @@ MASKS = {"none": None, "padding": "B,{k}:bool", "query": "B,{q},{k}:bool", "addi
 
 # Each option twice; more pairs of them are in the seeded part of tests/parity.
 COVER = (
-    ("none", False, False, 4, "float32"),
     ("padding", True, True, 4, "float16"),
     ("query", False, True, 2, "float32"),
-    ("additive", True, False, 2, "float16"),
 )
 
 

@@ -209,7 +209,7 @@ def test_what_a_model_keeps_for_itself_stays_in_a_copy(tmp_path: Path) -> None:
     assert model(torch.ones(1, 2, 16)).isfinite().all()
 
 
-@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("outside", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_attention_of_ours_in_branches(outside: bool, tmp_path: Path) -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:

@@ -110,13 +110,11 @@ def test_a_classifier_of_images() -> None:
     assert report["layers"] == []
 
 
-@pytest.mark.thorough  # test_minilm exports it too
 def test_a_real_sentence_encoder(minilm: Path) -> None:
     """MiniLM-L6's embeddings of sentences are those of its recipe, computed by transformers alone."""
     folder = minilm
-    result = run(
-        f"hf:{folder}", "--target", "onnx", "--no-verify", "-o", "out"
-    )  # tests/benchmarks/test_minilm.py verifies
+    # tests/benchmarks/test_minilm.py verifies, with --thorough
+    result = run(f"hf:{folder}", "--target", "onnx", "--tolerance", "1e-2", "--no-verify", "-o", "out")
     assert result.exit_code == 0, result.output
     assert [output.name for output in session().get_outputs()] == ["sentence_embedding"]
     words = hf.AutoTokenizer.from_pretrained(folder)(
