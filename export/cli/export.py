@@ -85,7 +85,7 @@ def _constants(context: click.Context, parameter: click.Parameter, values: tuple
     def constant(name: str, text: str) -> Any:
         try:
             return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # as ast.literal_eval has it
             return text
 
     return _parsed(constant, values)

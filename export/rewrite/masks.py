@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,6 @@ from adaattn.input_spec import Dimension
 LOW = -1e4  # a score that much lower has a probability of zero
 LARGEST = 1 << 24  # numbers of a mask that are looked at
 _AND = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.__iand__.Tensor)
-_OR = (aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default, aten.__ior__.Tensor)
-_NOT = (aten.logical_not.default, aten.bitwise_not.default)
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
 
@@ -32,13 +30,13 @@ class _UnknownError(Exception):
 class Sizes:
     """Compute what follows from sizes and constants alone, at several sizes."""
 
-    def __init__(self, program: ExportedProgram, dims: Mapping[str, Dimension]) -> None:
+    def __init__(self, program: ExportedProgram, dims: Mapping[str, Dimension], fitted: Callable[..., Any]) -> None:
         self._constants: dict[str, Tensor] = {}
         for item in program.graph_signature.input_specs:
             if item.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 state = program.state_dict if item.target in program.state_dict else program.constants
                 self._constants[item.arg.name] = state[item.target]
-        self._points = list(_points(dims))
+        self._points = [fitted(point) for point in _points(dims)]
         self._found: dict[tuple[Node, int], Any] = {}
 
     def everywhere(self, node: Node) -> list[Tensor] | None:
@@ -74,7 +72,6 @@ class Sizes:
             raise _UnknownError
 
         def known(x: Node) -> Any:
-            # The size of an input is known, whatever its numbers.
             return self._at(x, place)
 
         args, kwargs = map_arg(node.args, known), map_arg(node.kwargs, known)
@@ -92,22 +89,28 @@ class Sizes:
         try:
             values = {symbol: self._points[place][str(symbol)] for symbol in expression.free_symbols}
             found = expression.subs(values)
-            return bool(found) if isinstance(value, torch.SymBool) else int(found)
+            kind = {torch.SymBool: bool, torch.SymFloat: float}.get(type(value), int)
+            return kind(found)
         except (KeyError, TypeError) as error:
             raise _UnknownError from error
 
 
 def _points(dims: Mapping[str, Dimension]) -> Iterator[dict[str, int]]:
-    """Return sizes to compute at: least, usual, largest, and odd ones between."""
+    """Return sizes to compute at: least, largest, and odd ones between, of all dimensions alike and each of another.
+
+    Where queries and keys have dimensions of their own, sizes that are always alike would not tell causality from the
+    top left from causality that ends at the last key.
+    """
     seen = []
     for wanted in (1, 2, 3, 7, 16, 33, None):
-        point = {}
-        for name, dim in dims.items():
-            ask = 2 if dim.is_batch else dim.max if wanted is None else wanted
-            point[name] = min(max(ask, dim.min), dim.max)
-        if point not in seen:
-            seen.append(point)
-            yield point
+        for apart in (0, 5, -5):
+            point = {}
+            for place, (name, dim) in enumerate(dims.items()):
+                ask = 2 if dim.is_batch else dim.max if wanted is None else wanted + apart * place
+                point[name] = min(max(ask, dim.min), dim.max)
+            if point not in seen:
+                seen.append(point)
+                yield point
 
 
 def simplified(site: Site, sizes: Sizes) -> Site:

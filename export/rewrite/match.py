@@ -1,4 +1,7 @@
-"""Find attention in the graph of a program: calls of `scaled_dot_product_attention`, and products around a softmax."""
+"""Find attention in the graph of a program: calls of `scaled_dot_product_attention`, and products around a softmax.
+
+One file, though long: one walk from a softmax back to its scores and on to its values, step by step.
+"""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def _proven(
     proof: Callable[[], Sequence[Case]],
 ) -> dict[Node, float | str]:
     """Replace sites, first with cheap masks and then, where that is not proven, with the masks that they have."""
-    sizes = masks.Sizes(captured.program, captured.dims)
+    sizes = masks.Sizes(captured.program, captured.dims, captured.sizes.nearest)
     runs = [arguments_of(captured.program, case.inputs) for case in proof()]
     double = partial(PlanMode, double=True, dtype=captured.dtype, exact=True)
     cheap = [masks.simplified(site, sizes) for site in sites]
@@ -135,9 +135,15 @@ def _replace(
             results[site.node] = f"the op does not take its operands: {first_line(error)}"
     if pairs:
         module.recompile()
-        errors = worst_errors(module, pairs, runs, double())
+        errors, failed = dict[Node, float](), "it had no numbers on the golden inputs"
+        try:
+            errors = worst_errors(module, pairs, runs, double())
+        except Exception as error:  # the user's own model, on inputs that it may not take
+            failed = f"the model fails on the golden inputs: {first_line(error)}"
         for old, new in pairs.items():
-            if errors[old] <= LIMIT:
+            if old not in errors:
+                results[old] = f"it is not proven: {failed}"
+            elif errors[old] <= LIMIT:
                 results[old] = errors[old]
                 old.replace_all_uses_with(new)
             else:
@@ -189,6 +195,10 @@ def _with_module(captured: Captured, module: GraphModule, adaptive: bool) -> Cap
     """Return a captured program with another graph of the same inputs and outputs."""
     old = captured.program
     signature = copy.deepcopy(old.graph_signature)
+    returned: Any = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    for item, node in zip(signature.output_specs, returned, strict=True):
+        if isinstance(node, Node):  # another one, where an attention is itself an output
+            item.arg.name = node.name
     program = ExportedProgram(
         module,
         module.graph,

@@ -25,7 +25,7 @@ class Proof(Interpreter):
 
     def __init__(self, module: GraphModule, pairs: Mapping[Node, Node]) -> None:
         super().__init__(module)
-        self.worst = dict.fromkeys(pairs, 0.0)
+        self.worst: dict[Node, float] = {}  # of those that had numbers to compare
         self._pairs, self._made = pairs, dict[Node, Tensor]()
         self._new = set(pairs.values())
 
@@ -35,8 +35,9 @@ class Proof(Interpreter):
         if n in self._new:
             self._made[n] = value
         if n in self._pairs:
-            error = difference(value, self._made.pop(self._pairs[n]))
-            self.worst[n] = max(self.worst[n], error)
+            made = self._made.pop(self._pairs[n])
+            if value.isfinite().any():
+                self.worst[n] = max(self.worst.get(n, 0.0), difference(value, made))
         return value
 
 
@@ -73,7 +74,7 @@ def worst_errors(
     runs: Sequence[Sequence[Any]],
     in_double: AbstractContextManager[Any],
 ) -> dict[Node, float]:
-    """Return for each old output how far the new one is from it, over all runs."""
+    """Return for each old output that had numbers how far the new one is from it, over all runs."""
     proof = Proof(module, pairs)
     for arguments in runs:
         with torch.no_grad(), in_double:

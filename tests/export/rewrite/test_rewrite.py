@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from adaattn.input_spec import Dimension, InputSpec
 from adaattn.ops.signatures import OPS
 
 H, D = 4, 8
+T3 = torch.ones(3)  # fits no model here
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 LOWEST = torch.finfo(torch.float32).min
 SIZES = {"B": Dimension("B", 1, 2, 4), "S": Dimension("S", 1, 9, 24)}
@@ -433,3 +435,31 @@ def test_departures_of_a_program_from_its_model_are_found(monkeypatch: pytest.Mo
     lines = departures(rewriting.replace(after, original=wrong.in_double), after.in_double())
     assert lines
     assert "differs from the model by" in lines[0]
+
+
+def test_causality_that_ends_at_the_last_key_stays_a_mask() -> None:
+    """With a dimension for queries and one for keys: where both are alike, it is causality from the top left."""
+
+    class Cross(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            rows, columns = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+            seen = columns[None] <= rows[:, None] + (k.shape[2] - q.shape[2])
+            return F.scaled_dot_product_attention(q, k, k, seen)
+
+    dims = {name: Dimension(name, 1, 9, 24) for name in ("S", "T")} | {"B": SIZES["B"]}
+    specs = [InputSpec(name, ("B", H, size, D)) for name, size in (("q", "S"), ("k", "T"))]
+    after, _ = rewritten(capture_module(Cross().eval(), specs, dims))
+    (node,) = nodes(after, ATTEND)
+    given = OPS["adaptive_attention"].bound(node.args, node.kwargs)
+    assert not given["is_causal"]
+    assert given["attn_mask"] is not None
+
+
+@pytest.mark.parametrize("runs", ["none", "fails"])
+def test_without_numbers_to_compare_nothing_is_proven(runs: str) -> None:
+    before = captured(nano_gpt)
+    proof = [] if runs == "none" else [replace(case, inputs={"x": T3, "mask": T3}) for case in cases.proof(before)]
+    after, (each,) = rewrite(before, 1e-2, lambda: proof)
+    assert after is before
+    assert each.became is None
+    assert str(each.reason).startswith("it is not proven: ")
