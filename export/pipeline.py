@@ -206,7 +206,7 @@ def export(
 
 
 def _without_effect(attentions: Sequence[Rewritten], options: Options) -> list[str]:
-    """Return a warning where a tolerance has nothing to act on."""
+    """Return a warning if the tolerance changes nothing."""
     if options.tolerance is None or any(each.became == ADAPTIVE for each in attentions):
         return []
     if not attentions:

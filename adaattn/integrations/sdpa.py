@@ -57,10 +57,7 @@ def adaptive_sdpa(
     (`torch.utils.checkpoint`), call `backward` within it too, or use `adapt`.
 
     Args:
-        tolerance: accepted relative error (root mean square) of the output of a head.
-        safety, precisions, low_rank: see `adaattn.planning.budget.Budget`.
-        impl: "auto" (Triton on CUDA, else SDPA at each head's rank, which rounds nothing), "reference", which emulates
-            the rounding, or "triton".
+        tolerance, safety, precisions, low_rank, impl: as in `adaattn.adaptive_attention`.
 
     Returns:
         The block. `with … as used` gives it a name; `used.calls`, `used.left` and `used.plans` say what happened.
@@ -269,7 +266,7 @@ class Adapted:
     """
 
     def __init__(self, model: nn.Module, used: AdaptiveSDPA) -> None:
-        # A leaf of torch.nn attends to nothing, and a forward of its own would cost time in every call.
+        # A module of torch.nn without children does not attend; wrapping its forward would only cost time.
         modules = [m for m in model.modules() if next(m.children(), None) or m.__module__.split(".")[0] != "torch"]
         modules = [m for m in modules if type(m).forward is not nn.Module.forward]  # a container
         if any(isinstance(vars(module).get("forward"), _Within) for module in modules):
@@ -283,7 +280,7 @@ class Adapted:
         """Let the model attend as before."""
         for module in self._modules:
             within = vars(module).pop("forward")
-            if getattr(within.forward, "__self__", None) is not module:  # it had a forward of its own
+            if getattr(within.forward, "__self__", None) is not module:  # the user had replaced forward
                 vars(module)["forward"] = within.forward
         self._modules = []
 
@@ -346,8 +343,8 @@ def _never(operands: object) -> bool:
     return False
 
 
-# By name, since torch.compile has objects of its own. Attention is called within the first of these, and again within
-# the others where activations are recomputed.
+# By name, since torch.compile passes other objects for these functions. The first calls attention; the others call it
+# again where activations are recomputed.
 _UNASKED = {
     function.__name__: _unasked(function)
     for function in (F.multi_head_attention_forward, torch.autograd.backward, torch.autograd.grad)

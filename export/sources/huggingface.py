@@ -152,7 +152,7 @@ def _from_pretrained(folder: Path, allow_pickle: bool, pooled: bool) -> nn.Modul
         with _without_progress(), at_most(2 * _weights_in(folder), sys.maxsize):
             model, found = architecture.from_pretrained(
                 str(folder),
-                # Weights are an output of its own formula alone; else the best that it has.
+                # Only the eager implementation returns weights; otherwise transformers chooses.
                 attn_implementation="eager" if content.get("output_attentions") else None,
                 local_files_only=True,
                 trust_remote_code=False,

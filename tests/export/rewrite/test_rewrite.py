@@ -128,7 +128,7 @@ def by_einsum(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def of_windows(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """As Swin: a bias of places, then a mask of windows in a view of its own."""
+    """Attend as Swin does: add a bias of places, then a mask of windows in another view."""
     batch, _, tokens, _ = q.shape
     scores = (q * D**-0.5) @ k.transpose(-2, -1) + m.bias(tokens).unsqueeze(0)
     windows = torch.zeros(1, 1, 1, tokens, tokens).masked_fill(~m.causal[:, :, :tokens, :tokens], -100.0)
