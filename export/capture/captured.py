@@ -204,3 +204,13 @@ def _leaves(output: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
         return
     for key, x in inside:
         yield from _leaves(x, (*path, key))
+
+
+def tensors_held(program: ExportedProgram) -> dict[str, Any]:
+    """Return the parameters, buffers and constants of a program by the names of its graph's inputs."""
+    held = {**program.constants, **program.state_dict}
+    return {
+        item.arg.name: held[item.target]
+        for item in program.graph_signature.input_specs
+        if item.kind is not InputKind.USER_INPUT and item.target in held
+    }

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from adaattn.export.capture.captured import tensors_held
 from adaattn.export.rewrite.match import Not, Site, Step, aten, value_of
 from adaattn.input_spec import Dimension
 
@@ -31,11 +31,7 @@ class Sizes:
     """Compute what follows from sizes and constants alone, at several sizes."""
 
     def __init__(self, program: ExportedProgram, dims: Mapping[str, Dimension], fitted: Callable[..., Any]) -> None:
-        self._constants: dict[str, Tensor] = {}
-        for item in program.graph_signature.input_specs:
-            if item.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-                state = program.state_dict if item.target in program.state_dict else program.constants
-                self._constants[item.arg.name] = state[item.target]
+        self._constants = tensors_held(program)
         self._points = [fitted(point) for point in _points(dims)]
         self._found: dict[tuple[Node, int], Any] = {}
 

@@ -21,7 +21,7 @@ from adaattn.export.golden.plan_mode import PlanMode, run_eager, to_double
 from adaattn.export.rewrite import masks
 from adaattn.export.rewrite.emit import NotExpressibleError, write
 from adaattn.export.rewrite.match import CALL, CHECK, DECOMPOSED, Site, find, path_of
-from adaattn.export.rewrite.prove import LIMIT, arguments_of, difference, worst_errors
+from adaattn.export.rewrite.prove import LIMIT, Runs, difference, worst_errors
 from adaattn.ops.signatures import OPS
 from adaattn.planning.budget import Budget
 
@@ -106,7 +106,7 @@ def _proven(
 ) -> dict[Node, float | str]:
     """Replace sites, first with cheap masks and then, where that is not proven, with the masks that they have."""
     sizes = masks.Sizes(captured.program, captured.dims, captured.sizes.nearest)
-    runs = [arguments_of(captured.program, case.inputs) for case in proof()]
+    runs = Runs(captured.program, [case.inputs for case in proof()])
     double = partial(PlanMode, double=True, dtype=captured.dtype, exact=True)
     cheap = [masks.simplified(site, sizes) for site in sites]
     proven = _replace(module, cheap, budget, runs, double)
@@ -120,7 +120,7 @@ def _replace(
     module: GraphModule,
     sites: Sequence[Site],
     budget: Budget | None,
-    runs: Sequence[Sequence[Any]],
+    runs: Runs,
     double: Callable[[], PlanMode],
 ) -> dict[Node, float | str]:
     """Replace those sites for which it is proven; return its error for each, or why it is not replaced."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 from torch.fx import GraphModule, Interpreter, Node
+
+from adaattn.export.capture.captured import tensors_held
+from adaattn.export.golden.plan_mode import to_double
 
 LIMIT = 1e-9  # of the largest number of an output: sums of a few thousand terms in float64 err by 1e-13
 
@@ -54,29 +57,43 @@ def difference(old: Tensor, new: Tensor) -> float:
     return float((old - new)[known].abs().max()) / size if size else float(new[known].abs().max())
 
 
-def arguments_of(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> list[Any]:
-    """Return the arguments of a program's graph, floating-point weights in float64."""
-    found: list[Any] = []
-    for item in program.graph_signature.input_specs:
+class Runs:
+    """Iterate over the arguments of a program's graph in each case, floating-point tensors in float64.
+
+    A run may write into its arguments: all but parameters are copies.
+
+    Args:
+        cases: inputs of the program, by name.
+    """
+
+    def __init__(self, program: ExportedProgram, cases: Sequence[Mapping[str, Tensor]]) -> None:
+        self._specs = program.graph_signature.input_specs
+        self._held = {name: to_double(x) for name, x in tensors_held(program).items()}
+        self._cases = cases
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Return the arguments of each case in turn."""
+        for inputs in self._cases:
+            yield [self._argument(item, inputs) for item in self._specs]
+
+    def _argument(self, item: InputSpec, inputs: Mapping[str, Tensor]) -> Any:
         if isinstance(item.arg, ConstantArgument):
-            found.append(item.arg.value)
-        elif item.kind is InputKind.USER_INPUT:
-            found.append(inputs[item.arg.name])
-        else:
-            state = program.state_dict if item.target in program.state_dict else program.constants
-            found.append(state[item.target])
-    return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in found]
+            return item.arg.value
+        if item.kind is InputKind.USER_INPUT:
+            return to_double(inputs[item.arg.name]).clone()
+        held = self._held[item.arg.name]
+        return held if item.kind is InputKind.PARAMETER or not isinstance(held, Tensor) else held.clone()
 
 
 def worst_errors(
     module: GraphModule,
     pairs: Mapping[Node, Node],
-    runs: Sequence[Sequence[Any]],
+    runs: Iterable[Sequence[Any]],
     in_double: AbstractContextManager[Any],
 ) -> dict[Node, float]:
     """Return for each old output that had numbers how far the new one is from it, over all runs."""
     proof = Proof(module, pairs)
     for arguments in runs:
         with torch.no_grad(), in_double:
-            proof.run(*(x.clone() if isinstance(x, Tensor) else x for x in arguments), enable_io_processing=False)
+            proof.run(*arguments, enable_io_processing=False)
     return proof.worst
