@@ -28,24 +28,24 @@ def record(reference: EagerReference, lowered: Lowered, case: Case, layers: Sequ
     Returns:
         One with all plans forced to fp32 at full rank, where the program plans, and one with its own plans.
     """
-    natural = PlanMode(measure=True)
-    found = [_golden(reference, lowered, case, natural)]
+    natural, programs = PlanMode(measure=True), _Programs(lowered)
+    found = [_golden(reference, programs, case, natural)]
     if natural.plans and len(natural.plans) == len(layers):
         exact = PlanMode(measure=True, plans=ForcedPlan().plans(natural))
-        found.insert(0, _golden(reference, lowered, case, exact, ForcedPlan(), layers))
+        found.insert(0, _golden(reference, programs, case, exact, ForcedPlan(), layers))
     return found
 
 
 def _golden(
     reference: EagerReference,
-    lowered: Lowered,
+    programs: _Programs,
     case: Case,
     mode: PlanMode,
     forced: ForcedPlan | None = None,
     layers: Sequence[str] = (),
 ) -> GoldenCase:
-    eager = _values(lowered, case, mode)
-    exact = _values(lowered, case, reference.double_mode(plans=mode.plans))
+    eager = programs.values(case, mode)
+    exact = programs.values(case, reference.double_mode(plans=mode.plans))
     rounding = rounding_of(mode)
     outputs = {name: reference.output(x, exact[name], rounding) for name, x in eager.items()}
     plans = zip(layers, mode.plans, strict=True) if layers else ()
@@ -55,22 +55,30 @@ def _golden(
     return reference.assembled(case, forced, outputs, of_layers)
 
 
-def _values(lowered: Lowered, case: Case, mode: PlanMode) -> dict[str, Tensor]:
-    """Run the program node by node under a mode, in float64 where it asks for that."""
-    known = {value.name for node in lowered.graph.graph for value in node.outputs}
-    module, inputs = lowered.program.module(), case.inputs
-    if mode.double:
-        module, inputs = copy.deepcopy(module).double(), {name: to_double(x) for name, x in inputs.items()}
-    values: dict[str, Tensor] = {}
+class _Programs:
+    """Runs a program node by node, in its own type and in float64."""
 
-    class Recorder(Interpreter):
-        def run_node(self, node: Node) -> Any:
-            result = super().run_node(node)
-            if isinstance(result, Tensor) and node.op == "call_function" and node.name in known:
-                values[node.name] = result
-            return result
+    def __init__(self, lowered: Lowered) -> None:
+        self._lowered = lowered
+        self._known = {value.name for node in lowered.graph.graph for value in node.outputs}
+        self._module = lowered.program.module()
+        self._double = copy.deepcopy(self._module).double()
 
-    found = run_eager(lambda **given: Recorder(module).run(*given.values()), inputs, mode, tuple(lowered.written))
-    # Outputs have names of their own in the graph.
-    names = [str(output.name) for output in lowered.graph.graph.outputs]
-    return values | dict(zip(names, found, strict=False))
+    def values(self, case: Case, mode: PlanMode) -> dict[str, Tensor]:
+        """Return the values of the graph by their names, computed under a mode, in float64 where it asks for that."""
+        known, values = self._known, dict[str, Tensor]()
+
+        class Recorder(Interpreter):
+            def run_node(self, node: Node) -> Any:
+                result = super().run_node(node)
+                if isinstance(result, Tensor) and node.op == "call_function" and node.name in known:
+                    values[node.name] = result
+                return result
+
+        module = self._double if mode.double else self._module
+        inputs = {name: to_double(x) if mode.double else x for name, x in case.inputs.items()}
+        written = tuple(self._lowered.written)
+        found = run_eager(lambda **given: Recorder(module).run(*given.values()), inputs, mode, written)
+        # Outputs have names of their own in the graph.
+        names = [str(output.name) for output in self._lowered.graph.graph.outputs]
+        return values | dict(zip(names, found, strict=False))
