@@ -41,9 +41,9 @@ _FILL = (*(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.S
 _WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 _PRODUCT = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 NAMES: dict[Any, str] = {
-    aten.tanh.default: "a cap on its scores (tanh)",
+    aten.tanh.default: "a cap (tanh)",
     aten.cat.default: "a concatenation (cat), as of attention sinks",
-    aten.clamp.default: "limits on its scores (clamp)",
+    aten.clamp.default: "limits (clamp)",
     aten.topk.default: "a choice of keys (topk)",
 }
 

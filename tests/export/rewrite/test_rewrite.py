@@ -351,7 +351,7 @@ def multiplied_scores(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> 
 
 
 STAYS: dict[str, tuple[Form, str]] = {
-    "cap": (capped, "a cap on its scores"),
+    "cap": (capped, "a cap (tanh)"),
     "sinks": (with_sinks, "as of attention sinks"),
     "some keys": (some_keys, "only some of its weights"),
     "weights": (shown_weights, "its weights are used elsewhere too"),

@@ -297,7 +297,7 @@ OWN_CODE: dict[str, tuple[Any, Any, list[str]]] = {  # models that call no funct
     "gemma2": (
         hf.Gemma2Model,
         hf.Gemma2Config(**architectures.GROUPED, head_dim=8),
-        ["layers.0.self_attn", "a cap on its scores (tanh)"],
+        ["layers.0.self_attn", "a cap (tanh)"],
     ),
     "output_attentions": (
         hf.BertModel,
