@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from adaattn.export.options import DTYPES, Options
 from adaattn.input_spec import Dimension, InputSpec
 from adaattn.integrations.transformers import registration as integration
 from adaattn.integrations.transformers import registry
+from adaattn.system.memory import free_memory
 
 
 def calibrate_copy(
@@ -69,17 +69,6 @@ def check_memory(model: nn.Module | ExportedProgram) -> None:
             f"verifying this model takes about {needed / 2**30:.0f} GiB beside it, for its float64 copies, and "
             f"{free / 2**30:.0f} GiB are free; pass --no-verify, or export where there is more memory"
         )
-
-
-def free_memory() -> int | None:
-    """Return the bytes that a process can still take; None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return None
 
 
 def split_inputs(inputs: Mapping[str, str | InputSpec | Tensor]) -> tuple[list[InputSpec], dict[str, Tensor]]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export import ExportedProgram, ModuleCallEntry
+from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
+from torch.fx import GraphModule
 
 from adaattn.errors import ConfigError, ExportError
 from adaattn.export.capture.index_limits import Size, index_limits
@@ -214,3 +215,23 @@ def tensors_held(program: ExportedProgram) -> dict[str, Any]:
         for item in program.graph_signature.input_specs
         if item.kind is not InputKind.USER_INPUT and item.target in held
     }
+
+
+def with_graph(
+    program: ExportedProgram,
+    module: GraphModule,
+    signature: ExportGraphSignature,
+    module_call_graph: Sequence[ModuleCallEntry] | None = None,
+) -> ExportedProgram:
+    """Return a program of another graph, with the weights, constants and conditions of a given one."""
+    return ExportedProgram(
+        module,
+        module.graph,
+        signature,
+        program.state_dict,
+        program.range_constraints,
+        list(module_call_graph or program.module_call_graph),
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )

@@ -22,6 +22,7 @@ from adaattn.export.capture.captured import (
     output_values,
     program_inputs,
     program_outputs,
+    with_graph,
     with_limits,
 )
 from adaattn.export.capture.sizes import Sizes, conditions
@@ -141,14 +142,5 @@ def _without_constants(program: ExportedProgram) -> ExportedProgram:
     root = calls[0].signature
     assert root is not None
     _, root.out_spec = torch.utils._pytree.tree_flatten((None,) * sum(tensors))
-    return ExportedProgram(
-        graph_module,
-        graph_module.graph,
-        replace(signature, output_specs=[x for x, kept in zip(signature.output_specs, keep, strict=True) if kept]),
-        program.state_dict,
-        program.range_constraints,
-        calls,
-        program.example_inputs,
-        program.constants,
-        verifiers=program.verifiers,
-    )
+    specs = [item for item, kept in zip(signature.output_specs, keep, strict=True) if kept]
+    return with_graph(program, graph_module, replace(signature, output_specs=specs), calls)

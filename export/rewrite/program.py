@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from adaattn.errors import AdaAttnError, first_line
-from adaattn.export.capture.captured import Captured
+from adaattn.export.capture.captured import Captured, with_graph
 from adaattn.export.capture.saved_program import eager_of
 from adaattn.export.golden import cases
 from adaattn.export.golden.cases import Case
@@ -199,17 +198,7 @@ def _with_module(captured: Captured, module: GraphModule, adaptive: bool) -> Cap
     for item, node in zip(signature.output_specs, returned, strict=True):
         if isinstance(node, Node):  # another one, where an attention is itself an output
             item.arg.name = node.name
-    program = ExportedProgram(
-        module,
-        module.graph,
-        signature,
-        old.state_dict,
-        old.range_constraints,
-        old.module_call_graph,
-        old.example_inputs,
-        old.constants,
-        verifiers=old.verifiers,
-    )
+    program = with_graph(old, module, signature)
     if not adaptive:
         return replace(captured, program=program)
     eager, in_double = eager_of(program, program.module(check_guards=False), captured.inputs)

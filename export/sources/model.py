@@ -149,8 +149,11 @@ def _unpickle(file: archive.SavedFile) -> object:
 
 def _from_factory(name: str, weights: str | None) -> nn.Module:
     module_name, _, attribute = name.partition(":")
+    hint = ""
+    if (path := Path(module_name)).suffix == ".py":
+        hint = f"; a function of that file is named {'.'.join(path.with_suffix('').parts)}:{attribute or 'FUNCTION'}"
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{name} is neither an existing file nor of the form package.module:factory")
+        raise ConfigError(f"{name} is neither an existing file nor of the form package.module:factory{hint}")
     sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
@@ -163,7 +166,7 @@ def _from_factory(name: str, weights: str | None) -> nn.Module:
     except ModuleNotFoundError as error:
         if error.name is None:  # raised by the user's own code, or on a relative import
             raise ConfigError(f"{name} raised ModuleNotFoundError: {_line(error)}") from error
-        missing = f"no module named {error.name!r}; run where it lies, or install it"
+        missing = f"no module named {error.name!r}{hint or '; run where it lies, or install it'}"
         if not f"{module_name}.".startswith(f"{error.name}."):
             missing = f"it imports what is missing: {missing}"
         raise ConfigError(f"{name}: {missing}") from error
