@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from adaattn.errors import ConfigError, ExportError
 from adaattn.export.capture.index_limits import Size, index_limits
@@ -220,18 +221,36 @@ def tensors_held(program: ExportedProgram) -> dict[str, Any]:
 def with_graph(
     program: ExportedProgram,
     module: GraphModule,
-    signature: ExportGraphSignature,
+    signature: ExportGraphSignature | None = None,
     module_call_graph: Sequence[ModuleCallEntry] | None = None,
+    held: Mapping[str, Tensor] | None = None,
 ) -> ExportedProgram:
-    """Return a program of another graph, with the weights, constants and conditions of a given one."""
+    """Return a program of another graph, with the weights, constants and conditions of a given one.
+
+    Args:
+        signature: of the graph; None for that of the program, with the outputs' nodes of the graph.
+        module_call_graph: None for that of the program.
+        held: weights and constants by name instead of the program's.
+    """
+    if signature is None:
+        signature = copy.deepcopy(program.graph_signature)
+        returned: Any = next(node for node in module.graph.nodes if node.op == "output").args[0]
+        for item, node in zip(signature.output_specs, returned, strict=True):
+            if isinstance(node, Node):  # another one, where an attention is itself an output
+                item.arg.name = node.name
+    state, constants = program.state_dict, program.constants
+    if held is not None:
+        kept = {item.target for item in signature.input_specs if item.kind is InputKind.PARAMETER or item.persistent}
+        state = {name: x for name, x in held.items() if name in kept}
+        constants = {name: x for name, x in held.items() if name not in kept}
     return ExportedProgram(
         module,
         module.graph,
         signature,
-        program.state_dict,
+        state,
         program.range_constraints,
         list(module_call_graph or program.module_call_graph),
         program.example_inputs,
-        program.constants,
+        constants,
         verifiers=program.verifiers,
     )

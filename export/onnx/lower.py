@@ -17,7 +17,7 @@ from torch.export.graph_signature import OutputKind
 
 import adaattn.ops  # registers the ops that the program calls
 from adaattn.errors import AdaAttnError, ExportError, first_line
-from adaattn.export.onnx import sdpa
+from adaattn.export.onnx import sdpa, typed
 from adaattn.export.onnx.functions import DOMAIN, DOMAIN_VERSION, PLUGIN, attributes, function
 from adaattn.ops.signatures import OPS, VARIANTS, Signature
 
@@ -65,7 +65,7 @@ def lower(
             dynamo=True,
             opset_version=opset,
             output_names=list(output_names),
-            custom_translation_table={**_translations(), **sdpa.translations(opset)},
+            custom_translation_table={**_translations(), **sdpa.translations(opset), **typed.translations()},
             verbose=False,
             optimize=False,  # it would remove what is written into inputs, which is not an output yet
         )

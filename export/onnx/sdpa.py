@@ -8,7 +8,7 @@ mask over queries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -41,7 +41,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         scale = _scale(query, scale)
         if opset >= 23 and _fits_one_node(query, key, value, attn_mask, scale):
             return _one_node(query, key, value, attn_mask, is_causal, scale)
-        return _formula(query, key, value, attn_mask, is_causal, scale)[0]
+        return formula(query, key, value, attn_mask, is_causal, scale, _score_type(query))[0]
 
     def flash_attention_for_cpu(
         query: Any,
@@ -53,7 +53,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         scale: float | None = None,
     ) -> Any:
         _refuse_dropout(dropout_p)
-        output, scores = _formula(query, key, value, attn_mask, is_causal, _scale(query, scale))
+        output, scores = formula(query, key, value, attn_mask, is_causal, _scale(query, scale), _score_type(query))
         return output, op.ReduceLogSumExp(scores, _ints(-1), keepdims=0)
 
     aten = torch.ops.aten
@@ -110,22 +110,36 @@ def _one_node(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: 
     return attended if some is None else op.Where(some, attended, _number(0.0, query.dtype))
 
 
-def _formula(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: Any) -> tuple[Any, Any]:
-    """Return the output, and the scores: in float32 where the operands are narrower."""
-    kind = _score_type(query)
+def formula(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    causal: bool,
+    scale: Any,
+    kind: int,
+    quantize: Sequence[Callable[[Any], Any]] | None = None,
+) -> tuple[Any, Any]:
+    """Return the output, and the scores.
+
+    Args:
+        kind: type of the scores.
+        quantize: what rounds the scaled queries, the transposed keys, the values and the softmax weights, if they are.
+    """
+    round_query, round_key, round_value, round_weights = quantize or [lambda x: x] * 4
     some = None
     q, k = (op.Cast(x, to=kind) if x.dtype != kind else x for x in (query, key))
     rank = len(key.shape)
     scaled = op.Mul(q, _number(scale, kind) if isinstance(scale, float) else scale)
     columns = op.Transpose(_per_query_head(k, key, query), perm=[*range(rank - 2), rank - 1, rank - 2])
-    scores = op.MatMul(scaled, columns)
+    scores = op.MatMul(round_query(scaled), round_key(columns))
     if mask is not None or causal:
         mask, some = _safe_mask(query, key, mask, causal, kind)
         scores = op.Add(scores, mask)
     weights = op.Softmax(scores, axis=-1)
     if kind != query.dtype:
         weights = op.Cast(weights, to=query.dtype)
-    attended = op.MatMul(weights, _per_query_head(value, value, query))
+    attended = op.MatMul(round_weights(weights), round_value(_per_query_head(value, value, query)))
     return attended if some is None else op.Where(some, attended, _number(0.0, query.dtype)), scores
 
 

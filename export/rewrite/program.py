@@ -192,13 +192,7 @@ def _remove_unused(graph: Graph, sites: Iterable[Site]) -> None:
 
 def _with_module(captured: Captured, module: GraphModule, adaptive: bool) -> Captured:
     """Return a captured program with another graph of the same inputs and outputs."""
-    old = captured.program
-    signature = copy.deepcopy(old.graph_signature)
-    returned: Any = next(node for node in module.graph.nodes if node.op == "output").args[0]
-    for item, node in zip(signature.output_specs, returned, strict=True):
-        if isinstance(node, Node):  # another one, where an attention is itself an output
-            item.arg.name = node.name
-    program = with_graph(old, module, signature)
+    program = with_graph(captured.program, module)
     if not adaptive:
         return replace(captured, program=program)
     eager, in_double = eager_of(program, program.module(check_guards=False), captured.inputs)

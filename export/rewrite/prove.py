@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -64,23 +64,34 @@ class Runs:
 
     Args:
         cases: inputs of the program, by name.
+        convert: makes the type of a tensor.
     """
 
-    def __init__(self, program: ExportedProgram, cases: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        program: ExportedProgram,
+        cases: Sequence[Mapping[str, Tensor]] = (),
+        convert: Callable[[Tensor], Tensor] = to_double,
+    ) -> None:
         self._specs = program.graph_signature.input_specs
-        self._held = {name: to_double(x) for name, x in tensors_held(program).items()}
+        self._convert = convert
+        self._held = {name: convert(x.detach()) for name, x in tensors_held(program).items()}
         self._cases = cases
 
     def __iter__(self) -> Iterator[list[Any]]:
         """Return the arguments of each case in turn."""
         for inputs in self._cases:
-            yield [self._argument(item, inputs) for item in self._specs]
+            yield self.arguments(inputs)
+
+    def arguments(self, inputs: Mapping[str, Tensor]) -> list[Any]:
+        """Return the arguments of one case."""
+        return [self._argument(item, inputs) for item in self._specs]
 
     def _argument(self, item: InputSpec, inputs: Mapping[str, Tensor]) -> Any:
         if isinstance(item.arg, ConstantArgument):
             return item.arg.value
         if item.kind is InputKind.USER_INPUT:
-            return to_double(inputs[item.arg.name]).clone()
+            return self._convert(inputs[item.arg.name]).clone()
         held = self._held[item.arg.name]
         return held if item.kind is InputKind.PARAMETER or not isinstance(held, Tensor) else held.clone()
 

@@ -1,0 +1,294 @@
+"""Choose the cheapest types with which a model's output keeps a tolerance, and certify them on samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaattn.errors import ConfigError
+from adaattn.export.allocation import samples as sample_data
+from adaattn.export.allocation.allocation import Allocation, AllocatedSite
+from adaattn.export.allocation.measure import Measurements
+from adaattn.export.allocation.samples import Sample
+from adaattn.export.allocation.sites import Network
+from adaattn.export.allocation.solve import Choice, Edge, Problem
+from adaattn.export.allocation.state import State
+from adaattn.export.allocation.write import emulated_program
+from adaattn.export.capture.captured import Captured
+from adaattn.export.formats import FORMATS, Device, scale_of
+from adaattn.export.golden.plan_mode import PlanMode
+from adaattn.export.rewrite.prove import Runs
+
+ROUNDS = 5  # of choosing a plan and certifying it
+CLOSE = 0.8  # of the tolerance: a plan that comes so near is not improved further
+STRIDE = 8.0  # the most that a budget changes from one round to the next
+UNKNOWN_METRIC = 1e-2  # budget of the relative error to start with, where a metric of the user's is bounded
+WITH_GRADIENTS = 12  # samples, of which there are backward passes
+
+Progress = Callable[[str, float], None]
+Metric = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], float]
+"""A user's measure: outputs and reference outputs by name → a number, smaller is better."""
+
+
+def allocate(
+    captured: Captured,
+    network: Network,
+    batches: Iterable[Any],
+    tolerance: float,
+    device: Device,
+    quantile: float = 0.95,
+    metric: Metric | None = None,
+    state: Path | None = None,
+    on_progress: Progress = lambda phase, share: None,
+) -> Allocation:
+    """Return the cheapest types with which the model's output keeps a tolerance on samples.
+
+    Half of the samples choose: at each site the error of each format is measured against float64, and backward passes
+    with random cotangents say what it does to the output. The other half certifies: the whole plan runs with all its
+    roundings, and the budget that it was chosen for is corrected, at most ROUNDS times.
+
+    Args:
+        captured: the program that the network is of, and its sizes.
+        batches: samples, as `samples.read` takes them.
+        tolerance: accepted relative error of each output, or of `metric` where that is given.
+        device: what formats cost.
+        quantile: the share of samples that must keep the tolerance.
+        state: a file that keeps what was measured, from which an interrupted allocation goes on.
+
+    Raises:
+        ConfigError: samples that the program does not take, outputs without an error, or a metric that fails.
+    """
+    samples = sample_data.read(captured, batches)
+    measured = _measured(captured, network, samples.choosing, State(state, network, samples.choosing), on_progress)
+    problem = _problem(network, measured, device)
+    certify = _Certifier(captured, network, measured, samples.certifying, metric)
+    plan, errors = _cheapest(problem, certify, tolerance, quantile, metric is not None, on_progress)
+    return _described(problem, network, measured, plan, errors, tolerance, quantile, device, metric)
+
+
+def _measured(
+    captured: Captured, network: Network, choosing: Sequence[Sample], state: State, on_progress: Progress
+) -> Measurements:
+    measured = Measurements(network, state.sites)
+    graded = sample_data.split_evenly(choosing, WITH_GRADIENTS)
+    single, double = Runs(network.program, convert=_same), Runs(network.program)
+    measured.count(single.arguments(max(choosing, key=lambda sample: sum(x.numel() for x in sample.values()))))
+
+    def sensitivity(place: int) -> None:
+        measured.measure_sensitivity(single.arguments(graded[place]), seed=place)
+
+    def errors(place: int) -> None:
+        measured.measure_errors(double.arguments(choosing[place]), captured.dtype)
+
+    steps = [partial(sensitivity, place) for place in range(len(graded))]
+    steps += [partial(errors, place) for place in range(len(choosing))]
+    for place, step in enumerate(steps):
+        if place >= state.done:
+            on_progress(f"measure {place + 1} of {len(steps)}", place / len(steps))
+            step()
+            state.save(place + 1, measured)
+    return measured
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _problem(network: Network, measured: Measurements, device: Device) -> Problem:
+    choices = []
+    for site in network.sites.values():
+        found = measured.sites[site.name]
+        forms = {form: found.error(form) for form in site.candidates}
+        choices.append(
+            Choice(
+                site.name,
+                {form: device.seconds(found.flops, found.size, form) for form in forms},
+                {form: (found.sensitivity * error) ** 2 if error < math.inf else math.inf for form, error in forms.items()},
+            )
+        )
+    edges = []
+    for operand, takers in network.operands().items():
+        root = network.root(operand)
+        source = root.name if root in network.sites else None
+        consumers = tuple(None if each is None else each.name for each in takers)
+        if source is not None or any(name is not None for name in consumers):
+            edges.append(Edge(source, consumers, measured.sizes.get(operand.name, 0)))
+    return Problem(choices, edges, device)
+
+
+class _Certifier:
+    """Runs plans on samples, each with all its roundings in float32, beside the program in float64."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        network: Network,
+        measured: Measurements,
+        samples: Sequence[Sample],
+        metric: Metric | None,
+    ) -> None:
+        self._captured, self._network, self._measured, self._metric = captured, network, measured, metric
+        self._samples = samples
+        self._exact: list[dict[str, Tensor]] = []
+
+    def errors(self, plan: Mapping[str, str], on_progress: Progress) -> list[float]:
+        """Return the error of a plan on each sample: that of the worst output, or the user's metric."""
+        program = emulated_program(self._network, plan, scales(self._measured, plan))
+        run = Runs(program, convert=_same)
+        found = []
+        for place, sample in enumerate(self._samples):
+            on_progress(f"certify {place + 1} of {len(self._samples)}", place / len(self._samples))
+            if place == len(self._exact):
+                self._exact.append(self._reference(sample))
+            with torch.no_grad():
+                outputs = torch.fx.Interpreter(program.graph_module).run(
+                    *run.arguments(sample), enable_io_processing=False
+                )
+            named = self._named(outputs)
+            found.append(self._error(named, self._exact[place]))
+        return found
+
+    def _reference(self, sample: Sample) -> dict[str, Tensor]:
+        runs = Runs(self._network.program)
+        with torch.no_grad(), PlanMode(double=True, dtype=self._captured.dtype):
+            outputs = torch.fx.Interpreter(self._network.program.graph_module).run(
+                *runs.arguments(sample), enable_io_processing=False
+            )
+        named = self._named(outputs)
+        if not any(x.is_floating_point() for x in named.values()):
+            kinds = ", ".join(f"{name} ({str(x.dtype).removeprefix('torch.')})" for name, x in named.items())
+            raise ConfigError(f"no output is of floating-point numbers, so none has a relative error: {kinds}")
+        return named
+
+    def _named(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
+        tensors = [x for x in outputs if isinstance(x, Tensor)]
+        return dict(zip(self._captured.output_names, tensors, strict=False))
+
+    def _error(self, outputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+        if self._metric is not None:
+            try:
+                return float(self._metric(outputs, exact))
+            except Exception as error:  # the user's own code
+                raise ConfigError(f"the metric fails: {type(error).__name__}: {error}") from error
+        worst = 0.0
+        for name, x in exact.items():
+            if x.is_floating_point():
+                known = x.isfinite()
+                got = outputs[name].double()
+                size = float(x[known].norm())
+                error = float((got - x)[known].norm())
+                error = error / size if size else error
+                worst = max(worst, error if error == error else math.inf)
+        return worst
+
+
+def scales(measured: Measurements, plan: Mapping[str, str]) -> dict[str, list[float]]:
+    """Return the scales of the operands of each site that a plan quantizes."""
+    return {
+        name: [scale_of(peak) for peak in measured.sites[name].peaks]
+        for name, form in plan.items()
+        if FORMATS[form].quantized
+    }
+
+
+def _cheapest(
+    problem: Problem, certify: _Certifier, tolerance: float, quantile: float, by_metric: bool, on_progress: Progress
+) -> tuple[dict[str, str], list[float]]:
+    """Return the cheapest plan that keeps the tolerance on the certifying samples, and its errors on them."""
+    budget = UNKNOWN_METRIC if by_metric else tolerance
+    kept, broken = 0.0, math.inf  # budgets of which the plans kept the tolerance, and did not
+    best: tuple[dict[str, str], list[float]] | None = None
+    tried = dict[tuple[str, ...], list[float]]()
+    for _ in range(ROUNDS):
+        plan = problem.solve(budget)
+        key = tuple(plan.values())
+        if key in tried:
+            break
+        tried[key] = errors = certify.errors(plan, on_progress)
+        found = quantile_of(errors, quantile)
+        if found <= tolerance:
+            kept = max(kept, budget)
+            if best is None or problem.cost(plan) < problem.cost(best[0]):
+                best = plan, errors
+            if found >= CLOSE * tolerance:
+                break
+        else:
+            broken = min(broken, budget)
+        wanted = budget * min(max(tolerance / found if found else STRIDE, 1 / STRIDE), STRIDE)
+        between = math.sqrt(kept * broken) if kept and broken < math.inf else wanted
+        budget = wanted if kept < wanted < broken else between
+    if best is None:
+        plan = problem.least()
+        errors = certify.errors(plan, on_progress)
+        if quantile_of(errors, quantile) > tolerance:
+            raise ConfigError(
+                f"no types keep {tolerance:g}: float32 everywhere has {quantile_of(errors, quantile):.1e} on the "
+                "certifying samples, which is the least that can be asked for"
+            )
+        best = plan, errors
+    return best
+
+
+def quantile_of(errors: Sequence[float], quantile: float) -> float:
+    """Return what a new sample's error stays under with a probability of `quantile`: a conformal quantile.
+
+    That is the k-th smallest of n errors with k = ceil((n + 1) · quantile); where k exceeds n, the largest.
+
+    Example:
+        >>> quantile_of([1.0, 2.0, 3.0], 0.5)
+        2.0
+    """
+    place = math.ceil((len(errors) + 1) * quantile)
+    return sorted(errors)[min(place, len(errors)) - 1]
+
+
+def _described(
+    problem: Problem,
+    network: Network,
+    measured: Measurements,
+    plan: Mapping[str, str],
+    errors: Sequence[float],
+    tolerance: float,
+    quantile: float,
+    device: Device,
+    metric: Metric | None,
+) -> Allocation:
+    total = problem.error(plan) ** 2
+    known = scales(measured, plan)
+    sites = []
+    for site in network.sites.values():
+        found, form = measured.sites[site.name], plan[site.name]
+        square = (found.sensitivity * found.error(form)) ** 2
+        sites.append(
+            AllocatedSite(
+                name=site.name,
+                path=site.path,
+                op=site.op,
+                format=form,
+                product=site.product,
+                errors={each: found.error(each) for each in site.candidates},
+                sensitivity=found.sensitivity,
+                share=square / total if total else 0.0,
+                flops=found.flops,
+                scales=tuple(known.get(site.name, ())),
+            )
+        )
+    return Allocation(
+        tolerance=tolerance,
+        quantile=quantile,
+        metric=None if metric is None else getattr(metric, "__name__", "metric"),
+        device=device.name,
+        sites=tuple(sites),
+        predicted=math.sqrt(total),
+        certified=tuple(errors),
+        measured=quantile_of(errors, quantile),
+        cost=problem.cost(plan),
+        cost_fp32=problem.cost(problem.least()),
+        casts=problem.casts(plan),
+    )

@@ -1,0 +1,86 @@
+"""Say how an operator is computed at a format, once for what runs it and for what writes it into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_map
+
+import adaattn.export.onnx.typed  # noqa: F401  defines the operators
+from adaattn.export.allocation.sites import LINEAR
+from adaattn.export.formats import FORMATS, FP8, FP32, rounded
+from adaattn.export.rewrite.match import SDPA
+
+Call = Callable[..., Any]
+_WHOLE = torch.ops.aten.layer_norm.default, torch.ops.aten.embedding.default  # no number of theirs is an operand
+
+
+def compute(
+    call: Call, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], form: str, scales: Sequence[Any], typed: bool
+) -> Any:
+    """Compute an operator at a format.
+
+    Args:
+        call: runs an operator, or writes it into a graph.
+        node: the operator in its program.
+        args, kwargs: its operands, in the carrier of the format.
+        form: of FORMATS.
+        scales: of the operands of fp8: numbers for attention, else for each operand a tensor.
+        typed: whether operands have the type of the carrier; if not, results are rounded to it.
+    """
+    carrier = FORMATS[form].carrier
+    if node.target is SDPA and form != FP32:
+        query, key, value, mask, causal, scale = attention_arguments(node, args, kwargs)
+        scales = scales or (1.0, 1.0, 1.0)
+        return call(
+            torch.ops.adaattn.typed_attention.default, query, key, value, mask, causal, scale, form, *scales
+        )
+    if form == FP8:
+        first, second, *rest = args
+        first, second = (
+            call(torch.ops.adaattn.quantize_dequantize.default, x, scale, axis)
+            for x, scale, axis in zip((first, second), scales, (0, 0), strict=True)
+        )
+        args = (first, second, *rest)
+    elif not typed and form != FP32 and node.target not in _WHOLE:
+        args = tree_map(lambda x: _rounded_number(x, carrier), args)
+    result = call(node.target, *args, **kwargs)
+    return result if typed else call(torch.ops.adaattn.rounded.default, result, carrier)
+
+
+def attention_arguments(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return query, key, value, mask, causality and scale of a call of scaled_dot_product_attention."""
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    head_dim = node.args[0].meta["val"].shape[-1]
+    scale = given.get("scale")
+    scale = float(head_dim) ** -0.5 if scale is None else scale
+    return (
+        *(given[name] for name in ("query", "key", "value")),
+        given.get("attn_mask"),
+        bool(given.get("is_causal", False)),
+        scale,
+    )
+
+
+def fp8_operands(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Return what a node quantizes at fp8."""
+    if node.target is SDPA:
+        query, key, value, _, _, scale = attention_arguments(node, args, kwargs)
+        return query * scale, key, value
+    return tuple(args[:2])
+
+
+def per_channel(node: Node) -> bool:
+    """Return whether the second operand of a product has a scale for each index of its first dimension."""
+    return node.target is LINEAR
+
+
+def _rounded_number(x: Any, carrier: str) -> Any:
+    """Return a number that ONNX has as a tensor of the operands' type."""
+    return float(rounded(torch.tensor(x, dtype=torch.float64), carrier)) if isinstance(x, float) else x
+

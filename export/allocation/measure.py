@@ -1,0 +1,199 @@
+"""Measure what a plan is chosen by: the error that each format makes at each site, and how the output answers to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from adaattn.export.allocation.arithmetic import compute, fp8_operands, per_channel
+from adaattn.export.allocation.sites import Network, Site
+from adaattn.export.allocation.write import channel_scales
+from adaattn.export.formats import FORMATS, FP8, FP32, HEADROOM, rounded, scale_of
+from adaattn.export.golden.plan_mode import PlanMode
+
+COTANGENTS = 3  # backward passes of a sample
+
+
+@dataclass
+class SiteStatistics:
+    """What was measured at a site.
+
+    Args:
+        flops, size: operations of its products, and numbers that it reads and writes, of the largest sample.
+        energy: sum of the squares of its output.
+        count: numbers of its output.
+        noise: for each format the sum of the squares of what it changes in the output, on exact operands.
+        peak: largest number among its operands and results.
+        peaks: largest number of each operand that fp8 quantizes.
+        gain: sum over samples of the squared relative error of the model's output, for one of the site's.
+        gains: samples in that sum.
+    """
+
+    flops: float = 0.0
+    size: float = 0.0
+    energy: float = 0.0
+    count: int = 0
+    noise: dict[str, float] = field(default_factory=dict)
+    peak: float = 0.0
+    peaks: list[float] = field(default_factory=list)
+    gain: float = 0.0
+    gains: int = 0
+
+    def error(self, form: str) -> float:
+        """Return the relative error that a format makes at the site; infinite where it overflows."""
+        if form != FP32 and self.peak * HEADROOM > FORMATS[FORMATS[form].carrier].largest:
+            return float("inf")
+        return float((self.noise.get(form, 0.0) / self.energy) ** 0.5) if self.energy else 0.0
+
+    @property
+    def sensitivity(self) -> float:
+        """The relative error of the model's output, over that of the site's."""
+        return float((self.gain / self.gains) ** 0.5) if self.gains else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return asdict(self)
+
+
+class Measurements:
+    """The statistics of all sites of a network.
+
+    Args:
+        network: whose sites are measured.
+        known: statistics by the names of sites, to go on from.
+    """
+
+    def __init__(self, network: Network, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self.network = network
+        self.sites = {site.name: SiteStatistics(**(known or {}).get(site.name, {})) for site in network.sites.values()}
+        self.sizes: dict[str, int] = {}  # of each floating-point value, in the largest sample
+        self._module = network.program.graph_module
+
+    def count(self, arguments: Sequence[Any]) -> None:
+        """Count the operations of each site, and the numbers that it reads and writes, on a sample in float32."""
+        statistics, sites, sizes = self.sites, self.network.sites, self.sizes
+
+        class Counter(Interpreter):
+            def run_node(self, n: Node) -> Any:
+                if n not in sites:
+                    result = super().run_node(n)
+                    sizes[n.name] = sum(x.numel() for x in _tensors(result))
+                    return result
+                operands, _ = self.fetch_args_kwargs_from_env(n)
+                with FlopCounterMode(display=False) as counter:
+                    result = super().run_node(n)
+                found = statistics[n.name]
+                sizes[n.name] = result.numel()
+                found.flops = float(counter.get_total_flops())
+                found.size = float(sum(x.numel() for x in (*_tensors(operands), result)))
+                return result
+
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            Counter(self._module).run(*arguments, enable_io_processing=False)
+
+    def measure_errors(self, arguments: Sequence[Any], dtype: torch.dtype) -> None:
+        """Compute each site at each of its formats, on its operands of a sample in float64, one site at a time."""
+        owner = self
+
+        class Errors(Interpreter):
+            def run_node(self, n: Node) -> Any:
+                with mode:
+                    result = super().run_node(n)
+                site = owner.network.sites.get(n)
+                if site is not None:
+                    args, kwargs = self.fetch_args_kwargs_from_env(n)
+                    owner._measure(site, args, kwargs, result)
+                return result
+
+        mode = PlanMode(double=True, dtype=dtype)
+        with torch.no_grad():
+            Errors(self._module).run(*arguments, enable_io_processing=False)
+
+    def _measure(self, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any], exact: Tensor) -> None:
+        found, node = self.sites[site.name], site.node
+        known = exact.isfinite()
+        found.energy += float(exact[known].square().sum())
+        found.count += int(known.sum())
+        found.peak = max([found.peak, *(_peak(x) for x in (*_tensors((args, kwargs)), exact))])
+        for form in site.candidates:
+            carrier = FORMATS[form].carrier
+
+            def narrow(x: Any, carrier: str = carrier) -> Any:
+                return rounded(x, carrier) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+            narrow_args, narrow_kwargs = tree_map(narrow, (tuple(args), dict(kwargs)))
+            scales: list[Any] = []
+            if form == FP8:
+                operands = fp8_operands(node, narrow_args, narrow_kwargs)
+                peaks = [_peak(x) for x in operands]
+                found.peaks = [max(pair) for pair in zip(peaks, found.peaks or peaks, strict=True)]
+                scales = [scale_of(peak) for peak in peaks]
+                if len(scales) == 2:  # a product
+                    scales = [exact.new_tensor(scale) for scale in scales]
+                    if per_channel(node):
+                        scales[1] = channel_scales(operands[1]).to(exact.dtype)
+            got = compute(_run, node, narrow_args, narrow_kwargs, form, scales, typed=False)
+            noise = float((got - exact)[known].square().sum())
+            found.noise[form] = found.noise.get(form, 0.0) + (noise if noise == noise else float("inf"))
+
+    def measure_sensitivity(self, arguments: Sequence[Any], seed: int) -> None:
+        """Add the squared relative change of the model's output for one of each site's, by backward passes."""
+        generator = torch.Generator().manual_seed(seed)
+        sums = {site.name: 0.0 for site in self.network.sites.values()}
+        squares = dict(sums)
+        sites = self.network.sites
+
+        def add(name: str, gradient: Tensor) -> None:
+            sums[name] += float(gradient.double().square().sum())
+
+        class Watching(Interpreter):
+            def run_node(self, n: Node) -> Any:
+                result = super().run_node(n)
+                if n in sites and isinstance(result, Tensor):
+                    if not result.requires_grad:
+                        result = result.detach().requires_grad_()
+                    known = result.detach().isfinite()
+                    squares[n.name] = float(result.detach().where(known, 0).double().square().mean()) if known.any() else 0.0
+                    result.register_hook(partial(add, n.name))
+                return result
+
+        with torch.enable_grad():
+            outputs = Watching(self._module).run(*arguments, enable_io_processing=False)
+            outputs = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+            for _ in range(COTANGENTS if outputs else 0):
+                cotangents = [_cotangent(x.detach(), generator) for x in outputs]
+                torch.autograd.backward(outputs, cotangents, retain_graph=True)
+        for name, found in self.sites.items():
+            found.gain += sums[name] / COTANGENTS * squares[name]
+            found.gains += 1
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _cotangent(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random numbers, over the size of an output: so relative errors of several outputs are one sum."""
+    known = x.isfinite()
+    size = x.where(known, 0).norm()
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return torch.where(known, noise, 0) / size if size else torch.zeros_like(x)
+
+
+def _peak(x: Tensor) -> float:
+    known = x[x.isfinite()]
+    return float(known.abs().max()) if known.numel() else 0.0
+
+
+def _run(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return target(*args, **kwargs)
+

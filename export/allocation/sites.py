@@ -1,0 +1,204 @@
+"""Find the operators of a program that may have a type each, and which of them exchange numbers."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from adaattn.errors import ConfigError
+from adaattn.export.capture.captured import with_graph
+from adaattn.export.formats import FP8
+from adaattn.export.rewrite.match import SDPA, path_of
+from adaattn.ops.signatures import OPS
+
+aten = torch.ops.aten
+# Products, each of a first and a second operand; these are what tensor cores compute.
+LINEAR = aten.linear.default
+PRODUCTS = (LINEAR, aten.matmul.default, aten.mm.default, aten.bmm.default)
+OTHER_PRODUCTS = (
+    *(aten.addmm.default, aten.baddbmm.default, aten.einsum.default),
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+)
+# One ONNX node each, whose inner sums, if any, are in float32 whatever the type of the operands.
+NEIGHBOURS = (
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.abs.default),
+    *(aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar),
+    *(aten.relu.default, aten.gelu.default, aten.sigmoid.default, aten.tanh.default),
+    *(aten.layer_norm.default, aten.softmax.int, aten._softmax.default, aten.where.self, aten.cat.default),
+    *(aten.embedding.default, aten.masked_fill.Scalar),
+)
+# What moves numbers and computes none, beside views.
+MOVES = (
+    *(aten.clone.default, aten._unsafe_view.default, aten.repeat.default, aten.flip.default, aten.roll.default),
+    *(aten.index_select.default, aten.index.Tensor, aten.gather.default, aten.contiguous.default),
+    *(aten.max_pool1d.default, aten.max_pool2d.default, operator.getitem),
+)
+# Composites that would be several ONNX nodes, each with a rounding: they are decomposed first.
+DECOMPOSED = {aten.silu.default: lambda x: x * x.sigmoid()}
+
+
+@dataclass(frozen=True)
+class Site:
+    """An operator that may have a type.
+
+    Args:
+        node: of the program.
+        path: of its module.
+        operands: the nodes of its floating-point operands, in order.
+        candidates: formats that it may have, fp32 first.
+        product: whether it is attention, a product or a convolution.
+    """
+
+    node: Node
+    path: str
+    operands: tuple[Node, ...]
+    candidates: tuple[str, ...]
+    product: bool
+
+    @property
+    def name(self) -> str:
+        """The name of the node, which the file of an allocation knows it by."""
+        return self.node.name
+
+    @property
+    def op(self) -> str:
+        """The name of the operator, without its overload."""
+        return str(self.node.target.overloadpacket).removeprefix("aten.")
+
+
+@dataclass(frozen=True)
+class Network:
+    """The sites of a program, and where the numbers of each come from.
+
+    Args:
+        program: functional, with attention as single nodes.
+        sites: in the order of the program.
+        constants: nodes that are weights, or views of such.
+    """
+
+    program: ExportedProgram
+    sites: Mapping[Node, Site]
+    constants: Mapping[Node, Node]
+
+    def root(self, node: Node) -> Node:
+        """Return what made the numbers of a node, past views and moves."""
+        while node not in self.sites and _moves(node):
+            node = _floats(node)[0]
+        return node
+
+    def operands(self) -> dict[Node, list[Node | None]]:
+        """Return what takes each floating-point value that is no weight: sites, or None for all that have no type.
+
+        What only moves numbers takes none: its own value is in the result.
+        """
+        found: dict[Node, list[Node | None]] = {}
+        for node in self.program.graph.nodes:
+            if node.op not in ("call_function", "output") or (node not in self.sites and _moves(node)):
+                continue
+            for operand in dict.fromkeys(node.all_input_nodes):
+                if is_float(operand) and operand not in self.constants:
+                    found.setdefault(operand, []).append(node if node in self.sites else None)
+        return found
+
+
+def network(program: ExportedProgram, formats: Sequence[str]) -> Network:
+    """Return the sites of a program.
+
+    Args:
+        program: captured, whose attention is one node each.
+        formats: what sites may have.
+
+    Raises:
+        ConfigError: it is not a program of float32.
+    """
+    program = _dense(program).run_decompositions(DECOMPOSED)
+    for node in program.graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default  # a view counts on the strides of torch's own attention
+    program.graph_module.recompile()
+    narrow = [str(x.dtype).removeprefix("torch.") for x in program.state_dict.values() if _narrow(x)]
+    if narrow:
+        raise ConfigError(f"the model has weights of {narrow[0]}; an output tolerance takes a model of float32")
+    held = {
+        item.arg.name
+        for item in program.graph_signature.input_specs
+        if item.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+    }
+    sites, constants = dict[Node, Site](), dict[Node, Node]()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in held and is_float(node):
+            constants[node] = node
+        elif node.op == "call_function" and is_float(node):
+            if _moves(node) and _floats(node)[0] in constants:
+                constants[node] = constants[_floats(node)[0]]
+            elif (candidates := _candidates(node, formats)) and node.meta["val"].dtype == torch.float32:
+                product = node.target not in NEIGHBOURS
+                sites[node] = Site(node, path_of(node), tuple(_floats(node)), candidates, product)
+    return Network(program, sites, constants)
+
+
+def is_float(node: Any) -> bool:
+    """Return whether the value of a node is a tensor, or a list of tensors, of floating-point numbers."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    value = value[0] if isinstance(value, (list, tuple)) and value else value
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _candidates(node: Node, formats: Sequence[str]) -> tuple[str, ...]:
+    """Return the formats that a node may have; none where its type stays, as where the program says it."""
+    if any(isinstance(x, torch.dtype) for x in (*node.args, *node.kwargs.values())):
+        return ()
+    if node.target is SDPA or node.target in PRODUCTS:
+        return tuple(formats)
+    if node.target in (*OTHER_PRODUCTS, *NEIGHBOURS):
+        return tuple(name for name in formats if name != FP8)
+    return ()
+
+
+def _floats(node: Node) -> list[Node]:
+    return [each for each in node.all_input_nodes if is_float(each)]
+
+
+def _moves(node: Node) -> bool:
+    target = node.target
+    if node.op != "call_function" or not is_float(node) or len(_floats(node)) != 1:
+        return False
+    return target in MOVES or (isinstance(target, torch._ops.OpOverload) and target.is_view)
+
+
+def _narrow(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float32
+
+
+def _dense(program: ExportedProgram) -> ExportedProgram:
+    """Return a program in which attention that plans at run time is scaled_dot_product_attention."""
+    attend = torch.ops.adaattn.adaptive_attention.default
+    if not any(node.target is attend for node in program.graph.nodes):
+        return program
+    module = copy.deepcopy(program.graph_module)
+    for node in list(module.graph.nodes):
+        if node.target is attend:
+            given = OPS["adaptive_attention"].bound(node.args, node.kwargs)
+            with module.graph.inserting_before(node):
+                dense = module.graph.call_function(
+                    SDPA,
+                    (given["query"], given["key"], given["value"], given["attn_mask"]),
+                    {"is_causal": given["is_causal"], "scale": given["scale"], "enable_gqa": True},
+                )
+            dense.meta = dict(node.meta)
+            node.replace_all_uses_with(dense)
+            dense.name = f"attention_of_{node.name}"
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return with_graph(program, module)

@@ -1,0 +1,183 @@
+"""Write an allocation into a program: typed, as torch.onnx takes it, or emulated, which runs in float32 and float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch._subclasses import FakeTensor
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from adaattn.export.allocation.arithmetic import compute, per_channel
+from adaattn.export.allocation.sites import Network, is_float
+from adaattn.export.capture.captured import with_graph
+from adaattn.export.formats import FORMATS, FP8, FP32, rounded, scale_of
+from adaattn.export.rewrite.match import SDPA
+
+Scales = Mapping[str, Sequence[float]]
+"""For each site the scales of its operands at fp8, of those that are not weights."""
+
+
+def typed_program(network: Network, plan: Mapping[str, str], scales: Scales) -> ExportedProgram:
+    """Return a program whose operators have the types of a plan, with a cast where they differ."""
+    # A trace gives every value its type, and fails where operands do not go together.
+    return _Writer(network, plan, scales, typed=True).program().run_decompositions({})
+
+
+def emulated_program(network: Network, plan: Mapping[str, str], scales: Scales) -> ExportedProgram:
+    """Return a program that keeps its types and rounds every number as the typed one does."""
+    return _Writer(network, plan, scales, typed=False).program()
+
+
+class _Writer:
+    def __init__(self, network: Network, plan: Mapping[str, str], scales: Scales, typed: bool) -> None:
+        self._network, self._plan, self._scales, self._typed = network, plan, scales, typed
+        self._graph = Graph()
+        self._value: Any = None  # stands for what is being written
+        self._new: dict[Node, Node] = {}
+        self._form: dict[Node, str] = {}  # of the numbers of each new node
+        self._cast: dict[tuple[Node, str], Node] = {}
+        program = network.program
+        self._held = {**program.constants, **program.state_dict}
+        self._specs = {item.arg.name: item for item in program.graph_signature.input_specs}
+        self._added: list[tuple[Node, InputSpec]] = []
+        values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+        self._fake = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+    def program(self) -> ExportedProgram:
+        old = self._network.program
+        for node in old.graph.nodes:
+            self._new[node] = new = self._written(node)
+            new.meta = {**node.meta, **new.meta}
+        signature = copy.deepcopy(old.graph_signature)
+        placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
+        added = {node.name: spec for node, spec in self._added}
+        before = {node.name for node in old.graph.nodes if node.op == "placeholder" and node.users}
+        specs = []
+        for node in placeholders:
+            spec = added.get(node.name) or self._specs[node.name]
+            if not node.users and node.name in before:  # only the rounded copies of a weight are used
+                self._graph.erase_node(node)
+            else:
+                specs.append(spec)
+        signature = replace(signature, input_specs=specs)
+        returned: Any = next(node for node in self._graph.nodes if node.op == "output").args[0]
+        for item, node in zip(signature.output_specs, returned, strict=True):
+            if isinstance(node, Node):
+                item.arg.name = node.name
+        used = {item.target for item in specs}
+        module = GraphModule(torch.nn.Module(), self._graph)
+        held = {name: x for name, x in self._held.items() if name in used or not isinstance(x, Tensor)}
+        return with_graph(old, module, signature, held=held)
+
+    def _written(self, node: Node) -> Node:
+        site = self._network.sites.get(node)
+        if site is None:
+            moves = node in self._network.constants or self._network.root(node) is not node
+            form = self._form_of(node.all_input_nodes) if moves else FP32
+            new = self._graph.node_copy(node, lambda x: self._new[x] if moves else self._as(x, FP32))
+            self._form[new] = form
+            return new
+        form = self._plan[site.name]
+        carrier = FORMATS[form].carrier
+        args, kwargs = (map_arg(x, lambda each: self._as(each, carrier)) for x in (node.args, node.kwargs))
+        self._value = node.meta["val"]
+        new = compute(self._call, node, args, kwargs, form, self._scales_of(node, carrier), self._typed)
+        self._form[new] = carrier
+        return new
+
+    def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        made = self._graph.call_function(target, args, kwargs)
+        # The types of a typed program are only known when it is traced again; shapes are those of before.
+        quantizes = target is torch.ops.adaattn.quantize_dequantize.default
+        made.meta["val"] = args[0].meta["val"] if quantizes else self._value
+        return made
+
+    def _form_of(self, operands: Sequence[Node]) -> str:
+        return next((self._form[self._new[each]] for each in operands if is_float(each)), FP32)
+
+    def _as(self, node: Node, form: str) -> Node:
+        """Return what stands for an old node, in a format."""
+        new = self._new[node]
+        if not is_float(node) or node.meta["val"].dtype != torch.float32 or self._form[new] == form:
+            return new
+        if (node, form) not in self._cast:
+            weight = node in self._network.constants
+            self._cast[node, form] = self._weight(node, form) if weight else self._converted(node, new, form)
+        return self._cast[node, form]
+
+    def _converted(self, node: Node, new: Node, form: str) -> Node:
+        self._value = node.meta["val"]
+        if self._typed:
+            made = self._call(torch.ops.aten.to.dtype, new, FORMATS[form].dtype)
+        else:
+            # Widening rounds nothing.
+            made = new if form == FP32 else self._call(torch.ops.adaattn.rounded.default, new, form)
+        self._form.setdefault(made, form)
+        made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
+        return made
+
+    def _weight(self, node: Node, form: str) -> Node:
+        """Return a weight, or a view of it, in a format: the weight itself is stored so."""
+        root = self._network.constants[node]
+        if node is not root:
+            made = self._graph.node_copy(node, lambda x: self._as(x, form) if x in self._network.constants else self._new[x])
+        else:
+            spec = self._specs[node.name]
+            name = f"{spec.target}_{form}"
+            x = self._held[spec.target].detach()
+            x = x.to(FORMATS[form].dtype) if self._typed else rounded(x, form)
+            parameter = isinstance(self._held[spec.target], torch.nn.Parameter)
+            self._held[name] = torch.nn.Parameter(x, requires_grad=False) if parameter else x
+            made = self._placeholder(f"{node.name}_{form}")
+            self._added.append((made, replace(spec, arg=TensorArgument(made.name), target=name)))
+            value = node.meta["val"]
+            made.meta["val"] = value.to(x.dtype)
+        self._form[made] = form
+        return made
+
+    def _scales_of(self, node: Node, carrier: str) -> Sequence[Any]:
+        """Return the scales of a site's operands: for attention numbers, for a product tensors."""
+        if self._plan[node.name] != FP8:
+            return ()
+        known = list(self._scales[node.name])
+        if node.target is SDPA:
+            return known
+        found = []
+        for place, operand in enumerate(node.args[:2]):
+            scale = torch.tensor(known[place])
+            if place == 1 and per_channel(node) and operand in self._specs_of_weights():
+                scale = channel_scales(self._held[self._specs[operand.name].target])
+            found.append(self._constant(f"{node.name}_scale_{place}", scale, carrier))
+        return found
+
+    def _specs_of_weights(self) -> set[Node]:
+        return {node for node, root in self._network.constants.items() if node is root}
+
+    def _constant(self, name: str, x: Tensor, form: str) -> Node:
+        """Return a new constant of the program."""
+        x = x.to(FORMATS[form].dtype) if self._typed else rounded(x, form)
+        self._held[name] = x
+        made = self._placeholder(name)
+        spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(made.name), name, None)
+        self._added.append((made, spec))
+        made.meta["val"] = self._fake.from_tensor(x)
+        self._form[made] = form
+        return made
+
+    def _placeholder(self, name: str) -> Node:
+        first = next(each for each in self._graph.nodes if each.op == "placeholder")
+        with self._graph.inserting_before(first):
+            return self._graph.placeholder(name)
+
+
+def channel_scales(weight: Tensor) -> Tensor:
+    """Return a scale of fp8 for each output channel of a linear weight (out, in)."""
+    return torch.tensor([scale_of(peak) for peak in weight.detach().abs().amax(1).tolist()])

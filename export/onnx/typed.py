@@ -1,0 +1,131 @@
+"""Define the torch operators of a typed program that no operator of torch says, and translate them to ONNX.
+
+Each is computed in the type of its operands, float64 included, and rounds as the ONNX operators do that it becomes: so
+a program runs in eager PyTorch and in float64 with the roundings of its ONNX file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import opset19 as op
+from torch import Tensor
+
+from adaattn.export.formats import FORMATS, FP8, FP32, PROBABILITY_SCALE, quantized, rounded
+from adaattn.export.onnx import sdpa
+
+QUANTIZE, ATTENTION, ROUND = "adaattn::quantize_dequantize", "adaattn::typed_attention", "adaattn::rounded"
+
+
+@torch.library.custom_op(ROUND, mutates_args=())
+def round_to(x: Tensor, form: str) -> Tensor:
+    """Round numbers to a format and keep their type: what a cast to that format's type is in the emulated program."""
+    return x.clone() if form == FP32 and x.dtype == torch.float32 else rounded(x, form)
+
+
+@torch.library.custom_op(QUANTIZE, mutates_args=())
+def quantize_dequantize(x: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """Round numbers to fp8, as QuantizeLinear and DequantizeLinear do.
+
+    Args:
+        scale: one number, or one for each index of the axis.
+    """
+    return quantized(x, scale.reshape([-1 if place == axis else 1 for place in range(x.dim())]) if scale.dim() else scale)
+
+
+@torch.library.custom_op(ATTENTION, mutates_args=())
+def typed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    form: str,
+    query_scale: float,
+    key_scale: float,
+    value_scale: float,
+) -> Tensor:
+    """Compute attention with scores, softmax weights and output in a format, as its decomposed ONNX form does.
+
+    Args:
+        form: bf16, fp16, or fp8, which quantizes the operands of both products.
+        query_scale, key_scale, value_scale: of fp8: queries are multiplied by the softmax scale before.
+    """
+    carrier = FORMATS[form].carrier
+
+    def operand(x: Tensor, of: float) -> Tensor:
+        x = rounded(x, carrier)
+        return quantized(x, x.new_tensor(of)) if form == FP8 else x
+
+    if query.dim() > 3 and query.shape[-3] != key.shape[-3]:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
+    query = query * rounded(query.new_tensor(scale), carrier)
+    scores = rounded(operand(query, query_scale) @ operand(key, key_scale).mT, carrier)
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = rounded(scores + attn_mask, carrier)
+    weights = operand(scores.softmax(-1).nan_to_num(0.0), PROBABILITY_SCALE)  # NaN: a query that attends to nothing
+    return rounded(weights @ operand(value, value_scale), carrier)
+
+
+@round_to.register_fake
+def _(x: Tensor, form: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@quantize_dequantize.register_fake
+def _(x: Tensor, scale: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@typed_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return the translations for `torch.onnx.export`."""
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any,
+        is_causal: bool,
+        scale: float,
+        form: str,
+        query_scale: float,
+        key_scale: float,
+        value_scale: float,
+    ) -> Any:
+        scales = (query_scale, key_scale, value_scale, PROBABILITY_SCALE)
+        quantize = [lambda x, of=of: in_fp8(x, of) for of in scales] if form == FP8 else None
+        return sdpa.formula(query, key, value, attn_mask, is_causal, scale, query.dtype, quantize)[0]
+
+    def quantize(x: Any, scale: Any, axis: int) -> Any:
+        return _in_fp8(x, scale, axis)
+
+    return {torch.ops.adaattn.typed_attention.default: attention, torch.ops.adaattn.quantize_dequantize.default: quantize}
+
+
+def in_fp8(x: Any, scale: float) -> Any:
+    """Write a rounding to fp8 with one scale."""
+    return _in_fp8(x, op.Constant(value=ir.tensor(scale, dtype=ir.DataType(x.dtype))))
+
+
+def _in_fp8(x: Any, scale: Any, axis: int = 0) -> Any:
+    # The zero point says the type, in the shape of the scale.
+    zeros = np.zeros(tuple(scale.shape) if scale.shape is not None else (), ml_dtypes.float8_e4m3fn)
+    zero = op.Constant(value=ir.tensor(zeros))
+    given = {"axis": axis} if zeros.ndim else {}
+    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero, **given), scale, zero, **given)
