@@ -147,4 +147,6 @@ def formats_of(device: Device, wanted: Sequence[str] | None) -> tuple[str, ...]:
     lacking = [name for name in wanted or () if not getattr(device, name)]
     if lacking:
         raise ConfigError(f"{device.name} has no {lacking[0]}; leave it out of --formats")
-    return tuple(name for name in FORMATS if getattr(device, name) and (wanted is None or name in wanted or name == FP32))
+    return tuple(
+        name for name in FORMATS if getattr(device, name) and (wanted is None or name in wanted or name == FP32)
+    )

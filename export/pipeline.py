@@ -22,6 +22,8 @@ from adaattn.checks import (
     check_mapping,
 )
 from adaattn.errors import ConfigError, TargetError
+from adaattn.export.allocation.apply import give_types
+from adaattn.export.allocation.goldens import typed_goldens
 from adaattn.export.artifacts import folder, manifest
 from adaattn.export.artifacts.arrays import Array
 from adaattn.export.artifacts.report import FAILED, Package, Report, TargetResult, artifacts
@@ -45,6 +47,7 @@ from adaattn.export.serving import ep_context, triton_server
 from adaattn.export.sources.source import usable
 from adaattn.export.verification import verify
 from adaattn.input_spec import Dimension, InputSpec
+from adaattn.plugins import onnx_file
 
 
 @dataclass
@@ -133,13 +136,13 @@ def export(
         check_memory(model)
     clock = _Clock(on_stage)
     notes: list[str] = []
-    of_options = (options.build.plugin_library, options.build.timing_cache, options.calibration_state)
+    of_options = (options.build.plugin_library, options.build.timing_cache, options.state)
     reads = [*reads, *(path for path in of_options if path is not None)]
     with folder.staging(out, options.force, reads, on_written) as staging:
         staged = staging.folder
         calibrated = None
-        if options.calibrate is not None:
-            with clock.stage("calibrate"):
+        if options.balance:
+            with clock.stage("balance"):
                 model, calibrated = calibrate_copy(model, options, on_progress)
         with clock.stage("capture"):
             if isinstance(model, nn.Module):
@@ -155,8 +158,15 @@ def export(
             captured, attentions = rewrite(captured, options.tolerance, known, replan=module is None)
             notes += _without_effect(attentions, options)
             profiles = [engine_profile(captured, narrower) for narrower in options.chosen_profiles()]
+        typed = None
+        if options.typed:
+            with clock.stage("allocation"):
+                typed = give_types(captured, options, on_progress)
+                typed.allocation.save(staged / "allocation.json")
         with clock.stage("onnx"):
-            lowered = _lower(captured, options)
+            lowered = _lower(captured if typed is None else replace(captured, program=typed.program), options)
+            if typed is not None:
+                lowered.graph.metadata_props[onnx_file.TYPED] = json.dumps(typed.allocation.work())
             names_out = (*captured.output_names, *lowered.written.values())
             captured = replace(captured, output_names=names_out, written=tuple(lowered.written))
             files = save.save(lowered.graph, staged / "model.onnx", options.external_data_threshold)
@@ -174,7 +184,11 @@ def export(
         if options.verify:
             with clock.stage("eager"):
                 reference = EagerReference(captured)
-                expected, goldens, layers = _eager(captured, reference, lowered, module, staged, options, notes)
+                if typed is None:
+                    expected, goldens, layers = _eager(captured, reference, lowered, module, staged, options, notes)
+                else:
+                    expected, goldens = typed_goldens(typed, notes)
+                    golden_case.save(staged / "golden.npz", goldens)
                 unproven = [*cases.unproven(captured), *disagreements(goldens), *departures(captured, reference.double)]
             targets = _verify(targets, goldens, _exact_at(reference, expected, lowered), staged, options, clock)
             targets = verify.withhold(targets, unproven)
@@ -195,6 +209,7 @@ def export(
                 serving=serving,
                 layers=layers,
                 attentions=[asdict(each) for each in attentions],
+                allocation=None if typed is None else typed.allocation.as_json(),
                 seconds=clock.seconds,
                 calibration=None if calibrated is None else summary.calibration(calibrated),
                 tokens={want.case.name: cases.length(want.case, captured) for want in expected},

@@ -30,15 +30,15 @@ def calibrate_copy(
 ) -> tuple[nn.Module, Calibration]:
     """Return a calibrated copy of the model, and what the calibration found."""
     if isinstance(model, ExportedProgram):
-        raise ConfigError("--calibrate cannot change a program that is captured already; calibrate its model")
-    assert options.calibrate is not None
+        raise ConfigError("--balance cannot change a program that is captured already; balance its model")
+    assert options.samples is not None
     model = copy.deepcopy(model).eval().cpu()
 
     def on_batch(done: int) -> None:
         on_progress(f"{done} batches", 0.0)  # of how many only the data knows
 
     try:
-        found = calibrate(model, options.calibrate, resume=options.calibration_state, on_batch=on_batch)
+        found = calibrate(model, options.samples, resume=options.state, on_batch=on_batch)
     except AdaAttnError:
         raise
     except Exception as error:  # the user's own code
@@ -47,7 +47,7 @@ def calibrate_copy(
         reasons = (
             "; ".join(dict.fromkeys(found.refused.values())) or "the model has no attention that calibration knows"
         )
-        raise ConfigError(f"--calibrate found no attention to calibrate: {reasons}")
+        raise ConfigError(f"--balance found no attention to calibrate: {reasons}")
     return model, found
 
 

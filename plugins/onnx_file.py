@@ -7,6 +7,14 @@ from typing import Any
 
 from adaattn.errors import ConfigError
 
+TYPED = "adaattn.types"
+"""The key of an ONNX file's metadata that says that its operators have types of a compile-time plan."""
+
+
+def is_typed(model: Any) -> bool:
+    """Return whether the operators of a model have the types of a compile-time plan."""
+    return any(entry.key == TYPED for entry in model.metadata_props)
+
 
 def load(path: Path) -> Any:
     """Return the model of an ONNX file, without its external data.

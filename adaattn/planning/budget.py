@@ -48,14 +48,17 @@ class Budget:
         return self.tolerance / self.safety
 
 
-def as_tolerance(tolerance: float) -> float:
+def as_tolerance(tolerance: float, name: str = "tolerance") -> float:
     """Return an accepted relative error as a float.
+
+    Args:
+        name: of the argument, for errors.
 
     Raises:
         ConfigError: it is not a number above 0.
     """
     wanted = "a relative error above 0, such as 1e-2"
-    return as_float("tolerance", tolerance, wanted, lambda x: 0 < x < float("inf"))
+    return as_float(name, tolerance, wanted, lambda x: 0 < x < float("inf"))
 
 
 def resolve_tolerance(tolerance: float | None, policy: str | None) -> float | None:

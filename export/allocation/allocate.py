@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from adaattn.errors import ConfigError
 from adaattn.export.allocation import samples as sample_data
-from adaattn.export.allocation.allocation import Allocation, AllocatedSite
+from adaattn.export.allocation.allocation import AllocatedSite, Allocation
 from adaattn.export.allocation.measure import Measurements
-from adaattn.export.allocation.samples import Sample
+from adaattn.export.allocation.samples import Sample, Samples
 from adaattn.export.allocation.sites import Network
 from adaattn.export.allocation.solve import Choice, Edge, Problem
 from adaattn.export.allocation.state import State
@@ -36,10 +36,10 @@ Metric = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], float]
 """A user's measure: outputs and reference outputs by name → a number, smaller is better."""
 
 
-def allocate(
+def allocate_captured(
     captured: Captured,
     network: Network,
-    batches: Iterable[Any],
+    samples: Samples,
     tolerance: float,
     device: Device,
     quantile: float = 0.95,
@@ -55,16 +55,15 @@ def allocate(
 
     Args:
         captured: the program that the network is of, and its sizes.
-        batches: samples, as `samples.read` takes them.
+        samples: of the program's inputs.
         tolerance: accepted relative error of each output, or of `metric` where that is given.
         device: what formats cost.
         quantile: the share of samples that must keep the tolerance.
         state: a file that keeps what was measured, from which an interrupted allocation goes on.
 
     Raises:
-        ConfigError: samples that the program does not take, outputs without an error, or a metric that fails.
+        ConfigError: outputs without an error, a metric that fails, or a tolerance that no types keep.
     """
-    samples = sample_data.read(captured, batches)
     measured = _measured(captured, network, samples.choosing, State(state, network, samples.choosing), on_progress)
     problem = _problem(network, measured, device)
     certify = _Certifier(captured, network, measured, samples.certifying, metric)
@@ -109,7 +108,10 @@ def _problem(network: Network, measured: Measurements, device: Device) -> Proble
             Choice(
                 site.name,
                 {form: device.seconds(found.flops, found.size, form) for form in forms},
-                {form: (found.sensitivity * error) ** 2 if error < math.inf else math.inf for form, error in forms.items()},
+                {
+                    form: (found.sensitivity * error) ** 2 if error < math.inf else math.inf
+                    for form, error in forms.items()
+                },
             )
         )
     edges = []

@@ -20,7 +20,13 @@ _WHOLE = torch.ops.aten.layer_norm.default, torch.ops.aten.embedding.default  # 
 
 
 def compute(
-    call: Call, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], form: str, scales: Sequence[Any], typed: bool
+    call: Call,
+    node: Node,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    form: str,
+    scales: Sequence[Any],
+    typed: bool,
 ) -> Any:
     """Compute an operator at a format.
 
@@ -36,9 +42,7 @@ def compute(
     if node.target is SDPA and form != FP32:
         query, key, value, mask, causal, scale = attention_arguments(node, args, kwargs)
         scales = scales or (1.0, 1.0, 1.0)
-        return call(
-            torch.ops.adaattn.typed_attention.default, query, key, value, mask, causal, scale, form, *scales
-        )
+        return call(torch.ops.adaattn.typed_attention.default, query, key, value, mask, causal, scale, form, *scales)
     if form == FP8:
         first, second, *rest = args
         first, second = (
@@ -46,9 +50,14 @@ def compute(
             for x, scale, axis in zip((first, second), scales, (0, 0), strict=True)
         )
         args = (first, second, *rest)
-    elif not typed and form != FP32 and node.target not in _WHOLE:
-        args = tree_map(lambda x: _rounded_number(x, carrier), args)
-    result = call(node.target, *args, **kwargs)
+    elif not typed:
+        args = stored_numbers(node, args, form)
+    if not typed and node.target is LINEAR and len(args) > 2 and node.meta["val"].dim() != 2:
+        # ONNX has a product and a sum, and rounds both.
+        product = call(torch.ops.adaattn.rounded.default, call(LINEAR, *args[:2]), carrier)
+        result = call(torch.ops.aten.add.Tensor, product, args[2])
+    else:
+        result = call(node.target, *args, **kwargs)
     return result if typed else call(torch.ops.adaattn.rounded.default, result, carrier)
 
 
@@ -80,7 +89,14 @@ def per_channel(node: Node) -> bool:
     return node.target is LINEAR
 
 
-def _rounded_number(x: Any, carrier: str) -> Any:
-    """Return a number that ONNX has as a tensor of the operands' type."""
-    return float(rounded(torch.tensor(x, dtype=torch.float64), carrier)) if isinstance(x, float) else x
+def stored_numbers(node: Node, args: Sequence[Any], form: str) -> Sequence[Any]:
+    """Return the arguments of an operator with its numbers as ONNX stores them: in the type of the operands."""
+    if form == FP32 or node.target in _WHOLE:
+        return args
+    found: Sequence[Any] = tree_map(lambda x: stored(x, form) if isinstance(x, float) else x, tuple(args))
+    return found
 
+
+def stored(number: float, form: str) -> float:
+    """Return a number as the carrier of a format has it."""
+    return float(rounded(torch.tensor(number, dtype=torch.float64), FORMATS[form].carrier))

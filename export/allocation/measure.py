@@ -161,8 +161,8 @@ class Measurements:
                 if n in sites and isinstance(result, Tensor):
                     if not result.requires_grad:
                         result = result.detach().requires_grad_()
-                    known = result.detach().isfinite()
-                    squares[n.name] = float(result.detach().where(known, 0).double().square().mean()) if known.any() else 0.0
+                    known = result.detach().double().nan_to_num(0.0, 0.0, 0.0)
+                    squares[n.name] = float(known.square().mean()) if known.numel() else 0.0
                     result.register_hook(partial(add, n.name))
                 return result
 
@@ -196,4 +196,3 @@ def _peak(x: Tensor) -> float:
 
 def _run(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return target(*args, **kwargs)
-

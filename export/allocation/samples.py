@@ -52,14 +52,16 @@ def read(captured: Captured, batches: Iterable[Any]) -> Samples:
         place += 1
         named = _named(captured, batch, place)
         checked = {item.name: _checked(item, named[item.name], place) for item in captured.inputs}
-        sizes = _sizes(captured, checked, place)
+        sizes = _sizes(captured, checked, place, single)
         if single is None:
             found.append(checked)
         else:
             rows = range(sizes[single])
             found += [{name: x[row : row + 1] for name, x in checked.items()} for row in rows]
     if len(found) < LEAST:
-        raise ConfigError(f"{len(found)} samples are too few to choose types by and to certify them; give {LEAST} or more")
+        raise ConfigError(
+            f"{len(found)} samples are too few to choose types by and to certify them; give {LEAST} or more"
+        )
     return Samples(tuple(found[::2]), tuple(found[1::2]))
 
 
@@ -68,7 +70,9 @@ def _batch_symbol(captured: Captured) -> str | None:
     first = {str(item.shape[0]) if item.shape else "" for item in captured.inputs}
     symbol = first.pop() if len(first) == 1 else ""
     size = captured.dims.get(symbol)
-    return symbol if size is not None and size.min == 1 and captured.sizes.nearest({symbol: 1}).get(symbol) == 1 else None
+    if size is None or size.min > 1 or captured.sizes.nearest({symbol: 1}).get(symbol) != 1:
+        return None
+    return symbol
 
 
 def _named(captured: Captured, batch: Any, place: int) -> Mapping[str, Any]:
@@ -95,22 +99,27 @@ def _checked(item: CapturedInput, x: Any, place: int) -> Tensor:
             raise ConfigError(f"{where} is a {type(x).__name__}; give a tensor or an array") from None
     if x.dim() != len(item.shape):
         raise ConfigError(f"{where} has {x.dim()} dimensions, {tuple(x.shape)}; the input has {len(item.shape)}")
-    if x.dtype.is_floating_point != item.dtype.is_floating_point or (item.dtype == torch.bool) != (x.dtype == torch.bool):
+    kinds = [(each.is_floating_point, each == torch.bool) for each in (x.dtype, item.dtype)]
+    if kinds[0] != kinds[1]:
         raise ConfigError(f"{where} is of type {_text(x.dtype)}; the input is {_text(item.dtype)}")
     if x.dtype.is_floating_point and not x.isfinite().all():
         raise ConfigError(f"{where} has NaN or Inf; types are chosen by errors, of which such numbers have none")
     return x.detach().cpu().to(item.dtype)
 
 
-def _sizes(captured: Captured, given: Mapping[str, Tensor], place: int) -> dict[str, int]:
-    """Return the sizes of the dynamic dimensions in a batch."""
+def _sizes(captured: Captured, given: Mapping[str, Tensor], place: int, single: str | None) -> dict[str, int]:
+    """Return the sizes of the dynamic dimensions in a batch.
+
+    Args:
+        single: the dimension whose entries come one at a time, of any number.
+    """
     sizes: dict[str, int] = {}
     for item in captured.inputs:
         for wanted, size in zip(item.shape, given[item.name].shape, strict=True):
             symbol = str(wanted)
             if symbol in captured.dims:
                 dim = captured.dims[symbol]
-                if not dim.min <= size <= dim.max:
+                if symbol != single and not dim.min <= size <= dim.max:
                     raise ConfigError(f"batch {place} of the samples has {dim.name}={size}; the export takes {dim}")
                 if sizes.setdefault(symbol, size) != size:
                     raise ConfigError(f"batch {place} of the samples has {dim.name}={sizes[symbol]} and {size}")

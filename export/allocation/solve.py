@@ -41,7 +41,9 @@ class Edge:
 
     def casts(self, plan: Mapping[str, str]) -> set[tuple[str, str]]:
         """Return from what format to what the numbers are cast."""
-        source, *others = (FP32 if name is None else FORMATS[plan[name]].carrier for name in (self.source, *self.consumers))
+        source, *others = (
+            FP32 if name is None else FORMATS[plan[name]].carrier for name in (self.source, *self.consumers)
+        )
         return {(source, other) for other in others if other != source}
 
 
@@ -77,7 +79,7 @@ class Problem:
 
     def least(self) -> dict[str, str]:
         """Return the plan with the least error."""
-        return {name: FP32 for name in self._choices}
+        return dict.fromkeys(self._choices, FP32)
 
     def solve(self, budget: float) -> dict[str, str]:
         """Return the cheapest plan that is found within a budget of the output's relative error.

@@ -1,4 +1,4 @@
-"""Write an allocation into a program: typed, as torch.onnx takes it, or emulated, which runs in float32 and float64."""
+"""Write an allocation into a program: typed, as torch.onnx takes it, or such that it runs in float32 and float64."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch._subclasses import FakeTensor
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from adaattn.export.allocation.arithmetic import compute, per_channel
+from adaattn.export.allocation.arithmetic import attention_arguments, compute, per_channel, stored, stored_numbers
 from adaattn.export.allocation.sites import Network, is_float
 from adaattn.export.capture.captured import with_graph
 from adaattn.export.formats import FORMATS, FP8, FP32, rounded, scale_of
@@ -28,17 +28,26 @@ Scales = Mapping[str, Sequence[float]]
 def typed_program(network: Network, plan: Mapping[str, str], scales: Scales) -> ExportedProgram:
     """Return a program whose operators have the types of a plan, with a cast where they differ."""
     # A trace gives every value its type, and fails where operands do not go together.
-    return _Writer(network, plan, scales, typed=True).program().run_decompositions({})
+    return _Writer(network, plan, scales, TYPED).program().run_decompositions({})
 
 
 def emulated_program(network: Network, plan: Mapping[str, str], scales: Scales) -> ExportedProgram:
     """Return a program that keeps its types and rounds every number as the typed one does."""
-    return _Writer(network, plan, scales, typed=False).program()
+    return _Writer(network, plan, scales, EMULATED).program()
+
+
+def unrounded_program(network: Network, plan: Mapping[str, str], scales: Scales) -> ExportedProgram:
+    """Return a program with the weights that the typed one stores, which rounds nothing else."""
+    return _Writer(network, plan, scales, WEIGHTS).program()
+
+
+TYPED, EMULATED, WEIGHTS = "typed", "emulated", "weights"
 
 
 class _Writer:
-    def __init__(self, network: Network, plan: Mapping[str, str], scales: Scales, typed: bool) -> None:
-        self._network, self._plan, self._scales, self._typed = network, plan, scales, typed
+    def __init__(self, network: Network, plan: Mapping[str, str], scales: Scales, mode: str) -> None:
+        self._network, self._plan, self._scales, self._mode = network, plan, scales, mode
+        self._typed = mode == TYPED
         self._graph = Graph()
         self._value: Any = None  # stands for what is being written
         self._new: dict[Node, Node] = {}
@@ -86,6 +95,16 @@ class _Writer:
             self._form[new] = form
             return new
         form = self._plan[site.name]
+        if self._mode == WEIGHTS:
+            new = self._graph.node_copy(node, lambda each: self._stored(node, each, form))
+            new.args = tuple(stored_numbers(node, new.args, form))
+            if node.target is SDPA:
+                new.kwargs = {
+                    **new.kwargs,
+                    "scale": stored(attention_arguments(node, node.args, node.kwargs)[-1], form),
+                }
+            self._form[new] = FP32
+            return new
         carrier = FORMATS[form].carrier
         args, kwargs = (map_arg(x, lambda each: self._as(each, carrier)) for x in (node.args, node.kwargs))
         self._value = node.meta["val"]
@@ -128,7 +147,9 @@ class _Writer:
         """Return a weight, or a view of it, in a format: the weight itself is stored so."""
         root = self._network.constants[node]
         if node is not root:
-            made = self._graph.node_copy(node, lambda x: self._as(x, form) if x in self._network.constants else self._new[x])
+            made = self._graph.node_copy(
+                node, lambda x: self._as(x, form) if x in self._network.constants else self._new[x]
+            )
         else:
             spec = self._specs[node.name]
             name = f"{spec.target}_{form}"
@@ -142,6 +163,18 @@ class _Writer:
             made.meta["val"] = value.to(x.dtype)
         self._form[made] = form
         return made
+
+    def _stored(self, site: Node, operand: Node, form: str) -> Node:
+        """Return an operand of a site: a weight as the file has it, anything else as it is."""
+        if operand not in self._network.constants or operand.meta["val"].dtype != torch.float32:
+            return self._new[operand]
+        new = self._as(operand, FORMATS[form].carrier)
+        if not FORMATS[form].quantized or operand not in site.args[:2] or site.target is SDPA:
+            return new
+        place = site.args.index(operand)
+        scale = self._scales_of(site, FP32)[place]
+        self._value = operand.meta["val"]
+        return self._call(torch.ops.adaattn.quantize_dequantize.default, new, scale, 0)
 
     def _scales_of(self, node: Node, carrier: str) -> Sequence[Any]:
         """Return the scales of a site's operands: for attention numbers, for a product tensors."""
@@ -168,7 +201,7 @@ class _Writer:
         made = self._placeholder(name)
         spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(made.name), name, None)
         self._added.append((made, spec))
-        made.meta["val"] = self._fake.from_tensor(x)
+        made.meta["val"] = self._fake.from_tensor(x, static_shapes=True)
         self._form[made] = form
         return made
 

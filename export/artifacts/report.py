@@ -77,6 +77,7 @@ class Report:
         model: its source, class, dtype and number of parameters.
         inputs, dims: by name, as the command line writes them.
         layers: what each planned attention did over all cases.
+        allocation: the compile-time plan, where one was chosen.
         attentions: of the model, each with its module, what it was, and what it became or why it stays.
         tokens: of each case by name; None where no input has tokens.
         unproven: why the verdict "passed" is withheld from targets whose numbers agree.
@@ -95,6 +96,7 @@ class Report:
     serving: Sequence[Package] = ()
     layers: Sequence[Mapping[str, Any]] = ()
     attentions: Sequence[Mapping[str, Any]] = ()
+    allocation: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     tokens: Mapping[str, int | None] = field(default_factory=dict)

@@ -48,6 +48,7 @@ Examples
   adaattn-export model.pt --dim "S=1:128:4096" --tolerance 1e-2 --output out
   adaattn-export shop.models:ranker --weights ranker.safetensors --input "x=B,S,512" --input "mask=B,S:bool"
   adaattn-export hf:all-MiniLM-L6-v2 --tolerance 1e-3
+  adaattn-export hf:all-MiniLM-L6-v2 --output-tolerance 1e-2 --samples texts.npz
   adaattn-export model.pt --target onnx --json | jq .verdict
   adaattn-export model.pt --target tensorrt --serve triton --profile B=1:1:1 --profile B=2:8:8
 
@@ -119,8 +120,14 @@ SECTIONS = {
         "dims",
         "dtype",
         "tolerance",
-        "calibrate",
-        "calibration_state",
+        "output_tolerance",
+        "samples",
+        "quantile",
+        "formats",
+        "metric",
+        "allocation",
+        "balance",
+        "state",
         "weights",
         "allow_pickle",
     ),
@@ -248,14 +255,38 @@ class ExportCommand(Command):
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert the model first.")
 @click.option("--tolerance", type=float, help="Accepted relative error of adaptive attention, such as 1e-2.")
 @click.option(
-    "--calibrate",
-    metavar="DATA",
-    help="Sample data that choose the basis of queries and keys: an .npz of inputs by name, or FILE.py or "
-    "package.module:function that yields batches.",
+    "--output-tolerance",
+    type=float,
+    metavar="T",
+    help="Accepted relative error of what MODEL returns, such as 1e-2: each operator gets the cheapest type with which "
+    "--samples keep it.",
 )
 @click.option(
-    "--calibration-state", type=PATH, help="Checkpoint calibration statistics in this file and resume from it."
+    "--samples",
+    metavar="DATA",
+    help="Sample data, like what MODEL will meet: an .npz of inputs by name, or FILE.py or package.module:function "
+    "that yields batches. Every second sample chooses, the others certify.",
 )
+@click.option(
+    "--quantile", type=float, metavar="Q", help="Share of samples that must keep the output tolerance.  [default: 0.95]"
+)
+@click.option(
+    "--formats",
+    metavar="fp32,bf16,fp16,fp8",
+    callback=_list,
+    help="Types that operators may have.  [default: those that the engines' GPUs compute fast]",
+)
+@click.option(
+    "--metric",
+    metavar="MODULE:FUNCTION",
+    help="What the output tolerance bounds instead of the relative error: a function of outputs and reference outputs, "
+    "tensors by name, that returns a number, smaller is better.",
+)
+@click.option("--allocation", type=PATH, help="Take the types of this file, the allocation.json of an earlier export.")
+@click.option(
+    "--balance", is_flag=True, help="Fold into the weights the basis of queries and keys that --samples show."
+)
+@click.option("--state", type=PATH, help="Checkpoint what --samples show in this file and resume from it.")
 @click.option("--emit-plan", is_flag=True, help="Add each layer's precision and rank to the graph's outputs.")
 @click.option(
     "--external-data-threshold",
@@ -286,7 +317,7 @@ def main(model: str, as_json: bool, quiet: bool, **arguments: Any) -> int:
         with redirect_stdout(sys.stderr):
             report, directory = _export(model, quiet or as_json, written.append, **arguments)
     except KeyboardInterrupt as error:
-        state = None if written else arguments["calibration_state"]
+        state = None if written else arguments["state"]
         kept = f" but {state}, which a next run goes on from" if state is not None and state.exists() else ""
         raise ExportError(f"interrupted; {outcome()}{kept}") from error
     except OSError as error:
@@ -321,8 +352,14 @@ def _export(
     tolerance: float | None,
     emit_plan: bool,
     external_data_threshold: int | None,
-    calibrate: str | None,
-    calibration_state: Path | None,
+    output_tolerance: float | None,
+    samples: str | None,
+    quantile: float | None,
+    formats: tuple[str, ...] | None,
+    metric: str | None,
+    allocation: Path | None,
+    balance: bool,
+    state: Path | None,
     profiles: tuple[dict[str, Dimension], ...],
     weights: str | None,
     allow_pickle: bool,
@@ -339,8 +376,8 @@ def _export(
         from adaattn.export.engines.options import BuildOptions
         from adaattn.export.options import Options
         from adaattn.export.pipeline import export
-        from adaattn.export.sources.calibration_data import batches
         from adaattn.export.sources.model import load
+        from adaattn.export.sources.sample_data import batches, function_of
 
         options = Options(
             targets=targets or None,
@@ -351,15 +388,21 @@ def _export(
             emit_plan=emit_plan,
             verify=not no_verify,
             external_data_threshold=external_data_threshold,
-            calibrate=None if calibrate is None else batches(calibrate),
-            calibration_state=calibration_state,
+            output_tolerance=output_tolerance,
+            samples=None if samples is None else batches(samples),
+            formats=formats,
+            metric=None if metric is None else function_of(metric),
+            allocation=allocation,
+            balance=balance,
+            state=state,
+            **({} if quantile is None else {"quantile": quantile}),
             build=BuildOptions(**build),
             profiles=profiles,
             force=force,
         )
         on_stage("load")
         source = load(model, weights, allow_pickle)
-        if options.tolerance is None and source.tolerance is not None:
+        if options.tolerance is None and source.tolerance is not None and not options.typed:
             options = replace(options, tolerance=source.tolerance)
         described = {spec.name: spec for spec in source.inputs} | inputs
         used = {size for spec in described.values() for size in spec.shape}
@@ -374,7 +417,7 @@ def _export(
             options=options,
             source=model,
             command=shlex.join([NAME, *sys.argv[1:]]),
-            reads=[Path(given.removeprefix("hf:")) for given in (model, weights, calibrate) if given],
+            reads=[Path(str(given).removeprefix("hf:")) for given in (model, weights, samples, allocation) if given],
             on_written=lambda: on_written(directory),
             on_stage=on_stage,
             on_progress=on_progress,

@@ -80,6 +80,7 @@ def lower(
     written = _return_written(exported.model.graph, exported.exported_program, output_names)
     exported.optimize()
     model = exported.model
+    typed.fold_weights(model)
     for graph_input, name in zip(model.graph.inputs, input_names, strict=True):
         graph_input.name = name  # torch renames an input that is an output too
     _name_dims(model.graph, dim_names)

@@ -7,6 +7,7 @@ a program runs in eager PyTorch and in float64 with the roundings of its ONNX fi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -35,7 +36,12 @@ def quantize_dequantize(x: Tensor, scale: Tensor, axis: int) -> Tensor:
     Args:
         scale: one number, or one for each index of the axis.
     """
-    return quantized(x, scale.reshape([-1 if place == axis else 1 for place in range(x.dim())]) if scale.dim() else scale)
+    return quantized(x, _along(scale, axis, x))
+
+
+def _along(scale: Tensor, axis: int, x: Tensor) -> Tensor:
+    """Return a scale of one number, or of one for each index of an axis, as it is broadcast to a tensor."""
+    return scale.reshape([-1 if place == axis else 1 for place in range(x.dim())]) if scale.dim() else scale
 
 
 @torch.library.custom_op(ATTENTION, mutates_args=())
@@ -109,23 +115,50 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         value_scale: float,
     ) -> Any:
         scales = (query_scale, key_scale, value_scale, PROBABILITY_SCALE)
-        quantize = [lambda x, of=of: in_fp8(x, of) for of in scales] if form == FP8 else None
+        quantize = [partial(_with_scale, kind=query.dtype, scale=each) for each in scales] if form == FP8 else None
         return sdpa.formula(query, key, value, attn_mask, is_causal, scale, query.dtype, quantize)[0]
 
     def quantize(x: Any, scale: Any, axis: int) -> Any:
         return _in_fp8(x, scale, axis)
 
-    return {torch.ops.adaattn.typed_attention.default: attention, torch.ops.adaattn.quantize_dequantize.default: quantize}
+    return {
+        torch.ops.adaattn.typed_attention.default: attention,
+        torch.ops.adaattn.quantize_dequantize.default: quantize,
+    }
 
 
-def in_fp8(x: Any, scale: float) -> Any:
-    """Write a rounding to fp8 with one scale."""
-    return _in_fp8(x, op.Constant(value=ir.tensor(scale, dtype=ir.DataType(x.dtype))))
+def _with_scale(x: Any, kind: int, scale: float) -> Any:
+    return _in_fp8(x, op.Constant(value=ir.tensor(scale, dtype=ir.DataType(kind))))
 
 
 def _in_fp8(x: Any, scale: Any, axis: int = 0) -> Any:
     # The zero point says the type, in the shape of the scale.
-    zeros = np.zeros(tuple(scale.shape) if scale.shape is not None else (), ml_dtypes.float8_e4m3fn)
+    zeros = np.zeros(() if scale.shape is None else tuple(scale.shape), ml_dtypes.float8_e4m3fn)
     zero = op.Constant(value=ir.tensor(zeros))
     given = {"axis": axis} if zeros.ndim else {}
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero, **given), scale, zero, **given)
+
+
+def fold_weights(model: ir.Model) -> None:
+    """Store weights as the numbers that QuantizeLinear makes of them."""
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type != "QuantizeLinear":
+            continue
+        weight, scale, zero = (None if value is None else value.const_value for value in node.inputs)
+        if weight is None or scale is None or zero is None or node.inputs[0].name not in graph.initializers:
+            continue
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        x, steps = (torch.from_numpy(np.asarray(each.numpy(), np.float32)) for each in (weight, scale))
+        form = FORMATS[FP8]
+        numbers = (x / _along(steps, axis, x)).clamp(-form.largest, form.largest).to(form.dtype)
+        name = f"{node.inputs[0].name}_{FP8}"
+        stored = ir.Value(name=name, shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.FLOAT8E4M3FN))
+        stored.const_value = ir.tensor(numbers.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), name=name)
+        graph.initializers.add(stored)
+        node.outputs[0].replace_all_uses_with(stored)
+        graph.remove(node, safe=True)
+    used = {value for node in ir.traversal.RecursiveGraphIterator(graph) for value in node.inputs}
+    for name, value in list(graph.initializers.items()):
+        if value not in used and value not in graph.outputs:
+            del graph.initializers[name]

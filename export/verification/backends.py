@@ -21,6 +21,7 @@ from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.runtime.session import PROVIDERS, CannotRun, feed_of, session_of, wide
 from adaattn.export.verification.graph_copies import (
     exact_copy,
+    float32_copy,
     forced_input,
     input_alone,
     part,
@@ -71,9 +72,20 @@ class OnnxRuntimeBackend:
 
     def __init__(self, path: Path, provider: str) -> None:
         self._path, self._provider = path, provider
-        self._sessions: dict[str, Any] = {"": session_of(path, path.parent, provider)}
+        self._typed = path.is_file() and onnx_file.is_typed(onnx_file.load(path))
+        self._sessions: dict[str, Any] = {"": self._opened()}
         self._names = [output.name for output in self._sessions[""].get_outputs()]
         self._layers = planned_layers(path)
+
+    def _opened(self) -> Any:
+        try:
+            return session_of(self._path, self._path.parent, self._provider)
+        except CannotRun:
+            if not self._typed:
+                raise
+            # It has no kernels of bfloat16: casts around those of float32 round as they would.
+            rounded = float32_copy(self._path, rounds=True).SerializeToString()
+            return session_of(rounded, self._path.parent, self._provider)
 
     def __call__(self, golden: GoldenCase) -> BackendResult:
         """Run a case, with its plans forced where it says so."""
@@ -108,7 +120,8 @@ class OnnxRuntimeBackend:
         """
         key = f"{bool(golden.forced)}: {sorted(names)}"
         if key not in self._sessions:
-            model = onnx_file.load(self._path)
+            unrounded = self._typed and golden.forced
+            model = float32_copy(self._path, rounds=False) if unrounded else onnx_file.load(self._path)
             if golden.forced:
                 take_plans(model, self._layers)
             show_values(model, names)

@@ -30,13 +30,19 @@ class PlannedLayer:
 def exact_copy(path: Path, copy: Path) -> Path:
     """Write a copy of an ONNX file whose plans are all fp32 at full rank, whatever its plan nodes choose.
 
+    Of a file with the types of a compile-time plan, all types are fp32.
+
     Args:
         copy: the file to write, in another folder; external data are linked there.
     """
     import onnx
     from onnx import helper, numpy_helper
 
-    model, layers = onnx_file.load(path), planned_layers(path)
+    model = onnx_file.load(path)
+    if onnx_file.is_typed(model):
+        copy.write_bytes(float32_copy(path, rounds=False).SerializeToString())
+        return copy
+    layers = planned_layers(path)
     made: list[onnx.NodeProto] = []
     for number, node in enumerate([x for x in model.graph.node if x.domain == NAMESPACE and x.name in layers]):
         layer, at = layers[node.name], f"exact/{number}"
@@ -183,3 +189,76 @@ def show_values(model: onnx.ModelProto, names: Collection[str]) -> None:
 
     have = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in have)
+
+
+# What moves numbers and computes none, so that nothing is rounded again.
+_MOVES = (
+    *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Slice"),
+    *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"),
+)
+
+
+def float32_copy(path: Path, rounds: bool) -> onnx.ModelProto:
+    """Return a copy of a typed ONNX file in float32, with the weights that it stores.
+
+    ONNX Runtime has no 16-bit kernels for most operators on a CPU. It computes them in float32 and leaves out the
+    roundings between them, or refuses bfloat16. Of a copy that rounds it computes what the types say; one that does
+    not tells faults of the graph from roundings.
+
+    Args:
+        rounds: whether casts round every result that has a type of 16 bits, and operands are quantized.
+    """
+    import onnx
+    from onnx import external_data_helper
+
+    model = onnx_file.load(path)
+    external_data_helper.load_external_data_for_model(model, str(path.parent))
+    inferred = onnx.shape_inference.infer_shapes(model)
+    _widen(model.graph, value_types(inferred.graph), rounds)
+    del model.graph.value_info[:]
+    return model
+
+
+def _widen(graph: onnx.GraphProto, kinds: Mapping[str, tuple[int, int]], rounds: bool) -> None:
+    from onnx import AttributeProto, TensorProto, helper
+
+    stored = {tensor.name for tensor in graph.initializer}
+    for tensor in graph.initializer:
+        _widen_tensor(tensor)
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type in _narrow():
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    made = []
+    for node in graph.node:
+        kind = kinds.get(node.output[0], (0, 0))[0]
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                _widen_tensor(attribute.t)
+            elif attribute.type == AttributeProto.GRAPH:
+                _widen(attribute.g, kinds | value_types(attribute.g), rounds)
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in _narrow():
+                kind, attribute.i = attribute.i, TensorProto.FLOAT
+        if not rounds and node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] not in stored:
+            made.append(helper.make_node("Identity", [node.input[0]], list(node.output)))
+            continue
+        made.append(node)
+        if rounds and kind in _narrow() and node.op_type not in _MOVES:
+            name, (exact, rounded) = node.output[0], (f"{node.output[0]}/{step}" for step in ("exact", "rounded"))
+            node.output[0] = exact
+            made.append(helper.make_node("Cast", [exact], [rounded], to=kind))
+            made.append(helper.make_node("Cast", [rounded], [name], to=TensorProto.FLOAT))
+    del graph.node[:]
+    graph.node.extend(made)
+
+
+def _narrow() -> tuple[int, ...]:
+    from onnx import TensorProto
+
+    return TensorProto.FLOAT16, TensorProto.BFLOAT16
+
+
+def _widen_tensor(tensor: onnx.TensorProto) -> None:
+    from onnx import numpy_helper
+
+    if tensor.data_type in _narrow():
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))

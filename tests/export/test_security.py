@@ -285,7 +285,7 @@ def test_factory(tmp_path: Path) -> None:
         where.format(str(tmp_path / "data")) + "def batches():\n    yield {'x': torch.randn(4, 8, 16)}\n"
     )
     adaattn.save(adaattn.Encoder(16, 2, ("adaptive",)), "model.pt")
-    result = run("model.pt", "-q", "--target", "onnx", "--no-verify", "--calibrate", "data/samples.py")
+    result = run("model.pt", "-q", "--target", "onnx", "--no-verify", "--balance", "--samples", "data/samples.py")
     assert result.exit_code == 0, result.stderr
     assert sys.path == path
 
@@ -312,7 +312,7 @@ def test_huggingface() -> None:
 def test_sample_data() -> None:
     adaattn.save(adaattn.Encoder(16, 2, ("adaptive",)), "model.pt")
     np.savez("data.npz", x=np.array([Trap()], dtype=object))
-    refused(run("model.pt", "-q", "--calibrate", "data.npz"), "data.npz")
+    refused(run("model.pt", "-q", "--balance", "--samples", "data.npz"), "data.npz")
     assert not_sprung()
 
 
@@ -353,7 +353,7 @@ def test_force_inputs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refused(run(*LINEAR, "--weights", inside["weights.safetensors"], *force), "which this export reads")
     refused(run(inside["model.pt"], "--target", "onnx", *force), "which this export reads")
     Path("model.pt").write_bytes(Path(inside["model.pt"]).read_bytes())
-    data = ("--calibrate", inside["data.npz"])
+    data = ("--balance", "--samples", inside["data.npz"])
     refused(run("model.pt", "--target", "onnx", *data, *force), "which this export reads")
     refused(
         run("model.pt", "--target", "tensorrt", "--timing-cache", inside["cache"], *force), "which this export reads"

@@ -1,4 +1,4 @@
-"""`--calibrate`: sample data from files and functions, through the command, into the report."""
+"""`--samples`: sample data from files and functions, through the command, into the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import adaattn
 from adaattn.calibration.projections import QueryKeyProjections, find_projections
 from adaattn.errors import ConfigError
-from adaattn.export.sources.calibration_data import BATCH, batches
+from adaattn.export.sources.sample_data import BATCH, batches
 from adaattn.integrations.transformers import register
 from tests.support import architectures
 from tests.support.cli import refused, run
@@ -41,8 +41,8 @@ def model() -> None:
 def test_an_array_of_samples_calibrates_and_the_report_says_what_it_did() -> None:
     model()
     np.savez("samples.npz", x=correlated(40, 20, 32))
-    state = ("--calibration-state", "state.pt")
-    result = run("model.pt", "-q", "--target", "onnx", "--calibrate", "samples.npz", *state, "-o", "out")
+    state = ("--state", "state.pt")
+    result = run("model.pt", "-q", "--target", "onnx", "--balance", "--samples", "samples.npz", *state, "-o", "out")
     assert result.exit_code == 0, result.output
     report = json.loads(Path("out/report.json").read_text())
     found = report["calibration"]
@@ -65,7 +65,7 @@ def test_functions_make_batches_too() -> None:
     )
     for source in ("mine.py", "mine:other"):
         assert [x.shape for x in batches(source)] == [(2, 9, 32)] * 3
-    result = run("model.pt", *QUICK, "--no-verify", "--calibrate", "mine:other", "-o", "out")
+    result = run("model.pt", *QUICK, "--no-verify", "--balance", "--samples", "mine:other", "-o", "out")
     assert result.exit_code == 0, result.output
     assert json.loads(Path("out/report.json").read_text())["calibration"]["batches"] == 3
 
@@ -108,11 +108,11 @@ def test_what_is_no_sample_data_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             batches(source)
-        refused(run("model.pt", *QUICK, "--calibrate", source), said)
-    refused(run("model.pt", *QUICK, "--calibration-state", "x"), "calibration_state applies only with sample data")
+        refused(run("model.pt", *QUICK, "--balance", "--samples", source), said)
+    refused(run("model.pt", *QUICK, "--state", "x"), "state applies only with")
     adaattn.save(adaattn.DenseAttention(32, 2), "dense.pt")
     Path("some.py").write_text("import torch\n\ndef batches():\n    return [[torch.ones(1, 3, 32)] * 3]\n")
-    refused(run("dense.pt", *QUICK, "--calibrate", "some.py"), "no attention to calibrate: it never cuts")
+    refused(run("dense.pt", *QUICK, "--balance", "--samples", "some.py"), "no attention to calibrate: it never cuts")
 
 
 def test_data_that_fail_on_the_way_are_told_apart_from_the_model() -> None:
@@ -120,9 +120,14 @@ def test_data_that_fail_on_the_way_are_told_apart_from_the_model() -> None:
     Path("late.py").write_text(
         "import sys\n\ndef batches():\n    yield [__import__('torch').ones(1, 3, 32)]\n    sys.exit(0)\n"
     )
-    refused(run("model.pt", *QUICK, "--calibrate", "late.py"), "late.py fails: SystemExit: it ends the program")
+    refused(
+        run("model.pt", *QUICK, "--balance", "--samples", "late.py"), "late.py fails: SystemExit: it ends the program"
+    )
     np.savez("names.npz", ids=correlated(4, 20, 32))
-    refused(run("model.pt", *QUICK, "--calibrate", "names.npz"), "the model fails on the sample data: TypeError: ")
+    refused(
+        run("model.pt", *QUICK, "--balance", "--samples", "names.npz"),
+        "the model fails on the sample data: TypeError: ",
+    )
 
 
 def test_a_file_finds_the_modules_beside_it() -> None:

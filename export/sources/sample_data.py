@@ -1,14 +1,14 @@
-"""Load sample data for `--calibrate`: an .npz of inputs, or batches from a user's function."""
+"""Load sample data for `--samples`: an .npz of inputs, or batches from a user's function."""
 
 from __future__ import annotations
 
 import importlib
 import runpy
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,17 +47,35 @@ def batches(source: str) -> Iterable[Any]:
         if not callable(function):
             raise ConfigError(f"{source} has no function batches; {EXPECTED}")
         return _made(source, function)
-    module, colon, name = source.partition(":")
-    if not colon:
+    if ":" not in source:
         raise ConfigError(f"{source!r} is not sample data; {EXPECTED}")
+    return _made(source, _imported(source, EXPECTED))
+
+
+def function_of(source: str) -> Callable[..., Any]:
+    """Return the function that a command line names as package.module:function.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    wanted = "give a function as package.module:function"
+    if ":" not in source:
+        raise ConfigError(f"{source!r} is not a function; {wanted}")
+    found = _imported(source, wanted)
+    if not callable(found):
+        raise ConfigError(f"{source} is a {type(found).__name__}; {wanted}")
+    return cast(Callable[..., Any], found)
+
+
+def _imported(source: str, wanted: str) -> Any:
+    module, _, name = source.partition(":")
     with _importing(Path()):  # as python -m does: modules of the current folder
         try:
-            function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"{source} cannot be imported: {error}; {EXPECTED}") from error
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{source} cannot be imported: {error}; {wanted}") from error
         except (Exception, SystemExit) as error:
             raise _failure(source, error) from error
-    return _made(source, function)
 
 
 @contextmanager
