@@ -37,7 +37,7 @@ SERVERS = ("triton", "onnxruntime")
 # TensorRT builds torch's opset-23 Attention only where a fused kernel takes its types and shapes, and TensorRT-RTX 1.7
 # crashes on self-attention of a tensor with itself; up to 22 torch writes MatMul and Softmax.
 NEWEST_OPSET = {"onnx": lower.NEWEST_OPSET, "tensorrt-rtx": 22, "tensorrt": 22}
-TYPED_OPSET = 20  # the first with a Gelu, and with scales of QuantizeLinear in 16 bits
+TYPED_OPSET = 22  # the first whose convolutions take bfloat16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

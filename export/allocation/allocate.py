@@ -204,27 +204,28 @@ def _cheapest(
 ) -> tuple[dict[str, str], list[float]]:
     """Return the cheapest plan that keeps the tolerance on the certifying samples, and its errors on them."""
     budget = UNKNOWN_METRIC if by_metric else tolerance
-    kept, broken = 0.0, math.inf  # budgets of which the plans kept the tolerance, and did not
+    kept, failures = 0.0, 0  # the largest budget whose plan kept the tolerance, and how many did not
     best: tuple[dict[str, str], list[float]] | None = None
-    tried = dict[tuple[str, ...], list[float]]()
+    tried: list[dict[str, str]] = []
     for _ in range(ROUNDS):
         plan = problem.solve(budget)
-        key = tuple(plan.values())
-        if key in tried:
+        if plan in tried:
             break
-        tried[key] = errors = certify.errors(plan, on_progress)
+        tried.append(plan)
+        errors = certify.errors(plan, on_progress)
         found = quantile_of(errors, quantile)
-        if found <= tolerance:
-            kept = max(kept, budget)
-            if best is None or problem.cost(plan) < problem.cost(best[0]):
-                best = plan, errors
-            if found >= CLOSE * tolerance:
-                break
-        else:
-            broken = min(broken, budget)
-        wanted = budget * min(max(tolerance / found if found else STRIDE, 1 / STRIDE), STRIDE)
-        between = math.sqrt(kept * broken) if kept and broken < math.inf else wanted
-        budget = wanted if kept < wanted < broken else between
+        if found > tolerance:
+            # Errors that jump, as where a router takes another expert, do not fall with the budget: harder each time.
+            failures += 1
+            wanted = min(budget, problem.error(plan)) * max(tolerance / found, 1 / STRIDE) / 2 ** (failures - 1)
+            budget = max(min(wanted, 0.99 * problem.error(plan)), math.sqrt(kept * budget))
+            continue
+        kept = max(kept, budget)
+        if best is None or problem.cost(plan) < problem.cost(best[0]):
+            best = plan, errors
+        if found >= CLOSE * tolerance or failures:
+            break
+        budget *= min(tolerance / found, STRIDE) if found else STRIDE
     if best is None:
         plan = problem.least()
         errors = certify.errors(plan, on_progress)

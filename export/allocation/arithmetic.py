@@ -39,7 +39,7 @@ def compute(
         typed: whether operands have the type of the carrier; if not, results are rounded to it.
     """
     carrier = FORMATS[form].carrier
-    if node.target is SDPA and form != FP32:
+    if node.target is SDPA and (typed or form != FP32):
         query, key, value, mask, causal, scale = attention_arguments(node, args, kwargs)
         scales = scales or (1.0, 1.0, 1.0)
         return call(torch.ops.adaattn.typed_attention.default, query, key, value, mask, causal, scale, form, *scales)

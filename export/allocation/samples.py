@@ -70,9 +70,10 @@ def _batch_symbol(captured: Captured) -> str | None:
     first = {str(item.shape[0]) if item.shape else "" for item in captured.inputs}
     symbol = first.pop() if len(first) == 1 else ""
     size = captured.dims.get(symbol)
-    if size is None or size.min > 1 or captured.sizes.nearest({symbol: 1}).get(symbol) != 1:
+    if size is None or size.min > 1:
         return None
-    return symbol
+    wanted = {name: dim.opt for name, dim in captured.dims.items()} | {symbol: 1}
+    return symbol if captured.sizes.nearest(wanted)[symbol] == 1 else None
 
 
 def _named(captured: Captured, batch: Any, place: int) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from adaattn.errors import ConfigError
 from adaattn.export.capture.captured import with_graph
-from adaattn.export.formats import FP8
+from adaattn.export.formats import BF16, FORMATS, FP8
 from adaattn.export.rewrite.match import SDPA, path_of
 from adaattn.ops.signatures import OPS
 
@@ -44,8 +44,13 @@ MOVES = (
     *(aten.index_select.default, aten.index.Tensor, aten.gather.default, aten.contiguous.default),
     *(aten.max_pool1d.default, aten.max_pool2d.default, operator.getitem),
 )
+# Of sizes, which the capture knows, and of types, which are not those of before.
+ASSERTIONS = (aten._assert_scalar.default, aten._assert_tensor_metadata.default)
 # Composites that would be several ONNX nodes, each with a rounding: they are decomposed first.
-DECOMPOSED = {aten.silu.default: lambda x: x * x.sigmoid()}
+DECOMPOSED = {
+    aten.silu.default: lambda x: x * x.sigmoid(),
+    aten.copy.default: lambda x, given, non_blocking=False: given.to(x.dtype).expand(x.shape).clone(),  # no derivative
+}
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,14 @@ class Network:
     Args:
         program: functional, with attention as single nodes.
         sites: in the order of the program.
-        constants: nodes that are weights, or views of such.
+        constants: for each node that is a weight, or a part or view of one, the weight.
+        folded: nodes that depend on weights alone, which compilers compute once.
     """
 
     program: ExportedProgram
     sites: Mapping[Node, Site]
     constants: Mapping[Node, Node]
+    folded: Collection[Node]
 
     def root(self, node: Node) -> Node:
         """Return what made the numbers of a node, past views and moves."""
@@ -107,7 +114,7 @@ class Network:
             if node.op not in ("call_function", "output") or (node not in self.sites and _moves(node)):
                 continue
             for operand in dict.fromkeys(node.all_input_nodes):
-                if is_float(operand) and operand not in self.constants:
+                if is_float(operand) and operand not in self.constants and operand not in self.folded:
                     found.setdefault(operand, []).append(node if node in self.sites else None)
         return found
 
@@ -122,10 +129,10 @@ def network(program: ExportedProgram, formats: Sequence[str]) -> Network:
     Raises:
         ConfigError: it is not a program of float32.
     """
-    program = _dense(program).run_decompositions(DECOMPOSED)
-    for node in program.graph.nodes:
-        if node.target is aten.view.default:
-            node.target = aten.reshape.default  # a view counts on the strides of torch's own attention
+    program = with_reshapes(_dense(program).run_decompositions(DECOMPOSED))
+    for node in list(program.graph.nodes):
+        if node.target in ASSERTIONS:
+            program.graph.erase_node(node)
     program.graph_module.recompile()
     narrow = [str(x.dtype).removeprefix("torch.") for x in program.state_dict.values() if _narrow(x)]
     if narrow:
@@ -135,17 +142,31 @@ def network(program: ExportedProgram, formats: Sequence[str]) -> Network:
         for item in program.graph_signature.input_specs
         if item.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
     }
-    sites, constants = dict[Node, Site](), dict[Node, Node]()
+    sites, constants, folded = dict[Node, Site](), dict[Node, Node](), set[Node]()
     for node in program.graph.nodes:
+        weight = node.op == "placeholder" and node.name in held
+        if weight or (node.op == "call_function" and all(each in folded for each in node.all_input_nodes)):
+            folded.add(node)
         if node.op == "placeholder" and node.name in held and is_float(node):
             constants[node] = node
         elif node.op == "call_function" and is_float(node):
             if _moves(node) and _floats(node)[0] in constants:
                 constants[node] = constants[_floats(node)[0]]
+            elif node in folded:
+                continue
             elif (candidates := _candidates(node, formats)) and node.meta["val"].dtype == torch.float32:
                 product = node.target not in NEIGHBOURS
                 sites[node] = Site(node, path_of(node), tuple(_floats(node)), candidates, product)
-    return Network(program, sites, constants)
+    return Network(program, sites, constants, folded)
+
+
+def with_reshapes(program: ExportedProgram) -> ExportedProgram:
+    """Return the program with views as reshapes: a view counts on strides, such as those of torch's own attention."""
+    for node in program.graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+    program.graph_module.recompile()
+    return program
 
 
 def is_float(node: Any) -> bool:
@@ -157,8 +178,13 @@ def is_float(node: Any) -> bool:
 
 def _candidates(node: Node, formats: Sequence[str]) -> tuple[str, ...]:
     """Return the formats that a node may have; none where its type stays, as where the program says it."""
-    if any(isinstance(x, torch.dtype) for x in (*node.args, *node.kwargs.values())):
+    given = (*node.args, *node.kwargs.values())
+    if any(isinstance(x, torch.dtype) for x in given):
         return ()
+    if node.target is aten.einsum.default:  # as ONNX has it
+        formats = [name for name in formats if name != BF16]
+    largest = max((abs(x) for x in given if isinstance(x, (int, float))), default=0)
+    formats = [name for name in formats if FORMATS[FORMATS[name].carrier].largest >= largest]
     if node.target is SDPA or node.target in PRODUCTS:
         return tuple(formats)
     if node.target in (*OTHER_PRODUCTS, *NEIGHBOURS):

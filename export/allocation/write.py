@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from adaattn.export.allocation.arithmetic import attention_arguments, compute, per_channel, stored, stored_numbers
-from adaattn.export.allocation.sites import Network, is_float
+from adaattn.export.allocation.sites import Network, is_float, with_reshapes
 from adaattn.export.capture.captured import with_graph
 from adaattn.export.formats import FORMATS, FP8, FP32, rounded, scale_of
 from adaattn.export.rewrite.match import SDPA
@@ -28,7 +28,7 @@ Scales = Mapping[str, Sequence[float]]
 def typed_program(network: Network, plan: Mapping[str, str], scales: Scales) -> ExportedProgram:
     """Return a program whose operators have the types of a plan, with a cast where they differ."""
     # A trace gives every value its type, and fails where operands do not go together.
-    return _Writer(network, plan, scales, TYPED).program().run_decompositions({})
+    return with_reshapes(_Writer(network, plan, scales, TYPED).program().run_decompositions({}))
 
 
 def emulated_program(network: Network, plan: Mapping[str, str], scales: Scales) -> ExportedProgram:
@@ -125,7 +125,10 @@ class _Writer:
     def _as(self, node: Node, form: str) -> Node:
         """Return what stands for an old node, in a format."""
         new = self._new[node]
-        if not is_float(node) or node.meta["val"].dtype != torch.float32 or self._form[new] == form:
+        value = node.meta.get("val")
+        if isinstance(value, (list, tuple)) and node in self._network.constants:
+            value = value[0]  # parts of a weight
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or self._form[new] == form:
             return new
         if (node, form) not in self._cast:
             weight = node in self._network.constants
@@ -138,10 +141,14 @@ class _Writer:
             made = self._call(torch.ops.aten.to.dtype, new, FORMATS[form].dtype)
         else:
             # Widening rounds nothing.
-            made = new if form == FP32 else self._call(torch.ops.adaattn.rounded.default, new, form)
+            made = new if form == FP32 else self._rounded(node, form)
         self._form.setdefault(made, form)
         made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
         return made
+
+    def _rounded(self, node: Node, form: str) -> Node:
+        self._value = node.meta["val"]
+        return self._call(torch.ops.adaattn.rounded.default, self._new[node], form)
 
     def _weight(self, node: Node, form: str) -> Node:
         """Return a weight, or a view of it, in a format: the weight itself is stored so."""
@@ -165,14 +172,16 @@ class _Writer:
         return made
 
     def _stored(self, site: Node, operand: Node, form: str) -> Node:
-        """Return an operand of a site: a weight as the file has it, anything else as it is."""
-        if operand not in self._network.constants or operand.meta["val"].dtype != torch.float32:
+        """Return an operand of a site: what depends on weights alone as the file has it, anything else as it is."""
+        constant, folded = operand in self._network.constants, operand in self._network.folded
+        if not (constant or folded) or not is_float(operand):
             return self._new[operand]
-        new = self._as(operand, FORMATS[form].carrier)
-        if not FORMATS[form].quantized or operand not in site.args[:2] or site.target is SDPA:
+        carrier = FORMATS[form].carrier
+        new = self._as(operand, carrier) if constant else self._rounded(operand, carrier)
+        if not FORMATS[form].quantized or not folded or operand not in site.args[:2] or site.target is SDPA:
             return new
         place = site.args.index(operand)
-        scale = self._scales_of(site, FP32)[place]
+        scale = self._scale_of(site, place, FP32)
         self._value = operand.meta["val"]
         return self._call(torch.ops.adaattn.quantize_dequantize.default, new, scale, 0)
 
@@ -180,19 +189,16 @@ class _Writer:
         """Return the scales of a site's operands: for attention numbers, for a product tensors."""
         if self._plan[node.name] != FP8:
             return ()
-        known = list(self._scales[node.name])
         if node.target is SDPA:
-            return known
-        found = []
-        for place, operand in enumerate(node.args[:2]):
-            scale = torch.tensor(known[place])
-            if place == 1 and per_channel(node) and operand in self._specs_of_weights():
-                scale = channel_scales(self._held[self._specs[operand.name].target])
-            found.append(self._constant(f"{node.name}_scale_{place}", scale, carrier))
-        return found
+            return list(self._scales[node.name])
+        return [self._scale_of(node, place, carrier) for place in (0, 1)]
 
-    def _specs_of_weights(self) -> set[Node]:
-        return {node for node, root in self._network.constants.items() if node is root}
+    def _scale_of(self, node: Node, place: int, carrier: str) -> Node:
+        """Return the scale of one operand of a product: of a linear weight one for each output channel."""
+        operand, scale = node.args[place], torch.tensor(self._scales[node.name][place])
+        if place == 1 and per_channel(node) and self._network.constants.get(operand) is operand:
+            scale = channel_scales(self._held[self._specs[operand.name].target])
+        return self._constant(f"{node.name}_scale_{place}", scale, carrier)
 
     def _constant(self, name: str, x: Tensor, form: str) -> Node:
         """Return a new constant of the program."""

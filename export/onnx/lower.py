@@ -65,7 +65,7 @@ def lower(
             dynamo=True,
             opset_version=opset,
             output_names=list(output_names),
-            custom_translation_table={**_translations(), **sdpa.translations(opset), **typed.translations()},
+            custom_translation_table={**_translations(), **sdpa.translations(opset), **typed.translations(opset)},
             verbose=False,
             optimize=False,  # it would remove what is written into inputs, which is not an output yet
         )

@@ -60,7 +60,7 @@ def typed_attention(
     """Compute attention with scores, softmax weights and output in a format, as its decomposed ONNX form does.
 
     Args:
-        form: bf16, fp16, or fp8, which quantizes the operands of both products.
+        form: of FORMATS; fp8 quantizes the operands of both products.
         query_scale, key_scale, value_scale: of fp8: queries are multiplied by the softmax scale before.
     """
     carrier = FORMATS[form].carrier
@@ -99,8 +99,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the translations for `torch.onnx.export`."""
+def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return the translations for `torch.onnx.export` at an opset."""
+    plain = sdpa.translations(opset)[torch.ops.aten.scaled_dot_product_attention.default]
 
     def attention(
         query: Any,
@@ -114,6 +115,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         key_scale: float,
         value_scale: float,
     ) -> Any:
+        if form == FP32:
+            return plain(query, key, value, attn_mask, 0.0, is_causal, scale)
         scales = (query_scale, key_scale, value_scale, PROBABILITY_SCALE)
         quantize = [partial(_with_scale, kind=query.dtype, scale=each) for each in scales] if form == FP8 else None
         return sdpa.formula(query, key, value, attn_mask, is_causal, scale, query.dtype, quantize)[0]

@@ -206,7 +206,8 @@ def float32_copy(path: Path, rounds: bool) -> onnx.ModelProto:
     not tells faults of the graph from roundings.
 
     Args:
-        rounds: whether casts round every result that has a type of 16 bits, and operands are quantized.
+        rounds: whether casts round every result that has a type of 16 bits, and operands are quantized; if not, only
+            what depends on weights alone, since the file may have it as it is.
     """
     import onnx
     from onnx import external_data_helper
@@ -222,7 +223,7 @@ def float32_copy(path: Path, rounds: bool) -> onnx.ModelProto:
 def _widen(graph: onnx.GraphProto, kinds: Mapping[str, tuple[int, int]], rounds: bool) -> None:
     from onnx import AttributeProto, TensorProto, helper
 
-    stored = {tensor.name for tensor in graph.initializer}
+    constants = {tensor.name for tensor in graph.initializer}
     for tensor in graph.initializer:
         _widen_tensor(tensor)
     for value in (*graph.input, *graph.output):
@@ -238,11 +239,14 @@ def _widen(graph: onnx.GraphProto, kinds: Mapping[str, tuple[int, int]], rounds:
                 _widen(attribute.g, kinds | value_types(attribute.g), rounds)
             elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in _narrow():
                 kind, attribute.i = attribute.i, TensorProto.FLOAT
-        if not rounds and node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] not in stored:
+        constant = all(name in constants for name in node.input)
+        if constant:
+            constants |= set(node.output)
+        elif not rounds and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             made.append(helper.make_node("Identity", [node.input[0]], list(node.output)))
             continue
         made.append(node)
-        if rounds and kind in _narrow() and node.op_type not in _MOVES:
+        if (rounds or constant) and kind in _narrow() and node.op_type not in _MOVES:
             name, (exact, rounded) = node.output[0], (f"{node.output[0]}/{step}" for step in ("exact", "rounded"))
             node.output[0] = exact
             made.append(helper.make_node("Cast", [exact], [rounded], to=kind))
