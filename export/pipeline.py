@@ -22,6 +22,8 @@ from adaattn.checks import (
     check_mapping,
 )
 from adaattn.errors import ConfigError, TargetError
+from adaattn.export.allocation.allocate import Request
+from adaattn.export.allocation.allocation import Allocation
 from adaattn.export.allocation.apply import give_types
 from adaattn.export.allocation.goldens import typed_goldens
 from adaattn.export.artifacts import folder, manifest
@@ -33,6 +35,7 @@ from adaattn.export.capture.module import default_inputs
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import child, description
 from adaattn.export.engines import options as engine_options
+from adaattn.export.formats import Device, device_of
 from adaattn.export.golden import attention_statistics, cases, record_nodes
 from adaattn.export.golden.eager import EagerReference, Expected, disagreements
 from adaattn.export.onnx import lower, save
@@ -161,7 +164,7 @@ def export(
         typed = None
         if options.typed:
             with clock.stage("allocation"):
-                typed = give_types(captured, options, on_progress)
+                typed = give_types(captured, *_types_of(options), on_progress)
                 typed.allocation.save(staged / "allocation.json")
         with clock.stage("onnx"):
             lowered = _lower(captured if typed is None else replace(captured, program=typed.program), options)
@@ -218,6 +221,22 @@ def export(
             (staged / "report.html").write_text(render(report), encoding="utf-8")
             manifest.write_manifest(staged, report)
     return Result(out, report, staging.leftover)
+
+
+def _types_of(options: Options) -> tuple[Allocation | Request, Device]:
+    """Return what operators get types by, and the GPU whose times count: the slowest that engines are built for."""
+    capabilities: Sequence[str] = ()
+    if "tensorrt-rtx" in options.chosen_targets():
+        capabilities = options.build.compute_capabilities or engine_options.RTX_COMPUTE_CAPABILITIES
+    device = device_of(capabilities)
+    if options.output_tolerance is None:
+        given = options.allocation
+        return given if isinstance(given, Allocation) else Allocation.load(as_path("allocation", given)), device
+    assert options.samples is not None
+    wanted = Request(
+        options.output_tolerance, options.samples, options.quantile, options.formats, options.metric, options.state
+    )
+    return wanted, device
 
 
 def _without_effect(attentions: Sequence[Rewritten], options: Options) -> list[str]:

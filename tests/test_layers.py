@@ -33,12 +33,13 @@ ARROWS = {
     "adaattn/integrations": "calibration checks errors functional masks ops planning tensor_checks",
     "plugins/native": "onnx_file op_variants plugins ptx",
     "plugins/python": "op_variants plugins ptx",
+    "export/allocation": "capture formats golden onnx parity rewrite",
     "export/engines": "artifacts",
-    "export/onnx": "artifacts",
+    "export/onnx": "artifacts formats",
     "export/parity": "artifacts",
     "export/sources": "artifacts",
     "export/golden": "artifacts capture onnx parity",
-    "export/options": "engines onnx",
+    "export/options": "allocation engines formats onnx",
     "export/report": "artifacts capture parity",
     "export/rewrite": "capture golden",
     "export/runtime": "artifacts engines",
@@ -46,7 +47,8 @@ ARROWS = {
     "export/prepare": "artifacts capture engines options",
     "export/verification": "artifacts engines parity runtime",
     "export/pipeline": (
-        "artifacts capture engines golden onnx options parity prepare report rewrite serving sources verification"
+        "allocation artifacts capture engines formats golden onnx options parity prepare report rewrite serving "
+        "sources verification"
     ),
     "export/testing": "export verification",
     "export/cli": "artifacts engines options pipeline report runtime sources verification",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,33 @@ Metric = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], float]
 """A user's measure: outputs and reference outputs by name → a number, smaller is better."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """What types are chosen by.
+
+    Args:
+        tolerance: accepted relative error of each output, or of `metric` where that is given.
+        samples: batches of inputs, as `samples.read` takes them.
+        quantile: the share of samples that must keep the tolerance.
+        formats: that sites may have; None for all that the device has.
+        metric: what is bounded instead of the relative error.
+        state: a file that keeps what was measured, from which an interrupted allocation goes on.
+    """
+
+    tolerance: float
+    samples: Iterable[Any]
+    quantile: float = 0.95
+    formats: tuple[str, ...] | None = None
+    metric: Metric | None = None
+    state: Path | None = None
+
+
 def allocate_captured(
     captured: Captured,
     network: Network,
     samples: Samples,
-    tolerance: float,
+    wanted: Request,
     device: Device,
-    quantile: float = 0.95,
-    metric: Metric | None = None,
-    state: Path | None = None,
     on_progress: Progress = lambda phase, share: None,
 ) -> Allocation:
     """Return the cheapest types with which the model's output keeps a tolerance on samples.
@@ -56,19 +75,17 @@ def allocate_captured(
     Args:
         captured: the program that the network is of, and its sizes.
         samples: of the program's inputs.
-        tolerance: accepted relative error of each output, or of `metric` where that is given.
         device: what formats cost.
-        quantile: the share of samples that must keep the tolerance.
-        state: a file that keeps what was measured, from which an interrupted allocation goes on.
 
     Raises:
         ConfigError: outputs without an error, a metric that fails, or a tolerance that no types keep.
     """
-    measured = _measured(captured, network, samples.choosing, State(state, network, samples.choosing), on_progress)
+    state = State(wanted.state, network, samples.choosing)
+    measured = _measured(captured, network, samples.choosing, state, on_progress)
     problem = _problem(network, measured, device)
-    certify = _Certifier(captured, network, measured, samples.certifying, metric)
-    plan, errors = _cheapest(problem, certify, tolerance, quantile, metric is not None, on_progress)
-    return _described(problem, network, measured, plan, errors, tolerance, quantile, device, metric)
+    certify = _Certifier(captured, network, measured, samples.certifying, wanted.metric)
+    plan, errors = _cheapest(problem, certify, wanted, on_progress)
+    return _described(problem, network, measured, plan, errors, wanted, device)
 
 
 def _measured(
@@ -178,16 +195,15 @@ class _Certifier:
                 return float(self._metric(outputs, exact))
             except Exception as error:  # the user's own code
                 raise ConfigError(f"the metric fails: {type(error).__name__}: {error}") from error
-        worst = 0.0
-        for name, x in exact.items():
-            if x.is_floating_point():
-                known = x.isfinite()
-                got = outputs[name].double()
-                size = float(x[known].norm())
-                error = float((got - x)[known].norm())
-                error = error / size if size else error
-                worst = max(worst, error if error == error else math.inf)
-        return worst
+        return max(_relative(outputs[name], x) for name, x in exact.items() if x.is_floating_point())
+
+
+def _relative(got: Tensor, exact: Tensor) -> float:
+    """Return the relative error of an output where float64 has numbers; infinite where it is NaN."""
+    known = exact.isfinite()
+    size, difference = float(exact[known].norm()), float((got.double() - exact)[known].norm())
+    found = difference / size if size else difference
+    return math.inf if math.isnan(found) else found
 
 
 def scales(measured: Measurements, plan: Mapping[str, str]) -> dict[str, list[float]]:
@@ -200,10 +216,11 @@ def scales(measured: Measurements, plan: Mapping[str, str]) -> dict[str, list[fl
 
 
 def _cheapest(
-    problem: Problem, certify: _Certifier, tolerance: float, quantile: float, by_metric: bool, on_progress: Progress
+    problem: Problem, certify: _Certifier, wanted: Request, on_progress: Progress
 ) -> tuple[dict[str, str], list[float]]:
     """Return the cheapest plan that keeps the tolerance on the certifying samples, and its errors on them."""
-    budget = UNKNOWN_METRIC if by_metric else tolerance
+    tolerance, quantile = wanted.tolerance, wanted.quantile
+    budget = tolerance if wanted.metric is None else UNKNOWN_METRIC
     kept, failures = 0.0, 0  # the largest budget whose plan kept the tolerance, and how many did not
     best: tuple[dict[str, str], list[float]] | None = None
     tried: list[dict[str, str]] = []
@@ -217,8 +234,8 @@ def _cheapest(
         if found > tolerance:
             # Errors that jump, as where a router takes another expert, do not fall with the budget: harder each time.
             failures += 1
-            wanted = min(budget, problem.error(plan)) * max(tolerance / found, 1 / STRIDE) / 2 ** (failures - 1)
-            budget = max(min(wanted, 0.99 * problem.error(plan)), math.sqrt(kept * budget))
+            less = min(budget, problem.error(plan)) * max(tolerance / found, 1 / STRIDE) / 2 ** (failures - 1)
+            budget = max(min(less, 0.99 * problem.error(plan)), math.sqrt(kept * budget))
             continue
         kept = max(kept, budget)
         if best is None or problem.cost(plan) < problem.cost(best[0]):
@@ -257,10 +274,8 @@ def _described(
     measured: Measurements,
     plan: Mapping[str, str],
     errors: Sequence[float],
-    tolerance: float,
-    quantile: float,
+    wanted: Request,
     device: Device,
-    metric: Metric | None,
 ) -> Allocation:
     total = problem.error(plan) ** 2
     known = scales(measured, plan)
@@ -283,14 +298,14 @@ def _described(
             )
         )
     return Allocation(
-        tolerance=tolerance,
-        quantile=quantile,
-        metric=None if metric is None else getattr(metric, "__name__", "metric"),
+        tolerance=wanted.tolerance,
+        quantile=wanted.quantile,
+        metric=None if wanted.metric is None else getattr(wanted.metric, "__name__", "metric"),
         device=device.name,
         sites=tuple(sites),
         predicted=math.sqrt(total),
         certified=tuple(errors),
-        measured=quantile_of(errors, quantile),
+        measured=quantile_of(errors, wanted.quantile),
         cost=problem.cost(plan),
         cost_fp32=problem.cost(problem.least()),
         casts=problem.casts(plan),

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from torch.export import ExportedProgram
 
 from adaattn.errors import ConfigError
 from adaattn.export.allocation import samples
-from adaattn.export.allocation.allocate import Progress, allocate_captured
+from adaattn.export.allocation.allocate import Progress, Request, allocate_captured
 from adaattn.export.allocation.allocation import Allocation
 from adaattn.export.allocation.samples import Sample
 from adaattn.export.allocation.sites import Network, network
 from adaattn.export.allocation.write import emulated_program, typed_program, unrounded_program
 from adaattn.export.capture.captured import Captured
 from adaattn.export.capture.saved_program import eager_of
-from adaattn.export.engines.options import RTX_COMPUTE_CAPABILITIES
-from adaattn.export.formats import FORMATS, device_of, formats_of
-from adaattn.export.options import Options
+from adaattn.export.formats import FORMATS, Device, formats_of
 
 
 @dataclass(frozen=True)
@@ -39,48 +36,25 @@ class Typed:
     samples: tuple[Sample, ...]
 
 
-def give_types(captured: Captured, options: Options, on_progress: Progress) -> Typed:
+def give_types(captured: Captured, wanted: Allocation | Request, device: Device, on_progress: Progress) -> Typed:
     """Choose types for a captured program, or take those of an earlier allocation, and write them.
 
     Raises:
         ConfigError: samples that the model does not take, an allocation of another model, or a tolerance that no types
             keep.
     """
-    device = device_of(_capabilities(options))
     certifying: tuple[Sample, ...] = ()
-    if options.allocation is not None:
-        allocation = options.allocation
-        if not isinstance(allocation, Allocation):
-            allocation = Allocation.load(os.fspath(allocation))
-        found = network(captured.program, tuple(FORMATS))
+    if isinstance(wanted, Allocation):
+        allocation, found = wanted, network(captured.program, tuple(FORMATS))
         _check_same(found, allocation)
     else:
-        found = network(captured.program, formats_of(device, options.formats))
-        assert options.samples is not None
-        assert options.output_tolerance is not None
-        given = samples.read(captured, options.samples)
+        found = network(captured.program, formats_of(device, wanted.formats))
+        given = samples.read(captured, wanted.samples)
         certifying = given.certifying
-        allocation = allocate_captured(
-            captured,
-            found,
-            given,
-            options.output_tolerance,
-            device,
-            quantile=options.quantile,
-            metric=options.metric,
-            state=options.state,
-            on_progress=on_progress,
-        )
+        allocation = allocate_captured(captured, found, given, wanted, device, on_progress)
     of = found, allocation.plan, allocation.scales
     emulated, unrounded = (_running(captured, make(*of)) for make in (emulated_program, unrounded_program))
     return Typed(allocation, typed_program(*of), replace(emulated, in_double=captured.in_double), unrounded, certifying)
-
-
-def _capabilities(options: Options) -> tuple[str, ...]:
-    """Return the compute capabilities that engines are built for; none where no target says them."""
-    if "tensorrt-rtx" not in options.chosen_targets():
-        return ()
-    return options.build.compute_capabilities or RTX_COMPUTE_CAPABILITIES
 
 
 def _running(captured: Captured, program: ExportedProgram) -> Captured:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils._pytree import tree_map
 
@@ -33,7 +34,7 @@ def compute(
     Args:
         call: runs an operator, or writes it into a graph.
         node: the operator in its program.
-        args, kwargs: its operands, in the carrier of the format.
+        args, kwargs: its operands, in the carrier of the format; a mask of attention is as the program has it.
         form: of FORMATS.
         scales: of the operands of fp8: numbers for attention, else for each operand a tensor.
         typed: whether operands have the type of the carrier; if not, results are rounded to it.
@@ -41,6 +42,7 @@ def compute(
     carrier = FORMATS[form].carrier
     if node.target is SDPA and (typed or form != FP32):
         query, key, value, mask, causal, scale = attention_arguments(node, args, kwargs)
+        mask = _narrow_mask(call, mask, form, typed)
         scales = scales or (1.0, 1.0, 1.0)
         return call(torch.ops.adaattn.typed_attention.default, query, key, value, mask, causal, scale, form, *scales)
     if form == FP8:
@@ -61,11 +63,33 @@ def compute(
     return result if typed else call(torch.ops.adaattn.rounded.default, result, carrier)
 
 
+def mask_of(node: Node) -> Any:
+    """Return the mask of a call of scaled_dot_product_attention; None of other nodes."""
+    return attention_arguments(node, node.args, node.kwargs)[3] if node.target is SDPA else None
+
+
+def _narrow_mask(call: Call, mask: Any, form: str, typed: bool) -> Any:
+    """Return a mask in the carrier of a format, whose finite numbers stay finite.
+
+    The least number of float32 often stands for -inf, but a query that has it for every key attends to all of them.
+    """
+    kind = mask.meta["val"] if isinstance(mask, Node) else mask
+    if mask is None or kind.dtype == torch.bool or form == FP32:
+        return mask
+    aten, form = torch.ops.aten, FORMATS[form].carrier
+    infinite, largest = call(aten.isinf.default, mask), FORMATS[form].largest
+    finite = call(aten.clamp.default, mask, -largest, largest)
+    mask = call(aten.where.self, infinite, mask, finite)
+    return (
+        call(aten.to.dtype, mask, FORMATS[form].dtype) if typed else call(torch.ops.adaattn.rounded.default, mask, form)
+    )
+
+
 def attention_arguments(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return query, key, value, mask, causality and scale of a call of scaled_dot_product_attention."""
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    head_dim = node.args[0].meta["val"].shape[-1]
+    target, query = cast(OpOverload, node.target), cast(Node, node.args[0])
+    given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | dict(kwargs)
+    head_dim = query.meta["val"].shape[-1]
     scale = given.get("scale")
     scale = float(head_dim) ** -0.5 if scale is None else scale
     return (

@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaattn.export.allocation.arithmetic import compute, fp8_operands, per_channel
+from adaattn.export.allocation.arithmetic import attention_arguments, compute, fp8_operands, per_channel
 from adaattn.export.allocation.sites import Network, Site
 from adaattn.export.allocation.write import channel_scales
 from adaattn.export.formats import FORMATS, FP8, FP32, HEADROOM, rounded, scale_of
 from adaattn.export.golden.plan_mode import PlanMode
+from adaattn.export.rewrite.match import SDPA
 
 COTANGENTS = 3  # backward passes of a sample
 
@@ -123,12 +124,14 @@ class Measurements:
         known = _within_range(exact)
         found.energy += float(exact[known].square().sum())
         found.count += int(known.sum())
-        found.peak = max([found.peak, *(_peak(x) for x in (*_tensors((args, kwargs)), exact))])
+        mask = attention_arguments(node, args, kwargs)[3] if node.target is SDPA else None
+        found.peak = max([found.peak, *(_peak(x) for x in (*_tensors((args, kwargs)), exact) if x is not mask)])
         for form in site.candidates:
             carrier = FORMATS[form].carrier
 
             def narrow(x: Any, carrier: str = carrier) -> Any:
-                return rounded(x, carrier) if isinstance(x, Tensor) and x.is_floating_point() else x
+                whole = not isinstance(x, Tensor) or not x.is_floating_point() or x is mask
+                return x if whole else rounded(x, carrier)
 
             narrow_args, narrow_kwargs = tree_map(narrow, (tuple(args), dict(kwargs)))
             scales: list[Any] = []

@@ -105,7 +105,8 @@ def _checked(item: CapturedInput, x: Any, place: int) -> Tensor:
         raise ConfigError(f"{where} is of type {_text(x.dtype)}; the input is {_text(item.dtype)}")
     if x.dtype.is_floating_point and not x.isfinite().all():
         raise ConfigError(f"{where} has NaN or Inf; types are chosen by errors, of which such numbers have none")
-    return x.detach().cpu().to(item.dtype)
+    found: Tensor = x.detach().cpu().to(item.dtype)
+    return found
 
 
 def _sizes(captured: Captured, given: Mapping[str, Tensor], place: int, single: str | None) -> dict[str, int]:

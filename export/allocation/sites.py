@@ -6,7 +6,7 @@ import copy
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Site:
     @property
     def op(self) -> str:
         """The name of the operator, without its overload."""
-        return str(self.node.target.overloadpacket).removeprefix("aten.")
+        return str(cast(torch._ops.OpOverload, self.node.target).overloadpacket).removeprefix("aten.")
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from adaattn.export.formats import FORMATS, FP32, Device
 
 SWEEPS = 8  # over all sites, each given its best format beside its neighbours'; few change after the third
-STEPS = 40  # bisections of the multiplier's logarithm
+STEPS = 30  # bisections of the multiplier's logarithm
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,44 @@ class Problem:
                     best = plan
             else:
                 low = middle
+        return self._filled(best, budget)
+
+    def _filled(self, plan: dict[str, str], budget: float) -> dict[str, str]:
+        """Return a plan that spends what a multiplier leaves of the budget, on single sites and on neighbours."""
+        plan, left = dict(plan), budget**2 - self.error(plan) ** 2
+        pairs = [(edge.source, each) for edge in self._edges for each in edge.consumers]
+        groups = [(name,) for name in self._choices] + [(a, b) for a, b in pairs if a is not None and b is not None]
+        improved = left > 0
+        while improved:
+            improved = False
+            for group in groups:
+                cost, error, forms = self._best_change(group, plan, left)
+                if cost < 0:
+                    plan.update(zip(group, forms, strict=True))
+                    left -= error
+                    improved = True
+        return plan
+
+    def _best_change(
+        self, group: tuple[str, ...], plan: dict[str, str], left: float
+    ) -> tuple[float, float, tuple[str, ...]]:
+        """Return what the cheapest change of some sites' formats adds to cost and error, and the formats."""
+        edges = {id(edge): edge for name in group for edge in self._of[name]}.values()
+
+        def cost_and_error() -> tuple[float, float]:
+            cost = sum(self._cast(edge, plan) for edge in edges)
+            cost += sum(self._choices[name].seconds[plan[name]] for name in group)
+            return cost, sum(self._choices[name].errors[plan[name]] for name in group)
+
+        before, kept = cost_and_error(), [plan[name] for name in group]
+        best: tuple[float, float, tuple[str, ...]] = (0.0, 0.0, ())
+        for forms in product(*(self._choices[name].seconds for name in group)):
+            plan.update(zip(group, forms, strict=True))
+            saved, more = (after - old for after, old in zip(cost_and_error(), before, strict=True))
+            # A saving of less than this share is a rounding of the sum.
+            if more <= left and saved < min(best[0], -1e-9 * before[0]):
+                best = saved, more, forms
+        plan.update(zip(group, kept, strict=True))
         return best
 
     def _at(self, multiplier: float) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,14 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from adaattn.export.allocation.arithmetic import attention_arguments, compute, per_channel, stored, stored_numbers
+from adaattn.export.allocation.arithmetic import (
+    attention_arguments,
+    compute,
+    mask_of,
+    per_channel,
+    stored,
+    stored_numbers,
+)
 from adaattn.export.allocation.sites import Network, is_float, with_reshapes
 from adaattn.export.capture.captured import with_graph
 from adaattn.export.formats import FORMATS, FP8, FP32, rounded, scale_of
@@ -106,11 +113,19 @@ class _Writer:
             self._form[new] = FP32
             return new
         carrier = FORMATS[form].carrier
-        args, kwargs = (map_arg(x, lambda each: self._as(each, carrier)) for x in (node.args, node.kwargs))
+        mask = mask_of(node)
+
+        def operand(x: Node) -> Node:
+            return self._as(x, FP32 if x is mask else carrier)
+
+        args, kwargs = (
+            cast(tuple[Any, ...], map_arg(node.args, operand)),
+            cast(dict[str, Any], map_arg(node.kwargs, operand)),
+        )
         self._value = node.meta["val"]
         new = compute(self._call, node, args, kwargs, form, self._scales_of(node, carrier), self._typed)
         self._form[new] = carrier
-        return new
+        return cast(Node, new)
 
     def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         made = self._graph.call_function(target, args, kwargs)
@@ -195,7 +210,7 @@ class _Writer:
 
     def _scale_of(self, node: Node, place: int, carrier: str) -> Node:
         """Return the scale of one operand of a product: of a linear weight one for each output channel."""
-        operand, scale = node.args[place], torch.tensor(self._scales[node.name][place])
+        operand, scale = cast(Node, node.args[place]), torch.tensor(self._scales[node.name][place])
         if place == 1 and per_channel(node) and self._network.constants.get(operand) is operand:
             scale = channel_scales(self._held[self._specs[operand.name].target])
         return self._constant(f"{node.name}_scale_{place}", scale, carrier)

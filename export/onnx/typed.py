@@ -148,16 +148,17 @@ def fold_weights(model: ir.Model) -> None:
     for node in list(graph):
         if node.op_type != "QuantizeLinear":
             continue
-        weight, scale, zero = (None if value is None else value.const_value for value in node.inputs)
-        if weight is None or scale is None or zero is None or node.inputs[0].name not in graph.initializers:
+        source = node.inputs[0]
+        numbers = [None if value is None else value.const_value for value in node.inputs[:2]]
+        if source is None or source.name not in graph.initializers or any(each is None for each in numbers):
             continue
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        x, steps = (torch.from_numpy(np.asarray(each.numpy(), np.float32)) for each in (weight, scale))
+        x, scale = (torch.from_numpy(np.asarray(each.numpy(), np.float32)) for each in numbers if each is not None)
         form = FORMATS[FP8]
-        numbers = (x / _along(steps, axis, x)).clamp(-form.largest, form.largest).to(form.dtype)
-        name = f"{node.inputs[0].name}_{FP8}"
+        steps = (x / _along(scale, axis, x)).clamp(-form.largest, form.largest).to(form.dtype)
+        name = f"{source.name}_{FP8}"
         stored = ir.Value(name=name, shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.FLOAT8E4M3FN))
-        stored.const_value = ir.tensor(numbers.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), name=name)
+        stored.const_value = ir.tensor(steps.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), name=name)
         graph.initializers.add(stored)
         node.outputs[0].replace_all_uses_with(stored)
         graph.remove(node, safe=True)

@@ -236,7 +236,7 @@ def _widen(graph: onnx.GraphProto, kinds: Mapping[str, tuple[int, int]], rounds:
             if attribute.type == AttributeProto.TENSOR:
                 _widen_tensor(attribute.t)
             elif attribute.type == AttributeProto.GRAPH:
-                _widen(attribute.g, kinds | value_types(attribute.g), rounds)
+                _widen(attribute.g, {**kinds, **value_types(attribute.g)}, rounds)
             elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in _narrow():
                 kind, attribute.i = attribute.i, TensorProto.FLOAT
         constant = all(name in constants for name in node.input)

@@ -1,0 +1,323 @@
+"""A typed file computes what its plan says, plans keep their tolerance, and what was predicted is what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from adaattn.errors import ConfigError
+from adaattn.export.allocation import allocate as allocating
+from adaattn.export.allocation import samples as sample_data
+from adaattn.export.allocation.allocate import Request, allocate_captured
+from adaattn.export.allocation.allocation import Allocation
+from adaattn.export.allocation.sites import Network, network
+from adaattn.export.allocation.state import State
+from adaattn.export.allocation.write import emulated_program, typed_program, unrounded_program
+from adaattn.export.capture.captured import Captured
+from adaattn.export.capture.module import capture_module
+from adaattn.export.formats import BF16, FORMATS, FP8, FP16, FP32, device_of, quantized, rounded, scale_of
+from adaattn.export.golden.plan_mode import PlanMode, to_double
+from adaattn.export.onnx import lower, save
+from adaattn.export.rewrite.prove import Runs
+from adaattn.export.verification.graph_copies import float32_copy
+from adaattn.input_spec import Dimension, InputSpec
+
+WIDTH, HEADS, KV_HEADS, HEAD_DIM = 32, 4, 2, 10
+SIZES = {"B": Dimension("B", 1, 2, 4), "S": Dimension("S", 1, 9, 24)}
+GPU = device_of(["8.9"])
+FORMS = (FP32, BF16, FP16, FP8)
+
+
+class Block(nn.Module):
+    """Attention with grouped heads and a mask, an MLP of each activation, a convolution and a tied embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, WIDTH)
+        self.before, self.after = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.q, self.kv = nn.Linear(WIDTH, HEADS * HEAD_DIM), nn.Linear(WIDTH, 2 * KV_HEADS * HEAD_DIM)
+        self.out, self.up, self.down = nn.Linear(HEADS * HEAD_DIM, WIDTH), nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+        self.mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embedding(ids)
+        y = self.before(x)
+        q = self.q(y).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+        k, v = self.kv(y).unflatten(-1, (2, KV_HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, mask[:, None, None], enable_gqa=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        y = self.up(self.after(x))
+        x = x + self.down(F.gelu(y) * F.silu(y)) * 0.3
+        x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+        return x.sum(1), x @ self.embedding.weight.T
+
+
+def captured_of(model: nn.Module, *inputs: str) -> Captured:
+    specs = [InputSpec.parse(*given.split("=", 1)) for given in inputs]
+    return capture_module(model.eval(), specs, {k: v for k, v in SIZES.items() if any(k in x.shape for x in specs)})
+
+
+@pytest.fixture(scope="module")
+def block() -> Captured:
+    torch.manual_seed(0)
+    return captured_of(Block(), "ids=B,S:int64<50", "mask=B,S:bool:attend")
+
+
+def drawn(count: int = 24, seed: int = 1) -> list[dict[str, Tensor]]:
+    """Return samples of other lengths, of which every third has padding."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for place in range(count):
+        tokens = int(torch.randint(1, 25, (), generator=generator))
+        mask = torch.ones(1, tokens, dtype=torch.bool)
+        mask[:, max(1, tokens // 2) :] = place % 3 > 0
+        found.append({"ids": torch.randint(0, 50, (1, tokens), generator=generator), "mask": mask})
+    return found
+
+
+def run(program: ExportedProgram, sample: Mapping[str, Tensor], double: bool) -> list[Tensor]:
+    arguments = Runs(program, convert=to_double if double else lambda x: x).arguments(sample)
+    module = torch.fx.Interpreter(program.graph_module)
+    with torch.no_grad():
+        if not double:
+            return list(module.run(*arguments, enable_io_processing=False))
+        with PlanMode(double=True, dtype=torch.float32):
+            return list(module.run(*arguments, enable_io_processing=False))
+
+
+def error(got: Tensor | np.ndarray, exact: Tensor) -> float:
+    return float((torch.as_tensor(got).double() - exact).norm() / exact.norm())
+
+
+def saved(captured: Captured, program: ExportedProgram, path: Path) -> Path:
+    names = [item.name for item in captured.inputs]
+    made = lower.lower(program, 22, {s: dim.name for s, dim in captured.dims.items()}, names, captured.output_names)
+    made.graph.metadata_props["adaattn.types"] = "{}"
+    save.save(made.graph, path)
+    return path
+
+
+def in_onnxruntime(model: onnx.ModelProto | Path, sample: Mapping[str, Tensor]) -> list[np.ndarray]:
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    return list(session.run(None, {name: x.numpy() for name, x in sample.items()}))
+
+
+def mixed(found: Network) -> dict[str, str]:
+    """Return a plan in which neighbours have other formats."""
+    return {site.name: site.candidates[place % len(site.candidates)] for place, site in enumerate(found.sites.values())}
+
+
+PLANS: dict[str, Callable[[Network], dict[str, str]]] = {
+    form: lambda found, form=form: {  # type: ignore[misc]
+        site.name: form if form in site.candidates else FORMATS[form].carrier for site in found.sites.values()
+    }
+    for form in FORMS
+} | {"mixed": mixed}
+
+
+@pytest.fixture(scope="module")
+def scales(block: Captured) -> dict[str, tuple[float, ...]]:
+    found = network(block.program, FORMS)
+    samples = sample_data.read(block, drawn())
+    measured = allocating._measured(block, found, samples.choosing, State(None, found, ()), lambda phase, share: None)
+    return {name: tuple(map(scale_of, each.peaks)) for name, each in measured.sites.items() if each.peaks}
+
+
+@pytest.fixture(scope="module")
+def file_of(
+    block: Captured, scales: dict[str, tuple[float, ...]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    folder, found = tmp_path_factory.mktemp("typed"), network(block.program, FORMS)
+
+    def make(plan: str) -> Path:
+        path = folder / f"{plan}.onnx"
+        return path if path.exists() else saved(block, typed_program(found, PLANS[plan](found), scales), path)
+
+    return make
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_typed_file_computes_what_the_programs_say(
+    block: Captured, scales: dict[str, tuple[float, ...]], plan: str, file_of: Callable[[str], Path]
+) -> None:
+    found = network(block.program, FORMS)
+    given = (found, PLANS[plan](found), scales)
+    path = file_of(plan)
+    emulated, unrounded = emulated_program(*given), unrounded_program(*given)
+    strict, exact = float32_copy(path, rounds=True), float32_copy(path, rounds=False)
+    for sample in drawn(6, seed=2):
+        model = run(found.program, sample, double=True)
+        wanted, eager = run(emulated, sample, double=True), run(emulated, sample, double=False)
+        plain, got, sharp = (
+            run(unrounded, sample, double=True),
+            in_onnxruntime(strict, sample),
+            in_onnxruntime(exact, sample),
+        )
+        for place in range(2):
+            # Sums in another order move numbers over the edge between two of a format: a share of the plan's own error.
+            of_plan = error(wanted[place], model[place])
+            flips = max(error(eager[place], wanted[place]), 0.3 * of_plan)
+            assert error(got[place], wanted[place]) <= 2 * flips + 2e-6
+            assert error(sharp[place], plain[place]) <= 3e-6
+            assert of_plan < {FP32: 1e-6, FP16: 3e-3, BF16: 3e-2}.get(plan, 0.3)
+
+
+def test_weights_are_stored_in_their_type(file_of: Callable[[str], Path]) -> None:
+    sizes = {}
+    for form in FORMS:
+        tensors = onnx.load(file_of(form)).graph.initializer
+        sizes[form] = sum(len(x.raw_data) for x in tensors if len(x.dims) > 1)
+    assert sizes[FP16] == sizes[BF16] <= 0.51 * sizes[FP32]
+    assert sizes[FP8] < 0.8 * sizes[FP16]  # the embedding and the convolution are of fp16
+
+
+@pytest.mark.parametrize("form", [FP16, BF16, FP8])
+def test_the_prediction_is_near_what_is_measured(block: Captured, form: str) -> None:
+    found = network(block.program, FORMS)
+    samples = sample_data.read(block, drawn(40))
+    measured = allocating._measured(block, found, samples.choosing, State(None, found, ()), lambda phase, share: None)
+    plan = PLANS[form](found)
+    errors = allocating._Certifier(block, found, measured, samples.certifying, None).errors(
+        plan, lambda phase, share: None
+    )
+    predicted = allocating._problem(found, measured, GPU).error(plan)
+    assert 0.4 < predicted / float(np.sqrt(np.mean(np.square(errors)))) < 2.5
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3, 1e-5])
+def test_an_allocation_keeps_its_tolerance_and_pays_less_for_a_larger_one(block: Captured, tolerance: float) -> None:
+    found = network(block.program, FORMS)
+    made = allocate_captured(block, found, sample_data.read(block, drawn(44)), Request(tolerance, ()), GPU)
+    assert made.measured <= tolerance
+    assert made.promises
+    assert made.cost <= made.cost_fp32
+    assert sum(site.share for site in made.sites) == pytest.approx(1)
+    assert sum(made.work().values()) == pytest.approx(1)
+    if tolerance >= 1e-2:
+        assert made.cost < 0.8 * made.cost_fp32
+    program = emulated_program(found, made.plan, made.scales)
+    fresh = [
+        max(error(got, exact) for got, exact in zip(run(program, x, False), run(found.program, x, True), strict=True))
+        for x in drawn(40, seed=9)
+    ]
+    assert sum(each <= tolerance for each in fresh) >= 0.85 * len(fresh)
+
+
+def test_least_error_is_named_where_nothing_keeps_a_tolerance(block: Captured) -> None:
+    found = network(block.program, FORMS)
+    with pytest.raises(ConfigError, match=r"no types keep 1e-12: float32 everywhere has \d\.\de-0\d .* the least"):
+        allocate_captured(block, found, sample_data.read(block, drawn(8)), Request(1e-12, ()), GPU)
+
+
+class Loud(nn.Module):
+    """Has numbers in the middle that fp16 does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down((self.up(x) * 3e4).relu() / 3e4)
+
+
+def test_what_overflows_fp16_has_another_format() -> None:
+    captured = captured_of(Loud(), "x=B,S,8")
+    found = network(captured.program, FORMS)
+    samples = sample_data.read(captured, [{"x": torch.randn(2, 9, 8)} for _ in range(10)])
+    made = allocate_captured(captured, found, samples, Request(3e-2, ()), GPU)
+    formats = {site.op: site for site in made.sites}
+    assert formats["mul"].errors[FP16] == float("inf")
+    assert formats["mul"].format in (FP32, BF16)
+    assert {site.format for site in made.sites if site.op == "linear"} & {FP16, FP8, BF16}
+
+
+def test_a_users_metric_is_bounded() -> None:
+    captured = captured_of(Loud(), "x=B,S,8")
+    found = network(captured.program, FORMS)
+    samples = sample_data.read(captured, [{"x": torch.randn(2, 9, 8)} for _ in range(10)])
+
+    def largest(outputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+        return float((outputs["output"] - exact["output"]).abs().max())
+
+    made = allocate_captured(captured, found, samples, Request(1e-2, (), metric=largest), GPU)
+    assert made.metric == "largest"
+    assert 0 < made.measured <= 1e-2
+
+    def fails(outputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+        raise RuntimeError("no such label")
+
+    with pytest.raises(ConfigError, match="the metric fails: RuntimeError: no such label"):
+        allocate_captured(captured, found, samples, Request(1e-2, (), metric=fails), GPU)
+
+
+def test_an_interrupted_allocation_goes_on(block: Captured, tmp_path: Path) -> None:
+    found, samples, state = network(block.program, FORMS), sample_data.read(block, drawn(12)), tmp_path / "state.json"
+    seen: list[str] = []
+
+    def stop(phase: str, share: float) -> None:
+        seen.append(phase)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    straight = allocate_captured(block, found, samples, Request(1e-2, ()), GPU)
+    with pytest.raises(KeyboardInterrupt):
+        allocate_captured(block, found, samples, Request(1e-2, (), state=state), GPU, stop)
+    seen.clear()
+    again = allocate_captured(
+        block, found, samples, Request(1e-2, (), state=state), GPU, lambda phase, share: seen.append(phase)
+    )
+    assert seen[0].startswith("measure 5 of ")
+    assert again == straight
+    other = sample_data.read(block, drawn(12, seed=5))
+    with pytest.raises(ConfigError, match="is of another model, other samples or other formats; delete it"):
+        allocate_captured(block, found, other, Request(1e-2, (), state=state), GPU)
+    state.write_text("{}")
+    with pytest.raises(ConfigError, match="is no state of an allocation"):
+        allocate_captured(block, found, samples, Request(1e-2, (), state=state), GPU)
+
+
+def test_an_allocation_is_read_as_it_was_written(block: Captured, tmp_path: Path) -> None:
+    found = network(block.program, FORMS)
+    made = allocate_captured(block, found, sample_data.read(block, drawn(10)), Request(1e-1, ()), GPU)
+    made.save(tmp_path / "allocation.json")
+    assert Allocation.load(tmp_path / "allocation.json") == made
+    for text in ("", "[]", "{}", '{"version": 1}', '{"version": 1, "sites": [{}]}', '{"version": 1, "sites": 3}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"bad\.json holds no allocation"):
+            Allocation.load(tmp_path / "bad.json")
+    (tmp_path / "new.json").write_text('{"version": 99, "sites": []}')
+    with pytest.raises(ConfigError, match="of another version"):
+        Allocation.load(tmp_path / "new.json")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Allocation.load(tmp_path / "none.json")
+
+
+def test_roundings_are_those_of_onnx(tmp_path: Path) -> None:
+    x = torch.cat([torch.randn(500) * 10.0**e for e in range(-6, 4)] + [torch.tensor([448.0, 1e4, -1e4, 0.0])])
+    for scale in (1.0, 2.0**-7, 4.0):
+        nodes = [
+            onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+            onnx.helper.make_node("DequantizeLinear", ["q", "scale"], ["y"]),
+        ]
+        float8 = onnx.TensorProto.FLOAT8E4M3FN
+        stored = [
+            onnx.numpy_helper.from_array(np.float32(scale), "scale"),
+            onnx.helper.make_tensor("zero", float8, [], b"\0", raw=True),
+        ]
+        ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None]) for name in "xy"]
+        graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
+        (got,) = in_onnxruntime(model, {"x": x})
+        assert torch.equal(torch.from_numpy(got), quantized(x, torch.tensor(scale)))
+    assert torch.equal(rounded(x, FP16), x.half().float())
+    assert torch.equal(rounded(x.double(), BF16), x.bfloat16().double())
