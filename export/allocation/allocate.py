@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Interpreter
 
 from adaattn.errors import ConfigError
 from adaattn.export.allocation import samples as sample_data
@@ -94,7 +95,9 @@ def _measured(
     measured = Measurements(network, state.sites)
     graded = sample_data.split_evenly(choosing, WITH_GRADIENTS)
     single, double = Runs(network.program, convert=_same), Runs(network.program)
-    measured.count(single.arguments(max(choosing, key=lambda sample: sum(x.numel() for x in sample.values()))))
+    largest = single.arguments(max(choosing, key=lambda sample: sum(x.numel() for x in sample.values())))
+    _refuse_chance(captured, network, largest)
+    measured.count(largest)
 
     def sensitivity(place: int) -> None:
         measured.measure_sensitivity(single.arguments(graded[place]), seed=place)
@@ -109,7 +112,35 @@ def _measured(
             on_progress(f"measure {place + 1} of {len(steps)}", place / len(steps))
             step()
             state.save(place + 1, measured)
+    if not any(found.gain for found in measured.sites.values()):
+        raise ConfigError(
+            "no output of floating-point numbers depends on the inputs by an operator that could have another type: "
+            f"{', '.join(captured.output_names)}"
+        )
     return measured
+
+
+def _refuse_chance(captured: Captured, network: Network, arguments: Sequence[Any]) -> None:
+    """Raise ConfigError where two runs on one sample differ, or no output has a relative error."""
+    with torch.no_grad():
+        runs = [
+            outputs_of(captured, Interpreter(network.program.graph_module).run(*arguments, enable_io_processing=False))
+            for _ in range(2)
+        ]
+    for name, x in runs[0].items():
+        if not torch.equal(x.nan_to_num(), runs[1][name].nan_to_num()):
+            raise ConfigError(
+                f"the model is random: two runs on one sample differ in {name}; leave out dropout "
+                "(F.dropout(…, training=self.training)) and torch.rand in forward"
+            )
+    if not any(x.is_floating_point() for x in runs[0].values()):
+        kinds = ", ".join(f"{name} ({str(x.dtype).removeprefix('torch.')})" for name, x in runs[0].items())
+        raise ConfigError(f"no output is of floating-point numbers, so none has a relative error: {kinds}")
+
+
+def outputs_of(captured: Captured, values: Sequence[Any]) -> dict[str, Tensor]:
+    """Return the tensors of a program's outputs by name."""
+    return dict(zip(captured.output_names, (x for x in values if isinstance(x, Tensor)), strict=False))
 
 
 def _same(x: Tensor) -> Tensor:
@@ -166,28 +197,17 @@ class _Certifier:
             if place == len(self._exact):
                 self._exact.append(self._reference(sample))
             with torch.no_grad():
-                outputs = torch.fx.Interpreter(program.graph_module).run(
-                    *run.arguments(sample), enable_io_processing=False
-                )
-            named = self._named(outputs)
-            found.append(self._error(named, self._exact[place]))
+                outputs = Interpreter(program.graph_module).run(*run.arguments(sample), enable_io_processing=False)
+            found.append(self._error(outputs_of(self._captured, outputs), self._exact[place]))
         return found
 
     def _reference(self, sample: Sample) -> dict[str, Tensor]:
         runs = Runs(self._network.program)
         with torch.no_grad(), PlanMode(double=True, dtype=self._captured.dtype):
-            outputs = torch.fx.Interpreter(self._network.program.graph_module).run(
+            outputs = Interpreter(self._network.program.graph_module).run(
                 *runs.arguments(sample), enable_io_processing=False
             )
-        named = self._named(outputs)
-        if not any(x.is_floating_point() for x in named.values()):
-            kinds = ", ".join(f"{name} ({str(x.dtype).removeprefix('torch.')})" for name, x in named.items())
-            raise ConfigError(f"no output is of floating-point numbers, so none has a relative error: {kinds}")
-        return named
-
-    def _named(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
-        tensors = [x for x in outputs if isinstance(x, Tensor)]
-        return dict(zip(self._captured.output_names, tensors, strict=False))
+        return outputs_of(self._captured, outputs)
 
     def _error(self, outputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
         if self._metric is not None:

@@ -16,6 +16,7 @@ from adaattn.export.allocation.write import emulated_program, typed_program, unr
 from adaattn.export.capture.captured import Captured
 from adaattn.export.capture.saved_program import eager_of
 from adaattn.export.formats import FORMATS, Device, formats_of
+from adaattn.export.rewrite.program import ATTEND
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ def give_types(captured: Captured, wanted: Allocation | Request, device: Device,
         allocation = allocate_captured(captured, found, given, wanted, device, on_progress)
     of = found, allocation.plan, allocation.scales
     emulated, unrounded = (_running(captured, make(*of)) for make in (emulated_program, unrounded_program))
-    return Typed(allocation, typed_program(*of), replace(emulated, in_double=captured.in_double), unrounded, certifying)
+    # Attention that plans at run time is dense now, in float64 too.
+    planned = any(node.target is ATTEND for node in captured.program.graph.nodes)
+    model = _running(captured, found.program) if planned else captured
+    return Typed(allocation, typed_program(*of), replace(emulated, in_double=model.in_double), unrounded, certifying)
 
 
 def _running(captured: Captured, program: ExportedProgram) -> Captured:

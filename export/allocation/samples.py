@@ -59,9 +59,7 @@ def read(captured: Captured, batches: Iterable[Any]) -> Samples:
             rows = range(sizes[single])
             found += [{name: x[row : row + 1] for name, x in checked.items()} for row in rows]
     if len(found) < LEAST:
-        raise ConfigError(
-            f"{len(found)} samples are too few to choose types by and to certify them; give {LEAST} or more"
-        )
+        raise ConfigError(f"{len(found)} samples are too few to choose types and to certify them; give {LEAST} or more")
     return Samples(tuple(found[::2]), tuple(found[1::2]))
 
 

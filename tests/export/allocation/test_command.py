@@ -81,11 +81,11 @@ def test_what_does_not_go_together_is_refused() -> None:
     for arguments, said in (
         (tolerance, "output_tolerance needs samples: types are chosen by errors on data like what the model will meet"),
         (samples, "samples apply only with output_tolerance, or with balance"),
-        ((*tolerance, *samples, "--tolerance", "1e-2"), "output_tolerance chooses types; give one"),
+        ((*tolerance, *samples, "--tolerance", "1e-2"), "output_tolerance gives types; choose one"),
         ((*tolerance, *samples, "--dtype", "float16"), "an output tolerance chooses a type for each operator"),
         ((*tolerance, *samples, "--opset", "18"), "opset is 18; an output tolerance takes 22 or newer"),
         ((*tolerance, *samples, "--quantile", "1.5"), "quantile is 1.5; give a share of samples"),
-        ((*tolerance, *samples, "--formats", "fp16,fp4"), "formats are (fp16, fp4)"),
+        ((*tolerance, *samples, "--formats", "fp16,fp4"), "formats are ('fp16', 'fp4')"),
         ((*tolerance, *samples, "--formats", "fp8"), "A100 has no fp8; leave it out of --formats"),
         ((*tolerance, *samples, "--metric", "nowhere:f"), "nowhere:f cannot be imported"),
         ((*tolerance, *samples, "--metric", "f"), "'f' is not a function"),
@@ -140,12 +140,16 @@ def test_models_without_an_error_to_bound_are_refused() -> None:
         f"        self.a = nn.Linear({WIDTH}, 9)\n    def forward(self, x):\n        return self.a(x).argmax(-1)\n\n"
         "class Same(Best):\n    def forward(self, x):\n        return self.a.weight * 1.0, x.sum(-1) > 0\n\n"
         "class Half(Best):\n    def forward(self, x):\n        return self.a(x)\n\n"
+        "class Dropout(Best):\n    def forward(self, x):\n        return nn.Dropout().train()(self.a(x))\n\n"
         "def half():\n    return Half().half()\n\n"
     )
     data = (*QUICK, "--output-tolerance", "1e-2", "--samples", "samples.npz", "-o", "out")
     shape = f"x=B,S,{WIDTH}"
     refused(run("mine:Best", "--input", shape, *data), "no output is of floating-point numbers", "output (int64)")
     refused(run("mine:Same", "--input", shape, *data), "no output of floating-point numbers depends on the inputs")
+    refused(
+        run("mine:Dropout", "--input", shape, *data), "the model is random: two runs on one sample differ in output"
+    )
     np.savez("samples.npz", x=np.zeros((9, 4, WIDTH), np.float16))
     refused(run("mine:half", "--input", f"{shape}:float16", *data), "the model has weights of float16")
 
