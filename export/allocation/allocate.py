@@ -54,7 +54,7 @@ class Request:
     tolerance: float
     samples: Iterable[Any]
     quantile: float = 0.95
-    formats: tuple[str, ...] | None = None
+    formats: Sequence[str] | None = None
     metric: Metric | None = None
     state: Path | None = None
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from torch.export import ExportedProgram
 
+from adaattn.checks import as_path, check_instance
 from adaattn.errors import ConfigError
-from adaattn.export.allocation import samples
-from adaattn.export.allocation.allocate import Progress, Request, allocate_captured
+from adaattn.export.allocation.allocate import Metric, Progress, Request, allocate_captured
 from adaattn.export.allocation.allocation import Allocation
-from adaattn.export.allocation.samples import Sample
+from adaattn.export.allocation.samples import Sample, read
 from adaattn.export.allocation.sites import Network, network
 from adaattn.export.allocation.write import emulated_program, typed_program, unrounded_program
 from adaattn.export.capture.captured import Captured
-from adaattn.export.capture.saved_program import eager_of
-from adaattn.export.formats import FORMATS, Device, formats_of
-from adaattn.export.rewrite.program import ATTEND
+from adaattn.export.capture.saved_program import capture_program, eager_of
+from adaattn.export.formats import FORMATS, Device, device_of, formats_of
+from adaattn.export.golden import cases
+from adaattn.export.rewrite.program import ATTEND, rewrite
+from adaattn.input_spec import Dimension
+from adaattn.planning.budget import as_tolerance
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,58 @@ class Typed:
     samples: tuple[Sample, ...]
 
 
+def allocate(
+    program: ExportedProgram,
+    samples: Iterable[Any],
+    tolerance: float,
+    *,
+    dims: Mapping[str, str | Dimension] | None = None,
+    compute_capabilities: Sequence[str] = (),
+    quantile: float = 0.95,
+    formats: Sequence[str] | None = None,
+    metric: Metric | None = None,
+    state: str | os.PathLike[str] | None = None,
+    on_progress: Progress = lambda phase, share: None,
+) -> Allocation:
+    """Choose the cheapest types with which what a program returns keeps a tolerance, as an export of it does.
+
+    `Options(allocation=...)` gives the program these types.
+
+    Args:
+        program: captured by torch.export, in float32.
+        samples: batches of inputs like what the model will meet: each a tensor, a tuple or list, or a mapping by name.
+            Every second sample chooses, the others certify.
+        tolerance: accepted relative error of each output, or of `metric` where that is given.
+        dims: sizes of the dynamic dimensions by name, as of `export`.
+        compute_capabilities: of the GPUs whose times are weighed, such as "8.9"; those of an A100 by default.
+        quantile: the share of samples that must keep the tolerance.
+        formats: that operators may have, of "fp32", "bf16", "fp16", "fp8"; None for all that the GPUs have.
+        metric: what is bounded instead of the relative error: a function of outputs and reference outputs by name.
+        state: a file that keeps what was measured, from which an interrupted call goes on.
+        on_progress: called with what is done and its share, 0 to 1.
+
+    Example:
+        >>> program = torch.export.export(model, (x,))  # doctest: +SKIP
+        >>> allocation = allocate(program, data, 1e-2)  # doctest: +SKIP
+        >>> allocation.measured <= 1e-2  # doctest: +SKIP
+        True
+
+    Raises:
+        ConfigError: arguments that are out of range, samples that the program does not take, outputs that have no
+            relative error, or a tolerance that no types keep.
+    """
+    check_instance("program", program, ExportedProgram, "a program of torch.export")
+    sizes = {name: Dimension.of(name, given) for name, given in (dims or {}).items()}
+    captured = capture_program(program, sizes)
+    captured, _ = rewrite(captured, None, partial(cases.proof, captured))
+    device = device_of(compute_capabilities)
+    found = network(captured.program, formats_of(device, formats))
+    wanted = Request(
+        as_tolerance(tolerance), samples, quantile, formats, metric, None if state is None else as_path("state", state)
+    )
+    return allocate_captured(captured, found, read(captured, samples), wanted, device, on_progress)
+
+
 def give_types(captured: Captured, wanted: Allocation | Request, device: Device, on_progress: Progress) -> Typed:
     """Choose types for a captured program, or take those of an earlier allocation, and write them.
 
@@ -50,7 +109,7 @@ def give_types(captured: Captured, wanted: Allocation | Request, device: Device,
         _check_same(found, allocation)
     else:
         found = network(captured.program, formats_of(device, wanted.formats))
-        given = samples.read(captured, wanted.samples)
+        given = read(captured, wanted.samples)
         certifying = given.certifying
         allocation = allocate_captured(captured, found, given, wanted, device, on_progress)
     of = found, allocation.plan, allocation.scales

@@ -61,12 +61,31 @@ def print_report(report: Mapping[str, Any], where: str) -> None:
             )
     for line in attentions_text(report.get("attentions", [])):
         console.print(one_line(f"attention: {line}"), style="dim", soft_wrap=True)
+    if report.get("allocation"):
+        console.print(one_line(types_text(report["allocation"])), style="dim", soft_wrap=True)
     for package in report.get("serving", []):  # reports of 0.1.0 have none
         said = f"written; {package['command']}" if package["artifacts"] else "not written: the engine was not built"
         console.print(one_line(f"serve {package['name']}: {said}"), style="dim", soft_wrap=True)
     for warning in report["warnings"]:
         console.print(one_line(f"warning: {warning}"), style="yellow")
     console.print(Text.assemble((report["verdict"], "bold"), f"  {printable(where)}"), soft_wrap=True)
+
+
+def types_text(allocation: Mapping[str, Any]) -> str:
+    """Return a line on a compile-time plan: what was measured, and what work has which format."""
+    total = sum(site["flops"] for site in allocation["sites"]) or 1.0
+    work = Counter[str]()
+    for site in allocation["sites"]:
+        work[site["format"]] += site["flops"] / total
+    shares = ", ".join(f"{form} {share:.0%}" for form, share in work.most_common() if share >= 0.005)
+    time = allocation["cost"] / (allocation["cost_fp32"] or 1.0)
+    count, quantile = len(allocation["certified"]), allocation["quantile"]
+    enough = math.ceil((count + 1) * quantile) <= count
+    return (
+        f"types: {allocation['measured']:.1e} of {allocation['tolerance']:.1e} on {count} certifying samples "
+        f"({quantile:.0%} quantile{'' if enough else '; too few to promise it for others'}); work: {shares}; "
+        f"estimated for {allocation['device']}: {time:.2f} of the time of fp32, {allocation['casts']} casts"
+    )
 
 
 def _share(row: Mapping[str, Any]) -> float:

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from adaattn.command_line import printable
 from adaattn.export.parity.compare import coverage_text
+from adaattn.export.report.figure import INK, MARKERS, PRECISIONS, STYLE, axes_of, svg_of
+from adaattn.export.report.types import about_types
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-PRECISIONS = {
-    "fp32": "F",
-    "bf16": "B",
-    "fp16": "H",
-    "int8": "I",
-    "int8_fp8": "E",
-}  # most costly first, with their letters in cells
-MARKERS = dict(zip((*PRECISIONS, "other"), "oDs^vX", strict=True))
-# matplotlib knows no CSS variables: it draws in these colours, which _svg replaces by what the page's theme says.
-INK = {name: f"#0000{number:02x}" for number, name in enumerate(("ink", "muted", "rule", "accent", "bad", *MARKERS), 1)}
-STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: the reader's font, and searchable
-    "svg.hashsalt": "adaattn",  # the same report gives the same file
-    "text.parse_math": False,  # a $ in a name is a $
-    **dict.fromkeys(("text.color", "axes.labelcolor"), INK["ink"]),
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), INK["muted"]),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("axes.axisbelow", "axes.grid"), True),
-    "grid.color": INK["rule"],
-    "font.size": 9,
-}
 Bars = list[tuple[float, float, int]]  # left edge, right edge, count
 
 
@@ -75,6 +49,7 @@ def render(report: dict[str, Any]) -> str:
         scatter=scatter,
         lengths=lengths,
         energy=energy,
+        types=about_types(report["allocation"]) if report.get("allocation") else None,
         compared=_side_by_side(targets),
         worst_heads=[sorted(target["heads"] or [], key=_of_head, reverse=True)[:5] for target in targets],
         rows=rows,
@@ -184,13 +159,6 @@ def _figures(
         return histograms, _scatter(rows), _lengths(targets, tokens), energy
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
 def _bars(histogram: dict[str, Any]) -> Bars:
     edges = [_float(edge) for edge in histogram["log10_edges"]]
     bars = zip(edges, edges[1:], histogram["counts"], strict=False)
@@ -200,14 +168,14 @@ def _bars(histogram: dict[str, Any]) -> Bars:
 def _histogram(bars: Bars, edges: list[float], name: str) -> Markup | None:
     if not bars:
         return None
-    figure, axes = _axes(4.4, 2.3)
+    figure, axes = axes_of(4.4, 2.3)
     left, right, counts = zip(*bars, strict=True)
     widths = [b - a for a, b in zip(left, right, strict=True)]
     axes.bar(left, counts, widths, align="edge", color=INK["accent"], log=True)
     axes.set(xlim=(min(edges), max(edges)), ylim=(0.5, 2 * max(counts)))  # one x axis for all: they compare
     axes.set(xlabel="log10 of |error| / RMS of the output", ylabel="elements")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}" if value < 1e4 else f"{value:.0e}")
-    return _svg(figure, name)
+    return svg_of(figure, name)
 
 
 def _scatter(rows: Sequence[Any]) -> Markup | None:
@@ -217,7 +185,7 @@ def _scatter(rows: Sequence[Any]) -> Markup | None:
     tolerances = sorted({row["tolerance"] for row in rows if 0 < _float(row["tolerance"]) < math.inf})
     values = [cell[key] for cell in points for key in ("predicted", "measured")] + tolerances
     ends = (min(values) / 2, max(2 * max(values), 20 * min(values)))  # at least a decade, so that a tick shows
-    figure, axes = _axes(4.6, 4.4)
+    figure, axes = axes_of(4.6, 4.4)
     axes.plot(ends, ends, color=INK["muted"], linewidth=1, linestyle="--", label="measured = predicted")
     for tolerance in tolerances if len(tolerances) <= 3 else (tolerances[0], tolerances[-1]):
         axes.axhline(tolerance, color=INK["bad"], linewidth=1.2)
@@ -231,7 +199,7 @@ def _scatter(rows: Sequence[Any]) -> Markup | None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:.0e}")
     figure.legend(loc="outside lower center", ncols=3)
-    return _svg(figure, "scatter")
+    return svg_of(figure, "scatter")
 
 
 def _lengths(targets: Sequence[Any], tokens: dict[str, int]) -> Markup | None:
@@ -247,7 +215,7 @@ def _lengths(targets: Sequence[Any], tokens: dict[str, int]) -> Markup | None:
                     line[length] = max(value, line.get(length, 0.0))
     if max((len(line) for line in lines.values()), default=0) < 2:
         return None
-    figure, axes = _axes(4.6, 3.2)
+    figure, axes = axes_of(4.6, 3.2)
     plain = {"eager PyTorch": ("muted", "--", ""), "limit": ("bad", ":", "")}
     styles = zip(["-"] * len(lines), "osD^vX", strict=False)
     for name, line in lines.items():
@@ -257,14 +225,14 @@ def _lengths(targets: Sequence[Any], tokens: dict[str, int]) -> Markup | None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
     figure.legend(loc="outside lower center", ncols=3)
-    return _svg(figure, "lengths")
+    return svg_of(figure, "lengths")
 
 
 def _energy(layers: Sequence[dict[str, Any]]) -> Markup | None:
     """Draw the share of energy beyond each rank, one line a layer, before and after a calibration."""
     if not any(0 < _float(share) < math.inf for layer in layers for each in layer["beyond"] for share in each):
         return None
-    figure, axes = _axes(4.6, 3.2)
+    figure, axes = axes_of(4.6, 3.2)
     for layer in layers:
         for place, (dash, ink) in enumerate((("--", "muted"), ("-", "accent"))):
             shares = [_float(share) for share in layer["beyond"][place]]
@@ -274,20 +242,4 @@ def _energy(layers: Sequence[dict[str, Any]]) -> Markup | None:
     axes.set(yscale="log", ylim=(1e-6, 1.5), xlabel="rank", ylabel="share of the energy beyond it")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
     figure.legend(loc="outside lower center", ncols=2)
-    return _svg(figure, "energy")
-
-
-def _svg(figure: Figure, name: str) -> Markup:
-    """Return the figure as an element of the page, in the page's colours and with unique ids."""
-    for axes in figure.axes:
-        axes.minorticks_off()  # of logarithmic axes: they cost more time than all else
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
-    svg = buffer.getvalue().partition("<svg ")[2]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would style the whole page
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for variable, colour in INK.items():
-        svg = svg.replace(colour, f"var(--{variable})")
-    return Markup(f'<svg role="img" aria-labelledby="{name}-caption" {svg}')
+    return svg_of(figure, "energy")
