@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,18 +193,22 @@ def pins() -> list[str]:
     return [*(f"{name}=={ours[name]}" for name in SHARED), *REQUIREMENTS]
 
 
-def optimum_cli() -> Path | None:
-    """Return the command in its environment, which is made where it is not yet; None where pip does not reach it."""
-    venv, wanted = CACHE / "optimum-venv", pins()
+def environment(name: str, wanted: Sequence[str]) -> Path | None:
+    """Return a virtual environment, which is made where it is not yet; None where pip does not reach it.
+
+    Args:
+        wanted: packages with their versions, torch the first.
+    """
+    venv = CACHE / name
     installed = venv / "installed"
-    if not installed.is_file() or installed.read_text().split() != wanted:
+    if not installed.is_file() or installed.read_text().split() != list(wanted):
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
         # torch first and alone, by its exact version: a looser request can take a build with gigabytes of CUDA.
         for requirements in (wanted[:1], wanted):
             if subprocess.run([venv / "bin/pip", "install", "-qq", *requirements], check=False).returncode:
                 return None
         installed.write_text("\n".join(wanted) + "\n")
-    return venv / "bin/optimum-cli"
+    return venv
 
 
 def minilm(folder: Path) -> Path | None:
@@ -225,10 +229,11 @@ def _cpu() -> str:
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True, help="Each export once, few runs: shows that the script runs. Writes nothing.")
 def main(quick: bool) -> None:
-    optimum = optimum_cli()
-    if optimum is None:
+    venv = environment("optimum-venv", pins())
+    if venv is None:
         click.echo(f"skipped: pip cannot install {' '.join(pins())}")
         return
+    optimum = venv / "bin/optimum-cli"
     with tempfile.TemporaryDirectory() as temporary:
         folder = minilm(Path(temporary))
         if folder is None:

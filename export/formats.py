@@ -42,6 +42,7 @@ FORMATS = {
 }
 HEADROOM = 4  # numbers of samples stay this factor under a format's largest: other inputs may have larger ones
 LEAST_EXPONENT = -15  # of a scale: products of fp8 numbers with smaller ones are below what fp16 holds
+FP8_HEAD_DIMS = (9, 256)  # of attention that TensorRT fuses in fp8
 PROBABILITY_SCALE = 2.0**-8  # of softmax weights in fp8: the least power of two with which 1 does not exceed 448
 
 

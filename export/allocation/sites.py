@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from adaattn.errors import ConfigError
 from adaattn.export.capture.captured import with_graph
-from adaattn.export.formats import BF16, FORMATS, FP8
+from adaattn.export.formats import BF16, FORMATS, FP8, FP8_HEAD_DIMS
 from adaattn.export.rewrite.match import SDPA, path_of
 from adaattn.ops.signatures import OPS
 
@@ -147,7 +147,7 @@ def network(program: ExportedProgram, formats: Sequence[str]) -> Network:
         weight = node.op == "placeholder" and node.name in held
         if weight or (node.op == "call_function" and all(each in folded for each in node.all_input_nodes)):
             folded.add(node)
-        if node.op == "placeholder" and node.name in held and is_float(node):
+        if weight and is_float(node):
             constants[node] = node
         elif node.op == "call_function" and is_float(node):
             if _moves(node) and _floats(node)[0] in constants:
@@ -179,17 +179,25 @@ def is_float(node: Any) -> bool:
 def _candidates(node: Node, formats: Sequence[str]) -> tuple[str, ...]:
     """Return the formats that a node may have; none where its type stays, as where the program says it."""
     given = (*node.args, *node.kwargs.values())
-    if any(isinstance(x, torch.dtype) for x in given):
-        return ()
+    if any(isinstance(x, torch.dtype) for x in given) or "alpha" in node.kwargs:
+        return ()  # with alpha ONNX has two operators
     if node.target is aten.einsum.default:  # as ONNX has it
         formats = [name for name in formats if name != BF16]
     largest = max((abs(x) for x in given if isinstance(x, (int, float))), default=0)
     formats = [name for name in formats if FORMATS[FORMATS[name].carrier].largest >= largest]
+    if node.target is SDPA and not _fuses_in_fp8(node):
+        formats = [name for name in formats if name != FP8]
     if node.target is SDPA or node.target in PRODUCTS:
         return tuple(formats)
     if node.target in (*OTHER_PRODUCTS, *NEIGHBOURS):
         return tuple(name for name in formats if name != FP8)
     return ()
+
+
+def _fuses_in_fp8(node: Node) -> bool:
+    """Return whether TensorRT takes attention in fp8: of other head sizes its builder fails on some shapes."""
+    sizes = [each.meta["val"].shape[-1] for each in _floats(node)[:3]]
+    return all(isinstance(size, int) and FP8_HEAD_DIMS[0] <= size <= FP8_HEAD_DIMS[1] for size in sizes)
 
 
 def _floats(node: Node) -> list[Node]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -72,7 +71,6 @@ class _Writer:
         for node in old.graph.nodes:
             self._new[node] = new = self._written(node)
             new.meta = {**node.meta, **new.meta}
-        signature = copy.deepcopy(old.graph_signature)
         placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
         added = {node.name: spec for node, spec in self._added}
         before = {node.name for node in old.graph.nodes if node.op == "placeholder" and node.users}
@@ -83,11 +81,7 @@ class _Writer:
                 self._graph.erase_node(node)
             else:
                 specs.append(spec)
-        signature = replace(signature, input_specs=specs)
-        returned: Any = next(node for node in self._graph.nodes if node.op == "output").args[0]
-        for item, node in zip(signature.output_specs, returned, strict=True):
-            if isinstance(node, Node):
-                item.arg.name = node.name
+        signature = replace(old.graph_signature, input_specs=specs)
         used = {item.target for item in specs}
         module = GraphModule(torch.nn.Module(), self._graph)
         held = {name: x for name, x in self._held.items() if name in used or not isinstance(x, Tensor)}
@@ -106,10 +100,8 @@ class _Writer:
             new = self._graph.node_copy(node, lambda each: self._stored(node, each, form))
             new.args = tuple(stored_numbers(node, new.args, form))
             if node.target is SDPA:
-                new.kwargs = {
-                    **new.kwargs,
-                    "scale": stored(attention_arguments(node, node.args, node.kwargs)[-1], form),
-                }
+                scale = attention_arguments(node, node.args, node.kwargs)[-1]
+                new.kwargs = {**new.kwargs, "scale": stored(scale, form)}
             self._form[new] = FP32
             return new
         carrier = FORMATS[form].carrier
@@ -118,10 +110,8 @@ class _Writer:
         def operand(x: Node) -> Node:
             return self._as(x, FP32 if x is mask else carrier)
 
-        args, kwargs = (
-            cast(tuple[Any, ...], map_arg(node.args, operand)),
-            cast(dict[str, Any], map_arg(node.kwargs, operand)),
-        )
+        args = cast(tuple[Any, ...], map_arg(node.args, operand))
+        kwargs = cast(dict[str, Any], map_arg(node.kwargs, operand))
         self._value = node.meta["val"]
         new = compute(self._call, node, args, kwargs, form, self._scales_of(node, carrier), self._typed)
         self._form[new] = carrier

@@ -228,16 +228,15 @@ def with_graph(
     """Return a program of another graph, with the weights, constants and conditions of a given one.
 
     Args:
-        signature: of the graph; None for that of the program, with the outputs' nodes of the graph.
+        signature: of the inputs and outputs; None for that of the program. The outputs' names become the graph's.
         module_call_graph: None for that of the program.
         held: weights and constants by name instead of the program's.
     """
-    if signature is None:
-        signature = copy.deepcopy(program.graph_signature)
-        returned: Any = next(node for node in module.graph.nodes if node.op == "output").args[0]
-        for item, node in zip(signature.output_specs, returned, strict=True):
-            if isinstance(node, Node):  # another one, where an attention is itself an output
-                item.arg.name = node.name
+    signature = copy.deepcopy(signature or program.graph_signature)
+    returned: Any = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    for item, node in zip(signature.output_specs, returned, strict=True):
+        if isinstance(node, Node):  # another one, where an attention is itself an output
+            item.arg.name = node.name
     state, constants = program.state_dict, program.constants
     if held is not None:
         kept = {item.target for item in signature.input_specs if item.kind is InputKind.PARAMETER or item.persistent}

@@ -54,11 +54,22 @@ def test_a_model_gets_types_and_proof() -> None:
     cases = {row["case"] for row in target["outputs"]}
     assert {"sample 1", "odd", "odd at fp32", "longest at fp32"} <= cases
     assert Path("state.json").is_file()
+    page = Path("out/report.html").read_text()
+    assert page.index("Types of the operators") < page.index("budget-caption") < page.index(">Targets<")
 
     again = exported("--allocation", "out/allocation.json", out="again")
     assert again.exit_code == 0, again.output
     assert Path("again/model.onnx").read_bytes() == Path("out/model.onnx").read_bytes()
     assert json.loads(Path("again/allocation.json").read_text()) == json.loads(Path("out/allocation.json").read_text())
+
+
+def test_the_console_says_what_the_plan_is() -> None:
+    arguments = ("--target", "onnx", "--no-verify", "--dim", "S=1:12:20", "-o", "out")
+    result = run("model.pt", *arguments, "--output-tolerance", "3e-2", "--samples", "samples.npz")
+    assert result.exit_code == 0, result.output
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("types: "))
+    assert "of 3.0e-02 on 12 certifying samples (95% quantile; too few to promise it for others); work: " in line
+    assert "estimated for A100: 0." in line
 
 
 def test_a_fault_in_the_file_is_found_though_types_round() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaattn.errors import ConfigError
+from adaattn.export import Options, allocate, export
 from adaattn.export.allocation import allocate as allocating
 from adaattn.export.allocation import samples as sample_data
 from adaattn.export.allocation.allocate import Request, allocate_captured
@@ -211,6 +212,21 @@ def test_an_allocation_keeps_its_tolerance_and_pays_less_for_a_larger_one(block:
         for x in drawn(40, seed=9)
     ]
     assert sum(each <= tolerance for each in fresh) >= 0.85 * len(fresh)
+
+
+def test_a_program_gets_types_in_python(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 16)).eval(), torch.randn(3, 16)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},))
+    made = allocate(program, [torch.randn(5, 16) for _ in range(12)], 1e-2, compute_capabilities=["8.9"])
+    assert made.measured <= 1e-2
+    assert {site.format for site in made.sites} <= set(FORMS)
+    options = Options(("onnx",), allocation=made)
+    result = export(program, output_dir=tmp_path / "out", options=options)
+    assert result.passed
+    with pytest.raises(ConfigError, match="tolerance is -1"):
+        allocate(program, [], -1)
+    with pytest.raises(ConfigError, match="program is a Sequential"):
+        allocate(model, [], 1e-2)  # type: ignore[arg-type]
 
 
 def test_least_error_is_named_where_nothing_keeps_a_tolerance(block: Captured) -> None:
