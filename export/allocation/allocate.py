@@ -31,6 +31,7 @@ ROUNDS = 5  # of choosing a plan and certifying it
 CLOSE = 0.8  # of the tolerance: a plan that comes so near is not improved further
 STRIDE = 8.0  # the most that a budget changes from one round to the next
 UNKNOWN_METRIC = 1e-2  # budget of the relative error to start with, where a metric of the user's is bounded
+WITH_ERRORS = 16  # samples, on which every format is tried at every site; of the others the largest numbers count
 WITH_GRADIENTS = 12  # samples, of which there are backward passes
 
 Progress = Callable[[str, float], None]
@@ -102,8 +103,11 @@ def _measured(
     def sensitivity(place: int) -> None:
         measured.measure_sensitivity(single.arguments(graded[place]), seed=place)
 
+    closely = {id(sample) for sample in sample_data.split_evenly(choosing, WITH_ERRORS)}
+
     def errors(place: int) -> None:
-        measured.measure_errors(double.arguments(choosing[place]), captured.dtype)
+        sample = choosing[place]
+        measured.measure_errors(double.arguments(sample), captured.dtype, ranges_only=id(sample) not in closely)
 
     steps = [partial(sensitivity, place) for place in range(len(graded))]
     steps += [partial(errors, place) for place in range(len(choosing))]

@@ -63,9 +63,9 @@ def compute(
     return result if typed else call(torch.ops.adaattn.rounded.default, result, carrier)
 
 
-def mask_of(node: Node) -> Any:
-    """Return the mask of a call of scaled_dot_product_attention; None of other nodes."""
-    return attention_arguments(node, node.args, node.kwargs)[3] if node.target is SDPA else None
+def mask_of(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the mask among the arguments of a call of scaled_dot_product_attention; None of other nodes."""
+    return attention_arguments(node, args, kwargs)[3] if node.target is SDPA else None
 
 
 def _narrow_mask(call: Call, mask: Any, form: str, typed: bool) -> Any:

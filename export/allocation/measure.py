@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaattn.export.allocation.arithmetic import attention_arguments, compute, fp8_operands, per_channel
+from adaattn.export.allocation.arithmetic import compute, fp8_operands, mask_of, per_channel
 from adaattn.export.allocation.sites import Network, Site
 from adaattn.export.allocation.write import channel_scales
 from adaattn.export.formats import FORMATS, FP8, FP32, HEADROOM, rounded, scale_of
@@ -31,7 +31,6 @@ class SiteStatistics:
     Args:
         flops, size: operations of its products, and numbers that it reads and writes, of the largest sample.
         energy: sum of the squares of its output.
-        count: numbers of its output.
         noise: for each format the sum of the squares of what it changes in the output, on exact operands.
         peak: largest number among its operands and results.
         peaks: largest number of each operand that fp8 quantizes.
@@ -42,7 +41,6 @@ class SiteStatistics:
     flops: float = 0.0
     size: float = 0.0
     energy: float = 0.0
-    count: int = 0
     noise: dict[str, float] = field(default_factory=dict)
     peak: float = 0.0
     peaks: list[float] = field(default_factory=list)
@@ -101,8 +99,13 @@ class Measurements:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             Counter(self._module).run(*arguments, enable_io_processing=False)
 
-    def measure_errors(self, arguments: Sequence[Any], dtype: torch.dtype) -> None:
-        """Compute each site at each of its formats, on its operands of a sample in float64, one site at a time."""
+    def measure_errors(self, arguments: Sequence[Any], dtype: torch.dtype, ranges_only: bool = False) -> None:
+        """Compute each site at each of its formats, on its operands of a sample in float64, one site at a time.
+
+        Args:
+            dtype: of the program.
+            ranges_only: note the largest numbers and leave out the rest.
+        """
         owner = self
 
         class Errors(Interpreter):
@@ -112,20 +115,26 @@ class Measurements:
                 site = owner.network.sites.get(n)
                 if site is not None:
                     args, kwargs = self.fetch_args_kwargs_from_env(n)
-                    owner._measure(site, args, kwargs, result)
+                    owner._measure(site, args, kwargs, result, ranges_only)
                 return result
 
         mode = PlanMode(double=True, dtype=dtype)
         with torch.no_grad():
             Errors(self._module).run(*arguments, enable_io_processing=False)
 
-    def _measure(self, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any], exact: Tensor) -> None:
+    def _measure(
+        self, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any], exact: Tensor, ranges_only: bool
+    ) -> None:
         found, node = self.sites[site.name], site.node
+        mask = mask_of(node, args, kwargs)
+        found.peak = max([found.peak, *(_peak(x) for x in (*_tensors((args, kwargs)), exact) if x is not mask)])
+        if FP8 in site.candidates:
+            peaks = [_peak(x) for x in fp8_operands(node, args, kwargs)]
+            found.peaks = [max(pair) for pair in zip(peaks, found.peaks or peaks, strict=True)]
+        if ranges_only:
+            return
         known = _within_range(exact)
         found.energy += float(exact[known].square().sum())
-        found.count += int(known.sum())
-        mask = attention_arguments(node, args, kwargs)[3] if node.target is SDPA else None
-        found.peak = max([found.peak, *(_peak(x) for x in (*_tensors((args, kwargs)), exact) if x is not mask)])
         for form in site.candidates:
             carrier = FORMATS[form].carrier
 
@@ -134,19 +143,21 @@ class Measurements:
                 return x if whole else rounded(x, carrier)
 
             narrow_args, narrow_kwargs = tree_map(narrow, (tuple(args), dict(kwargs)))
-            scales: list[Any] = []
-            if form == FP8:
-                operands = fp8_operands(node, narrow_args, narrow_kwargs)
-                peaks = [_peak(x) for x in operands]
-                found.peaks = [max(pair) for pair in zip(peaks, found.peaks or peaks, strict=True)]
-                scales = [scale_of(peak) for peak in peaks]
-                if len(scales) == 2:  # a product
-                    scales = [exact.new_tensor(scale) for scale in scales]
-                    if per_channel(node):
-                        scales[1] = channel_scales(operands[1]).to(exact.dtype)
+            scales = self._scales(site, narrow_args, narrow_kwargs) if form == FP8 else ()
             got = compute(_run, node, narrow_args, narrow_kwargs, form, scales, typed=False)
             noise = float((got - exact)[known].square().sum())
             found.noise[form] = found.noise.get(form, 0.0) + (noise if noise == noise else float("inf"))
+
+    def _scales(self, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the scales of a site's operands in one sample."""
+        operands = fp8_operands(site.node, args, kwargs)
+        scales = [scale_of(_peak(x)) for x in operands]
+        if site.node.target is SDPA:
+            return scales
+        found = [operands[0].new_tensor(scale) for scale in scales]
+        if per_channel(site.node) and site.node.args[1] in self.network.constants:
+            found[1] = channel_scales(operands[1]).to(operands[1].dtype)
+        return found
 
     def measure_sensitivity(self, arguments: Sequence[Any], seed: int) -> None:
         """Add the squared relative change of the model's output for one of each site's, by backward passes."""

@@ -71,16 +71,15 @@ class _Writer:
         for node in old.graph.nodes:
             self._new[node] = new = self._written(node)
             new.meta = {**node.meta, **new.meta}
-        placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
-        added = {node.name: spec for node, spec in self._added}
-        before = {node.name for node in old.graph.nodes if node.op == "placeholder" and node.users}
-        specs = []
-        for node in placeholders:
-            spec = added.get(node.name) or self._specs[node.name]
-            if not node.users and node.name in before:  # only the rounded copies of a weight are used
-                self._graph.erase_node(node)
-            else:
-                specs.append(spec)
+            if node.op == "placeholder":
+                new.name = node.name  # a graph may give another one
+        before = {self._new[node]: node for node in old.graph.nodes if node.op == "placeholder"}
+        added, specs = dict(self._added), []
+        for node in [each for each in self._graph.nodes if each.op == "placeholder"]:
+            if node in before and before[node].users and not node.users:
+                self._graph.erase_node(node)  # only the rounded copies of a weight are used
+                continue
+            specs.append(added.get(node) or self._specs[node.name])
         signature = replace(old.graph_signature, input_specs=specs)
         used = {item.target for item in specs}
         module = GraphModule(torch.nn.Module(), self._graph)
@@ -105,7 +104,7 @@ class _Writer:
             self._form[new] = FP32
             return new
         carrier = FORMATS[form].carrier
-        mask = mask_of(node)
+        mask = mask_of(node, node.args, node.kwargs)
 
         def operand(x: Node) -> Node:
             return self._as(x, FP32 if x is mask else carrier)

@@ -72,8 +72,8 @@ class OnnxRuntimeBackend:
 
     def __init__(self, path: Path, provider: str) -> None:
         self._path, self._provider = path, provider
-        self._typed = path.is_file() and onnx_file.is_typed(onnx_file.load(path))
         self._sessions: dict[str, Any] = {"": self._opened()}
+        self._typed = onnx_file.is_typed(onnx_file.load(path))
         self._names = [output.name for output in self._sessions[""].get_outputs()]
         self._layers = planned_layers(path)
 
@@ -81,7 +81,7 @@ class OnnxRuntimeBackend:
         try:
             return session_of(self._path, self._path.parent, self._provider)
         except CannotRun:
-            if not self._typed:
+            if not self._path.is_file() or not onnx_file.is_typed(onnx_file.load(self._path)):
                 raise
             # It has no kernels of bfloat16: casts around those of float32 round as they would.
             rounded = float32_copy(self._path, rounds=True).SerializeToString()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -274,6 +275,68 @@ def test_a_users_metric_is_bounded() -> None:
 
     with pytest.raises(ConfigError, match="the metric fails: RuntimeError: no such label"):
         allocate_captured(captured, found, samples, Request(1e-2, (), metric=fails), GPU)
+
+
+def test_samples_that_the_program_does_not_take_are_refused() -> None:
+    captured = captured_of(Loud(), "x=B,S,8")
+    good = torch.randn(24, 12, 8)
+    broken = good.clone()
+    broken[3, 2, 1] = torch.nan
+
+    def midway() -> Iterator[Tensor]:
+        yield from good[:5].unsqueeze(1)
+        raise OSError("the disk is gone")
+
+    for given, said in (
+        ([{"ids": good}], "batch 1 of the samples lacks x; the inputs are x"),
+        ([{"x": good, "y": good}], "batch 1 of the samples has y, which is no input; the inputs are x"),
+        ([(good, good)], "batch 1 of the samples has 2 tensors; the inputs are x"),
+        ([good, good[..., :4]], "x in batch 2 of the samples has 4 where it takes B,S,8:float32"),
+        ([good[:, 0]], r"x in batch 1 of the samples has 2 dimensions, \(24, 8\); the input has 3"),
+        ([good.long()], "x in batch 1 of the samples is of type int64; the input is float32"),
+        ([torch.cat([good] * 3, 1)], "batch 1 of the samples has S=36; the export takes 1:9:24"),
+        ([good[:7]], "7 samples are too few to choose types and to certify them; give 8 or more"),
+        ([], "0 samples are too few"),
+        ([broken], "x in batch 1 of the samples has NaN or Inf"),
+        (midway(), "the samples fail after 5 batches: OSError: the disk is gone"),
+        (["a"] * 9, "x in batch 1 of the samples is a str; give a tensor or an array"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            sample_data.read(captured, given)
+    read = sample_data.read(captured, [good, good.double().numpy()[:3]])
+    assert (len(read.choosing), len(read.certifying)) == (14, 13)
+    assert all(sample["x"].shape == (1, 12, 8) and sample["x"].dtype == torch.float32 for sample in read.choosing)
+
+
+class Head(nn.Module):
+    """A linear layer and what is made of its result."""
+
+    def __init__(self, made: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.made = nn.Linear(8, 9), made
+
+    def forward(self, x: Tensor) -> Any:
+        return self.made(self.linear(x), self.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda y, w: y.argmax(-1), r"no output is of floating-point numbers, .* output \(int64\)"),
+        (lambda y, w: (w * 1.0, y.sum(-1) > 0), "no output of floating-point numbers depends on the inputs"),
+        (lambda y, w: nn.functional.dropout(y, training=True), "the model is random: two runs on one sample differ in"),
+    ],
+)
+def test_models_without_an_error_to_bound_are_refused(made: Callable[[Tensor, Tensor], Any], said: str) -> None:
+    program = torch.export.export(Head(made), (torch.randn(2, 8),))
+    with pytest.raises(ConfigError, match=said):
+        allocate(program, [torch.randn(2, 8) for _ in range(8)], 1e-2)
+
+
+def test_a_model_of_16_bits_is_refused() -> None:
+    program = torch.export.export(nn.Linear(8, 9).half(), (torch.randn(2, 8).half(),))
+    with pytest.raises(ConfigError, match="the model has weights of float16"):
+        allocate(program, [torch.randn(2, 8).half() for _ in range(8)], 1e-2)
 
 
 def test_an_interrupted_allocation_goes_on(block: Captured, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_what_is_no_sample_data_is_refused() -> None:
         with pytest.raises(ConfigError, match=said):
             batches(source)
         refused(run("model.pt", *QUICK, "--balance", "--samples", source), said)
-    refused(run("model.pt", *QUICK, "--state", "x"), "state applies only with")
+    refused(run("model.pt", *QUICK, "--state", "x"), "state apply only with samples")
     adaattn.save(adaattn.DenseAttention(32, 2), "dense.pt")
     Path("some.py").write_text("import torch\n\ndef batches():\n    return [[torch.ones(1, 3, 32)] * 3]\n")
     refused(run("dense.pt", *QUICK, "--balance", "--samples", "some.py"), "no attention to calibrate: it never cuts")
