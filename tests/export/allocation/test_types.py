@@ -226,7 +226,7 @@ def test_a_program_gets_types_in_python(tmp_path: Path) -> None:
     assert result.passed
     with pytest.raises(ConfigError, match="tolerance is -1"):
         allocate(program, [], -1)
-    with pytest.raises(ConfigError, match="program is a Sequential"):
+    with pytest.raises(ConfigError, match="program is of type Sequential"):
         allocate(model, [], 1e-2)  # type: ignore[arg-type]
 
 
