@@ -88,15 +88,16 @@ class Device:
     fp8: float
     memory: float
 
-    def seconds(self, flops: float, size: float, name: str) -> float:
+    def seconds(self, flops: float, read: float, written: float, name: str) -> float:
         """Return the time of an operator at a format.
 
         Args:
             flops: floating-point operations of its products.
-            size: how many numbers it reads and writes.
+            read, written: how many numbers it reads, in the format, and writes, in the carrier.
         """
         rate: float = getattr(self, name)
-        moved = size * FORMATS[FORMATS[name].carrier].dtype.itemsize
+        form = FORMATS[name]
+        moved = read * form.dtype.itemsize + written * FORMATS[form.carrier].dtype.itemsize
         return flops / rate / 1e12 + moved / self.memory / 1e9
 
     def cast(self, size: float, one: str, other: str) -> float:

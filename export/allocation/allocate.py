@@ -159,7 +159,7 @@ def _problem(network: Network, measured: Measurements, device: Device) -> Proble
         choices.append(
             Choice(
                 site.name,
-                {form: device.seconds(found.flops, found.size, form) for form in forms},
+                {form: device.seconds(found.flops, found.read, found.written, form) for form in forms},
                 {
                     form: (found.sensitivity * error) ** 2 if error < math.inf else math.inf
                     for form, error in forms.items()

@@ -29,7 +29,8 @@ class SiteStatistics:
     """What was measured at a site.
 
     Args:
-        flops, size: operations of its products, and numbers that it reads and writes, of the largest sample.
+        flops: operations of its products, in the largest sample.
+        read, written: numbers of its operands and of its result there.
         energy: sum of the squares of its output.
         noise: for each format the sum of the squares of what it changes in the output, on exact operands.
         peak: largest number among its operands and results.
@@ -39,7 +40,8 @@ class SiteStatistics:
     """
 
     flops: float = 0.0
-    size: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
     energy: float = 0.0
     noise: dict[str, float] = field(default_factory=dict)
     peak: float = 0.0
@@ -93,7 +95,7 @@ class Measurements:
                 found = statistics[n.name]
                 sizes[n.name] = result.numel()
                 found.flops = float(counter.get_total_flops())
-                found.size = float(sum(x.numel() for x in (*_tensors(operands), result)))
+                found.read, found.written = float(sum(x.numel() for x in _tensors(operands))), float(result.numel())
                 return result
 
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

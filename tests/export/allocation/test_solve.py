@@ -26,7 +26,9 @@ def problem(seed: int, sites: int, forms: Sequence[str] = FORMS) -> tuple[Proble
     for place in range(sites):
         flops, size, gain = 10 ** draw.uniform(6, 9), 10 ** draw.uniform(4, 6), 10 ** draw.uniform(-2, 0)
         errors = {form: (gain * ERRORS[form] * draw.uniform(0.5, 2)) ** 2 for form in forms}
-        choices.append(Choice(f"s{place}", {form: DEVICE.seconds(flops, size, form) for form in forms}, errors))
+        choices.append(
+            Choice(f"s{place}", {form: DEVICE.seconds(flops, size, size / 9, form) for form in forms}, errors)
+        )
     edges = [Edge(None, ("s0",), 1e5), Edge(f"s{sites - 1}", (None,), 1e5)]
     for place in range(sites - 1):
         takers = (f"s{place + 1}", *((f"s{place + 2}",) if place + 2 < sites and draw.random() < 0.5 else ()))
@@ -59,7 +61,7 @@ def test_a_larger_budget_costs_no_more() -> None:
 
 def test_what_overflows_is_never_chosen() -> None:
     errors = {FP32: 0.0, FP16: math.inf, BF16: 1e-6, FP8: math.inf}
-    choice = Choice("s0", {form: DEVICE.seconds(1e9, 1e3, form) for form in FORMS}, errors)
+    choice = Choice("s0", {form: DEVICE.seconds(1e9, 1e3, 1e3, form) for form in FORMS}, errors)
     assert Problem([choice], [], DEVICE).solve(1.0) == {"s0": BF16}
 
 
