@@ -148,7 +148,9 @@ def file_of(
     return make
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan", [FP32, *(pytest.param(form, marks=pytest.mark.thorough) for form in (BF16, FP16, FP8)), "mixed"]
+)
 def test_a_typed_file_computes_what_the_programs_say(
     block: Captured, scales: dict[str, tuple[float, ...]], plan: str, file_of: Callable[[str], Path]
 ) -> None:
@@ -174,6 +176,7 @@ def test_a_typed_file_computes_what_the_programs_say(
             assert of_plan < {FP32: 1e-6, FP16: 3e-3, BF16: 3e-2}.get(plan, 0.3)
 
 
+@pytest.mark.thorough
 def test_weights_are_stored_in_their_type(file_of: Callable[[str], Path]) -> None:
     sizes = {}
     for form in FORMS:
@@ -183,7 +186,7 @@ def test_weights_are_stored_in_their_type(file_of: Callable[[str], Path]) -> Non
     assert sizes[FP8] < 0.8 * sizes[FP16]  # the embedding and the convolution are of fp16
 
 
-@pytest.mark.parametrize("form", [FP16, BF16, FP8])
+@pytest.mark.parametrize("form", [pytest.param(FP16, marks=pytest.mark.thorough), BF16, FP8])
 def test_the_prediction_is_near_what_is_measured(block: Captured, form: str) -> None:
     found = network(block.program, FORMS)
     samples = sample_data.read(block, drawn(40))
@@ -196,7 +199,9 @@ def test_the_prediction_is_near_what_is_measured(block: Captured, form: str) -> 
     assert 0.4 < predicted / float(np.sqrt(np.mean(np.square(errors)))) < 2.5
 
 
-@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3, 1e-5])
+@pytest.mark.parametrize(
+    "tolerance", [1e-1, 1e-2, *(pytest.param(x, marks=pytest.mark.thorough) for x in (1e-3, 1e-5))]
+)
 def test_an_allocation_keeps_its_tolerance_and_pays_less_for_a_larger_one(block: Captured, tolerance: float) -> None:
     found = network(block.program, FORMS)
     made = allocate_captured(block, found, sample_data.read(block, drawn(44)), Request(tolerance, ()), GPU)
