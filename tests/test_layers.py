@@ -52,7 +52,7 @@ ARROWS = {
     ),
     "export/testing": "export verification",
     "export/cli": "artifacts engines options pipeline report runtime sources verification",
-    "export": "pipeline",
+    "export": "allocation pipeline",
 }
 """For each folder, or module outside of one, the others of the same top folder that it may import."""
 
