@@ -259,12 +259,12 @@ def measure(name: str, folder: Path, venv: Path | None) -> list[dict[str, Any]]:
         save.save(lower.lower(program, 22, dims, inputs, captured.output_names).graph, path)
         return path
 
-    def ours(tolerance: float, label: str) -> Any:
+    def plan_within(tolerance: float, label: str) -> Any:
         start = time.perf_counter()
         given = sample_data.read(captured, task.samples)
         made = allocate_captured(captured, found, given, Request(tolerance, ()), device)
         seconds = time.perf_counter() - start
-        path = saved(typed_program(found, made.plan, made.scales), "ours")
+        path = saved(typed_program(found, made.plan, made.scales), "plan")
         row = judge.row(label, path, seconds, tolerance)
         rows.append(row | {"cost": made.cost / made.cost_fp32, "certified": made.measured})
         return made
@@ -272,7 +272,7 @@ def measure(name: str, folder: Path, venv: Path | None) -> list[dict[str, Any]]:
     plain = saved(captured.program, "plain")
     rows.append(judge.row("fp32", plain, 0.0))
     for tolerance in TOLERANCES:
-        made = ours(tolerance, f"ours at {tolerance:.0e}")
+        made = plan_within(tolerance, f"plan at {tolerance:.0e}")
     limits = {site.name: site.errors for site in made.sites}
     for form in ("fp16", "bf16"):
         plan = {each: form if np.isfinite(errors.get(form, np.inf)) else "fp32" for each, errors in limits.items()}
@@ -290,7 +290,7 @@ def measure(name: str, folder: Path, venv: Path | None) -> list[dict[str, Any]]:
             rows.append(judge.row(f"AutoCast {form}", target, time.perf_counter() - start))
         theirs = next((row for row in rows if row["contender"] == "AutoCast fp16"), None)
         if theirs is not None:
-            ours(theirs["error"], "ours at AutoCast's error")
+            plan_within(theirs["error"], "plan at AutoCast's error")
     start, target = time.perf_counter(), folder / "int8.onnx"
     onnxruntime.quantization.quantize_dynamic(plain, target)
     rows.append(judge.row("ONNX Runtime int8", target, time.perf_counter() - start))

@@ -216,9 +216,10 @@ class _Certifier:
     def _error(self, outputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
         if self._metric is not None:
             try:
-                return float(self._metric(outputs, exact))
+                found = float(self._metric(outputs, exact))
             except Exception as error:  # the user's own code
                 raise ConfigError(f"the metric fails: {type(error).__name__}: {error}") from error
+            return math.inf if math.isnan(found) else found
         return max(_relative(outputs[name], x) for name, x in exact.items() if x.is_floating_point())
 
 

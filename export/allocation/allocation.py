@@ -105,6 +105,7 @@ class Allocation:
     def as_json(self) -> dict[str, Any]:
         """Return what `save` writes."""
         found = {"version": VERSION, **asdict(self)}
+        found["certified"] = [x if math.isfinite(x) else None for x in self.certified]
         for site in found["sites"]:
             site["errors"] = {form: x if math.isfinite(x) else None for form, x in site["errors"].items()}
         return found
@@ -121,7 +122,7 @@ class Allocation:
             if content.pop("version") != VERSION:
                 raise ConfigError(f"{path} is an allocation of another version; make it again")
             sites = tuple(_site(each) for each in content.pop("sites"))
-            content["certified"] = tuple(map(float, content["certified"]))
+            content["certified"] = tuple(math.inf if x is None else float(x) for x in content["certified"])
             return cls(sites=sites, **content)
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error

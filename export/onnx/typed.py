@@ -26,7 +26,8 @@ QUANTIZE, ATTENTION, ROUND = "adaattn::quantize_dequantize", "adaattn::typed_att
 @torch.library.custom_op(ROUND, mutates_args=())
 def round_to(x: Tensor, form: str) -> Tensor:
     """Round numbers to a format and keep their type: what a cast to that format's type is in the emulated program."""
-    return x.clone() if form == FP32 and x.dtype == torch.float32 else rounded(x, form)
+    made = rounded(x, form)
+    return made.clone() if made is x else made  # an operator's result is never its argument
 
 
 @torch.library.custom_op(QUANTIZE, mutates_args=())
