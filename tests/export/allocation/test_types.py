@@ -278,7 +278,7 @@ def test_a_users_metric_is_bounded() -> None:
     def unknown(outputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
         return float("nan")
 
-    with pytest.raises(ConfigError, match="no types keep 0.01: float32 everywhere has inf"):
+    with pytest.raises(ConfigError, match=r"no types keep 0\.01: float32 everywhere has inf"):
         allocate_captured(captured, found, samples, Request(1e-2, (), metric=unknown), GPU)
 
     def fails(outputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
