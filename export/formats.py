@@ -42,13 +42,22 @@ FORMATS = {
 }
 HEADROOM = 4  # numbers of samples stay this factor under a format's largest: other inputs may have larger ones
 LEAST_EXPONENT = -15  # of a scale: products of fp8 numbers with smaller ones are below what fp16 holds
-FP8_HEAD_DIMS = (9, 256)  # of attention that TensorRT fuses in fp8
 PROBABILITY_SCALE = 2.0**-8  # of softmax weights in fp8: the least power of two with which 1 does not exceed 448
 
 
 def rounded(x: Tensor, name: str) -> Tensor:
     """Return numbers rounded to a format that is not quantized, in their own type."""
     return x.to(FORMATS[name].dtype).to(x.dtype)
+
+
+def stored(number: float, name: str) -> float:
+    """Return a number as the carrier of a format has it.
+
+    Example:
+        >>> stored(0.1, "fp16")
+        0.0999755859375
+    """
+    return float(rounded(torch.tensor(number, dtype=torch.float64), FORMATS[name].carrier))
 
 
 def quantized(x: Tensor, scale: Tensor) -> Tensor:

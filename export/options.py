@@ -28,15 +28,12 @@ from adaattn.export.allocation.allocation import Allocation
 from adaattn.export.engines import options as engine_options
 from adaattn.export.formats import FORMATS
 from adaattn.export.onnx import lower
+from adaattn.export.targets import TARGETS, newest_opset
 from adaattn.input_spec import Dimension
 from adaattn.planning.budget import as_tolerance
 
-TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 SERVERS = ("triton", "onnxruntime")
 """What artifacts can be packaged for: Triton Inference Server, and ONNX Runtime's TensorRT execution provider."""
-# TensorRT builds torch's opset-23 Attention only where a fused kernel takes its types and shapes, and TensorRT-RTX 1.7
-# crashes on self-attention of a tensor with itself; up to 22 torch writes MatMul and Softmax.
-NEWEST_OPSET = {"onnx": lower.NEWEST_OPSET, "tensorrt-rtx": 22, "tensorrt": 22}
 TYPED_OPSET = 22  # the first whose convolutions take bfloat16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,7 +43,7 @@ class Options:
     """Options of an export.
 
     Args:
-        targets: of TARGETS; None for onnx and every TensorRT target whose package is here.
+        targets: of `targets.TARGETS`; None for onnx and every TensorRT target whose package is here.
         serve: of SERVERS, to package the artifacts for. "triton" writes a model repository of the tensorrt engine where
             that is a target, else of the ONNX file; "onnxruntime" an ONNX file that names the tensorrt engine.
         opset: 18 to 24; None for the newest that all targets take.
@@ -102,8 +99,9 @@ class Options:
             unknown = [each for each in given if not isinstance(each, str) or each not in known]
             if unknown:
                 raise ConfigError(f"{name} {described(unknown[0])} is unknown; choose one of {', '.join(known)}")
-        wanted = f"{lower.OLDEST_OPSET} to {lower.NEWEST_OPSET}"
-        if self.opset is not None and as_int("opset", self.opset, wanted, lower.OLDEST_OPSET) > lower.NEWEST_OPSET:
+        newest = newest_opset(["onnx"])
+        wanted = f"{lower.OLDEST_OPSET} to {newest}"
+        if self.opset is not None and as_int("opset", self.opset, wanted, lower.OLDEST_OPSET) > newest:
             raise ConfigError(f"opset is {described(self.opset)}; choose {wanted}")
         if self.dtype is not None:
             as_choice("dtype", self.dtype, DTYPES)
@@ -184,4 +182,4 @@ class Options:
 
     def chosen_opset(self) -> int:
         """Return the opset, by default the newest that all targets take."""
-        return self.opset or min(NEWEST_OPSET[target] for target in self.chosen_targets())
+        return self.opset or newest_opset(self.chosen_targets())

@@ -164,7 +164,7 @@ def export(
         typed = None
         if options.typed:
             with clock.stage("allocation"):
-                typed = give_types(captured, *_types_of(options), on_progress)
+                typed = give_types(captured, *_types_of(options), options.chosen_targets(), on_progress)
                 typed.allocation.save(staged / "allocation.json")
         with clock.stage("onnx"):
             lowered = _lower(captured if typed is None else replace(captured, program=typed.program), options)
@@ -267,7 +267,13 @@ def _lower(captured: Captured, options: Options) -> lower.Lowered:
     dim_names = {symbol: size.name for symbol, size in captured.dims.items()}
     input_names = [item.name for item in captured.inputs]
     return lower.lower(
-        captured.program, options.chosen_opset(), dim_names, input_names, captured.output_names, options.emit_plan
+        captured.program,
+        options.chosen_opset(),
+        dim_names,
+        input_names,
+        captured.output_names,
+        options.emit_plan,
+        options.chosen_targets(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -96,7 +96,13 @@ def allocate(
     return allocate_captured(captured, found, read(captured, samples), wanted, device, on_progress)
 
 
-def give_types(captured: Captured, wanted: Allocation | Request, device: Device, on_progress: Progress) -> Typed:
+def give_types(
+    captured: Captured,
+    wanted: Allocation | Request,
+    device: Device,
+    targets: Collection[str],
+    on_progress: Progress,
+) -> Typed:
     """Choose types for a captured program, or take those of an earlier allocation, and write them.
 
     Raises:
@@ -105,10 +111,10 @@ def give_types(captured: Captured, wanted: Allocation | Request, device: Device,
     """
     certifying: tuple[Sample, ...] = ()
     if isinstance(wanted, Allocation):
-        allocation, found = wanted, network(captured.program, tuple(FORMATS))
+        allocation, found = wanted, network(captured.program, tuple(FORMATS), targets)
         _check_same(found, allocation)
     else:
-        found = network(captured.program, formats_of(device, wanted.formats))
+        found = network(captured.program, formats_of(device, wanted.formats), targets)
         given = read(captured, wanted.samples)
         certifying = given.certifying
         allocation = allocate_captured(captured, found, given, wanted, device, on_progress)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 import adaattn.export.onnx.typed  # noqa: F401  defines the operators
 from adaattn.export.allocation.sites import LINEAR
-from adaattn.export.formats import FORMATS, FP8, FP32, rounded
+from adaattn.export.formats import FORMATS, FP8, FP32, stored
 from adaattn.export.rewrite.match import SDPA
 
 Call = Callable[..., Any]
@@ -119,8 +119,3 @@ def stored_numbers(node: Node, args: Sequence[Any], form: str) -> Sequence[Any]:
         return args
     found: Sequence[Any] = tree_map(lambda x: stored(x, form) if isinstance(x, float) else x, tuple(args))
     return found
-
-
-def stored(number: float, form: str) -> float:
-    """Return a number as the carrier of a format has it."""
-    return float(rounded(torch.tensor(number, dtype=torch.float64), FORMATS[form].carrier))

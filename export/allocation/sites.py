@@ -16,8 +16,9 @@ from torch.fx import Node
 
 from adaattn.errors import ConfigError
 from adaattn.export.capture.captured import with_graph
-from adaattn.export.formats import BF16, FORMATS, FP8, FP8_HEAD_DIMS
+from adaattn.export.formats import BF16, FORMATS, FP8
 from adaattn.export.rewrite.match import SDPA, path_of
+from adaattn.export.targets import take_attention
 from adaattn.ops.signatures import OPS
 
 aten = torch.ops.aten
@@ -119,12 +120,13 @@ class Network:
         return found
 
 
-def network(program: ExportedProgram, formats: Sequence[str]) -> Network:
+def network(program: ExportedProgram, formats: Sequence[str], targets: Collection[str] = ("onnx",)) -> Network:
     """Return the sites of a program.
 
     Args:
         program: captured, whose attention is one node each.
         formats: what sites may have.
+        targets: that take the operators.
 
     Raises:
         ConfigError: it is not a program of float32.
@@ -154,7 +156,7 @@ def network(program: ExportedProgram, formats: Sequence[str]) -> Network:
                 constants[node] = constants[_floats(node)[0]]
             elif node in folded:
                 continue
-            elif (candidates := _candidates(node, formats)) and node.meta["val"].dtype == torch.float32:
+            elif (candidates := _candidates(node, formats, targets)) and node.meta["val"].dtype == torch.float32:
                 product = node.target not in NEIGHBOURS
                 sites[node] = Site(node, path_of(node), tuple(_floats(node)), candidates, product)
     return Network(program, sites, constants, folded)
@@ -176,7 +178,7 @@ def is_float(node: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _candidates(node: Node, formats: Sequence[str]) -> tuple[str, ...]:
+def _candidates(node: Node, formats: Sequence[str], targets: Collection[str]) -> tuple[str, ...]:
     """Return the formats that a node may have; none where its type stays, as where the program says it."""
     given = (*node.args, *node.kwargs.values())
     if any(isinstance(x, torch.dtype) for x in given) or "alpha" in node.kwargs:
@@ -185,19 +187,13 @@ def _candidates(node: Node, formats: Sequence[str]) -> tuple[str, ...]:
         formats = [name for name in formats if name != BF16]
     largest = max((abs(x) for x in given if isinstance(x, (int, float))), default=0)
     formats = [name for name in formats if FORMATS[FORMATS[name].carrier].largest >= largest]
-    if node.target is SDPA and not _fuses_in_fp8(node):
+    if node.target is SDPA and not take_attention(targets, FP8, [x.meta["val"].shape[-1] for x in _floats(node)[:3]]):
         formats = [name for name in formats if name != FP8]
     if node.target is SDPA or node.target in PRODUCTS:
         return tuple(formats)
     if node.target in (*OTHER_PRODUCTS, *NEIGHBOURS):
         return tuple(name for name in formats if name != FP8)
     return ()
-
-
-def _fuses_in_fp8(node: Node) -> bool:
-    """Return whether TensorRT takes attention in fp8: of other head sizes its builder fails on some shapes."""
-    sizes = [each.meta["val"].shape[-1] for each in _floats(node)[:3]]
-    return all(isinstance(size, int) and FP8_HEAD_DIMS[0] <= size <= FP8_HEAD_DIMS[1] for size in sizes)
 
 
 def _floats(node: Node) -> list[Node]:

@@ -19,12 +19,11 @@ from adaattn.export.allocation.arithmetic import (
     compute,
     mask_of,
     per_channel,
-    stored,
     stored_numbers,
 )
 from adaattn.export.allocation.sites import Network, is_float, with_reshapes
 from adaattn.export.capture.captured import with_graph
-from adaattn.export.formats import FORMATS, FP8, FP32, rounded, scale_of
+from adaattn.export.formats import FORMATS, FP8, FP32, rounded, scale_of, stored
 from adaattn.export.rewrite.match import SDPA
 
 Scales = Mapping[str, Sequence[float]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from adaattn.export.onnx import sdpa, typed
 from adaattn.export.onnx.functions import DOMAIN, DOMAIN_VERSION, PLUGIN, attributes, function
 from adaattn.ops.signatures import OPS, VARIANTS, Signature
 
-OLDEST_OPSET, NEWEST_OPSET = 18, 24
+OLDEST_OPSET = 18
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def lower(
     input_names: Sequence[str],
     output_names: Sequence[str],
     emit_plan: bool = False,
+    targets: Collection[str] = ("onnx",),
 ) -> Lowered:
     """Return the ONNX model of a captured program.
 
@@ -53,6 +54,7 @@ def lower(
         dim_names: for each symbol of the program the name that it gets.
         input_names, output_names: of the graph.
         emit_plan: add precision and rank of each planned attention as outputs, `LAYER.precision` and `LAYER.rank`.
+        targets: that the model is for; what one of them does not take is written otherwise.
 
     Raises:
         ExportError: torch.onnx cannot translate the program, or it keeps something from one call to the next.
@@ -65,7 +67,11 @@ def lower(
             dynamo=True,
             opset_version=opset,
             output_names=list(output_names),
-            custom_translation_table={**_translations(), **sdpa.translations(opset), **typed.translations(opset)},
+            custom_translation_table={
+                **_translations(),
+                **sdpa.translations(opset, targets),
+                **typed.translations(opset, targets),
+            },
             verbose=False,
             optimize=False,  # it would remove what is written into inputs, which is not an output yet
         )

@@ -8,7 +8,7 @@ mask over queries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -17,12 +17,17 @@ from onnxscript import opset18 as op
 from onnxscript import opset23
 
 from adaattn.errors import ExportError
+from adaattn.export.formats import BF16, FP16, FP32
+from adaattn.export.targets import take_attention
 
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return, for `torch.onnx.export`, the translations of torch's attention operators at an opset.
+FORMS = {ir.DataType.FLOAT: FP32, ir.DataType.FLOAT16: FP16, ir.DataType.BFLOAT16: BF16}
+
+
+def translations(opset: int, targets: Collection[str] = ("onnx",)) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return, for `torch.onnx.export`, the translations of torch's attention operators at an opset, for some targets.
 
     Programs that were decomposed before they were saved hold the second one.
     """
@@ -39,8 +44,9 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         _refuse_dropout(dropout_p)
         scale = _scale(query, scale)
-        if opset >= 23 and _fits_one_node(query, key, value, attn_mask, scale):
-            return _one_node(query, key, value, attn_mask, is_causal, scale)
+        # In 16-bit types the scores of one node overflow, and eager's do not.
+        if query.dtype not in NARROW and fits_one_node(opset, targets, query, key, value, attn_mask, scale):
+            return one_node(query, key, value, attn_mask, is_causal, scale)
         return formula(query, key, value, attn_mask, is_causal, scale, _score_type(query))[0]
 
     def flash_attention_for_cpu(
@@ -80,15 +86,21 @@ def _scale(query: Any, scale: float | None) -> Any:
     return op.Reciprocal(op.Sqrt(op.Cast(op.Shape(query, start=-1), to=_score_type(query))))
 
 
-def _fits_one_node(query: Any, key: Any, value: Any, mask: Any, scale: Any) -> bool:
-    """Return whether ONNX's `Attention` computes what eager does.
+def fits_one_node(
+    opset: int, targets: Collection[str], query: Any, key: Any, value: Any, mask: Any, scale: Any
+) -> bool:
+    """Return whether all targets take ONNX's `Attention`, and it computes what eager does.
 
-    In 16-bit types its scores overflow, and it broadcasts nothing. ONNX Runtime takes the square root of the scale, and
-    gives zeros to a query whose mask is all the least number of float32, for which eager gives the mean of the values.
+    It broadcasts nothing. ONNX Runtime takes the square root of the scale, and gives zeros to a query whose mask is all
+    the least number of its type, for which eager gives the mean of the values.
     """
+    operands = (query, key, value)
     heads, kv_heads = query.shape[1:2], key.shape[1:2]
     return (
-        all(x.dtype == ir.DataType.FLOAT and len(x.shape) == 4 for x in (query, key, value))
+        opset >= 23
+        and all(x.dtype == query.dtype and len(x.shape) == 4 for x in operands)
+        and query.dtype in FORMS
+        and take_attention(targets, FORMS[query.dtype], [x.shape[-1] for x in operands], query is key is value)
         and _same(query.shape[0], key.shape[0], value.shape[0])
         and _same(*kv_heads, value.shape[1])
         and (_same(*heads, *kv_heads) or all(isinstance(size, int) for size in (*heads, *kv_heads)))
@@ -98,7 +110,8 @@ def _fits_one_node(query: Any, key: Any, value: Any, mask: Any, scale: Any) -> b
     )
 
 
-def _one_node(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: float) -> Any:
+def one_node(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: float) -> Any:
+    """Return the output of ONNX's `Attention`, with zeros for a query that may attend to nothing."""
     queries, keys = query.shape[2], key.shape[2]
     # Providers of ONNX Runtime align a causal mask differently where there are more keys than queries.
     if mask is None and (not causal or _same(queries, keys)):

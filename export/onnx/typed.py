@@ -6,7 +6,7 @@ a program runs in eager PyTorch and in float64 with the roundings of its ONNX fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from onnxscript import opset19 as op
 from torch import Tensor
 
-from adaattn.export.formats import FORMATS, FP8, FP32, PROBABILITY_SCALE, quantized, rounded
+from adaattn.export.formats import FORMATS, FP8, FP32, PROBABILITY_SCALE, quantized, rounded, stored
 from adaattn.export.onnx import sdpa
 
 QUANTIZE, ATTENTION, ROUND = "adaattn::quantize_dequantize", "adaattn::typed_attention", "adaattn::rounded"
@@ -100,9 +100,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
-def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the translations for `torch.onnx.export` at an opset."""
-    plain = sdpa.translations(opset)[torch.ops.aten.scaled_dot_product_attention.default]
+def translations(opset: int, targets: Collection[str] = ("onnx",)) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return the translations for `torch.onnx.export` at an opset, for some targets."""
+    plain = sdpa.translations(opset, targets)[torch.ops.aten.scaled_dot_product_attention.default]
 
     def attention(
         query: Any,
@@ -118,6 +118,8 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         if form == FP32:
             return plain(query, key, value, attn_mask, 0.0, is_causal, scale)
+        if form != FP8 and sdpa.fits_one_node(opset, targets, query, key, value, attn_mask, scale):
+            return sdpa.one_node(query, key, value, attn_mask, is_causal, stored(scale, form))
         scales = (query_scale, key_scale, value_scale, PROBABILITY_SCALE)
         quantize = [partial(_with_scale, kind=query.dtype, scale=each) for each in scales] if form == FP8 else None
         return sdpa.formula(query, key, value, attn_mask, is_causal, scale, query.dtype, quantize)[0]
