@@ -28,11 +28,10 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.models import DIMS, MODELS, build
+from benchmarks.model_types import write_table
+from benchmarks.models import DIMS, MODELS, RESULTS, build, random_samples
 from benchmarks.optimum import environment, minilm, pins
 
-RESULTS, PAGE = Path(__file__).parent / "results", Path(__file__).parent.parent / "docs" / "allocation.md"
-START, END = "<!-- table of benchmarks.allocation -->", "<!-- end of the table -->"
 TOLERANCES = (1e-1, 1e-2, 1e-3)
 NAMES = ("MiniLM-L6", "BERT", "GPT-2", "Llama", "ViT", "DiT")
 CAPABILITY = "8.9"
@@ -88,7 +87,7 @@ def task_of(name: str, folder: Path) -> Task:
         entry = MODELS[name]
         model, specs = usable(build(entry)), [InputSpec.parse(*given.split("=", 1)) for given in entry.inputs]
         sizes = {key: Dimension.of(key, given) for key, given in DIMS.items()}
-        found = _random_inputs(specs, sizes)
+        found = random_samples(specs, sizes, SAMPLES + HELD_OUT)
     used = {size for spec in specs for size in spec.shape}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -111,27 +110,6 @@ def _sentences(folder: Path) -> list[Sample]:
         for _ in range(count):
             chosen = draw.choice(text, size=int(draw.integers(1, 4)), replace=False)
             found.append(dict(tokenizer([" ".join(chosen)], return_tensors="pt")))
-    return found
-
-
-def _random_inputs(specs: Sequence[Any], dims: Mapping[str, Any]) -> list[Sample]:
-    import torch
-
-    generator, found = torch.Generator().manual_seed(7), []
-    for _ in range(SAMPLES + HELD_OUT):
-        sizes = {
-            name: int(torch.randint(dim.min, dim.max + 1, (), generator=generator)) for name, dim in dims.items()
-        } | {"B": 1}
-        sample = {}
-        for spec in specs:
-            shape = [sizes.get(size, size) for size in spec.shape]
-            if spec.meaning == "attend":
-                sample[spec.name] = torch.ones(shape, dtype=torch.int64)
-            elif spec.below:
-                sample[spec.name] = torch.randint(0, spec.below, shape, generator=generator)
-            else:
-                sample[spec.name] = torch.randn(shape, generator=generator)
-        found.append(sample)
     return found
 
 
@@ -220,6 +198,7 @@ def work_of(path: Path, sample: Sample) -> dict[str, float]:
     for node in products:
         out, weight = shapes[node.output[0]], shapes[node.input[1]]
         inner = int(np.prod(weight[1:])) if node.op_type == "Conv" else shapes[node.input[0]][-1]
+        inner = 2 * weight[-2] if node.op_type == "Attention" else inner  # two products, each over all keys
         if node.op_type == "Gemm" and any(x.name == "transA" and x.i for x in node.attribute):
             inner = shapes[node.input[0]][0]
         quantized = all(name in maker and _quantized(maker, name) for name in node.input[:2])
@@ -264,7 +243,7 @@ def measure(name: str, folder: Path, venv: Path | None) -> list[dict[str, Any]]:
         given = sample_data.read(captured, task.samples)
         made = allocate_captured(captured, found, given, Request(tolerance, ()), device)
         seconds = time.perf_counter() - start
-        path = saved(typed_program(found, made.plan, made.scales), "plan")
+        path = saved(typed_program(found, made.plan, made.constants), "plan")
         row = judge.row(label, path, seconds, tolerance)
         rows.append(row | {"cost": made.cost / made.cost_fp32, "certified": made.measured})
         return made
@@ -326,9 +305,7 @@ def main(names: tuple[str, ...]) -> None:
     if not names:
         content = {"capability": CAPABILITY, "samples": SAMPLES, "held_out": HELD_OUT, "rows": rows}
         (RESULTS / "allocation.json").write_text(json.dumps(content, indent=1) + "\n")
-        before, _, rest = PAGE.read_text().partition(START)
-        _, _, after = rest.partition(END)
-        PAGE.write_text("\n".join([before + START, "", *table(rows), "", END + after]))
+        write_table("benchmarks.allocation", table(rows))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,18 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaattn.input_spec import Dimension, InputSpec
 
 RESULTS, PAGE = Path(__file__).parent / "results", Path(__file__).parent.parent / "docs" / "models.md"
 TOLERANCE = 1e-2
@@ -245,6 +250,28 @@ def build(entry: Entry) -> Any:
     from benchmarks.gpt import GPT
 
     return GPT().eval()
+
+
+def random_samples(specs: Sequence[InputSpec], dims: Mapping[str, Dimension], count: int) -> list[dict[str, Tensor]]:
+    """Return random inputs of a model, each of other sizes within its dimensions and with a batch of 1."""
+    import torch
+
+    generator, found = torch.Generator().manual_seed(7), []
+    for _ in range(count):
+        sizes = {
+            name: int(torch.randint(dim.min, dim.max + 1, (), generator=generator)) for name, dim in dims.items()
+        } | {"B": 1}
+        sample = {}
+        for spec in specs:
+            shape = [sizes.get(str(size), size) for size in spec.shape]
+            if spec.meaning == "attend":
+                sample[spec.name] = torch.ones(shape, dtype=torch.int64)
+            elif spec.below:
+                sample[spec.name] = torch.randint(0, spec.below, shape, generator=generator)
+            else:
+                sample[spec.name] = torch.randn(shape, generator=generator)
+        found.append(sample)
+    return found
 
 
 def measure(name: str) -> dict[str, Any]:

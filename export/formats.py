@@ -30,15 +30,18 @@ class Format:
     @property
     def quantized(self) -> bool:
         """Whether operands are scaled and rounded by QuantizeLinear, and not by a cast."""
-        return self.carrier != self.name
+        return self.name == FP8
 
 
-FP32, BF16, FP16, FP8 = "fp32", "bf16", "fp16", "fp8"
+FP32, BF16, FP16, FP8, INT8, PLUGIN = "fp32", "bf16", "fp16", "fp8", "int8", "plugin"
+TYPES = (FP32, BF16, FP16, FP8)
+"""What a user may allow."""
 FORMATS = {
     FP32: Format(FP32, torch.float32, torch.finfo(torch.float32).max, FP32),
     BF16: Format(BF16, torch.bfloat16, torch.finfo(torch.bfloat16).max, BF16),
     FP16: Format(FP16, torch.float16, 65504.0, FP16),
     FP8: Format(FP8, torch.float8_e4m3fn, 448.0, FP16),
+    PLUGIN: Format(PLUGIN, torch.float16, 65504.0, FP16),  # attention whose heads have a plan each
 }
 HEADROOM = 4  # numbers of samples stay this factor under a format's largest: other inputs may have larger ones
 LEAST_EXPONENT = -15  # of a scale: products of fp8 numbers with smaller ones are below what fp16 holds
@@ -95,6 +98,7 @@ class Device:
     bf16: float
     fp16: float
     fp8: float
+    int8: float
     memory: float
 
     def seconds(self, flops: float, read: float, written: float, name: str) -> float:
@@ -119,13 +123,13 @@ class Device:
 
 # NVIDIA's data sheets of one GPU of each compute capability: T4, A100 SXM 80 GB, A10, L4, H100 SXM, B200, RTX 5090.
 DEVICES = {
-    "7.5": Device("T4", 8.1, 0.0, 65.0, 0.0, 320.0),
-    "8.0": Device("A100", 19.5, 312.0, 312.0, 0.0, 2039.0),
-    "8.6": Device("A10", 31.2, 125.0, 125.0, 0.0, 600.0),
-    "8.9": Device("L4", 30.3, 121.0, 121.0, 242.0, 300.0),
-    "9.0": Device("H100", 67.0, 989.0, 989.0, 1979.0, 3350.0),
-    "10.0": Device("B200", 75.0, 2250.0, 2250.0, 4500.0, 8000.0),
-    "12.0": Device("RTX 5090", 104.8, 209.5, 209.5, 419.0, 1792.0),
+    "7.5": Device("T4", 8.1, 0.0, 65.0, 0.0, 130.0, 320.0),
+    "8.0": Device("A100", 19.5, 312.0, 312.0, 0.0, 624.0, 2039.0),
+    "8.6": Device("A10", 31.2, 125.0, 125.0, 0.0, 250.0, 600.0),
+    "8.9": Device("L4", 30.3, 121.0, 121.0, 242.0, 242.0, 300.0),
+    "9.0": Device("H100", 67.0, 989.0, 989.0, 1979.0, 1979.0, 3350.0),
+    "10.0": Device("B200", 75.0, 2250.0, 2250.0, 4500.0, 4500.0, 8000.0),
+    "12.0": Device("RTX 5090", 104.8, 209.5, 209.5, 419.0, 838.0, 1792.0),
 }
 USUAL = "8.0"  # where no compute capability is given: it has bf16 and fp16
 
@@ -142,7 +146,7 @@ def device_of(capabilities: Sequence[str]) -> Device:
             f"what formats cost on compute capability {unknown[0]} is not known; choose one of {', '.join(DEVICES)}"
         )
     chosen = [DEVICES[each] for each in capabilities or (USUAL,)]
-    rates = {name: min(getattr(each, name) for each in chosen) for name in (*FORMATS, "memory")}
+    rates = {name: min(getattr(each, name) for each in chosen) for name in (*TYPES, INT8, "memory")}
     return Device(" and ".join(each.name for each in chosen), **rates)
 
 
@@ -158,6 +162,4 @@ def formats_of(device: Device, wanted: Sequence[str] | None) -> tuple[str, ...]:
     lacking = [name for name in wanted or () if not getattr(device, name)]
     if lacking:
         raise ConfigError(f"{device.name} has no {lacking[0]}; leave it out of --formats")
-    return tuple(
-        name for name in FORMATS if getattr(device, name) and (wanted is None or name in wanted or name == FP32)
-    )
+    return tuple(name for name in TYPES if getattr(device, name) and (wanted is None or name in wanted or name == FP32))

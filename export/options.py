@@ -25,8 +25,9 @@ from adaattn.checks import (
 )
 from adaattn.errors import ConfigError
 from adaattn.export.allocation.allocation import Allocation
+from adaattn.export.allocation.apply import ATTENTION
 from adaattn.export.engines import options as engine_options
-from adaattn.export.formats import FORMATS
+from adaattn.export.formats import TYPES
 from adaattn.export.onnx import lower
 from adaattn.export.targets import TARGETS, newest_opset
 from adaattn.input_spec import Dimension
@@ -53,6 +54,8 @@ class Options:
             cheapest type with which it is kept on `samples`. None keeps the model's types.
         quantile: the share of samples that must keep the output tolerance.
         formats: that the plan may use, of "fp32", "bf16", "fp16", "fp8"; None for all that the engines' GPUs have.
+        attention: what attention becomes beside fp32 in that plan. "operators": ONNX's own, which every compiler takes.
+            "plugin": the op `adaptive_attention` with a constant plan for each head, for TensorRT's plugins.
         metric: what is bounded instead of the relative error: a function of the outputs and the reference outputs, by
             name, that returns a number, smaller is better.
         allocation: a plan that was made before, or its file, instead of a tolerance and samples.
@@ -79,6 +82,7 @@ class Options:
     output_tolerance: float | None = None
     quantile: float = 0.95
     formats: tuple[str, ...] | None = None
+    attention: str = ATTENTION[0]
     metric: Callable[[Any, Any], float] | None = None
     allocation: Allocation | Path | None = None
     emit_plan: bool = False
@@ -150,11 +154,13 @@ class Options:
         wanted = "a share of samples between 0 and 1, such as 0.95"
         object.__setattr__(self, "quantile", as_float("quantile", self.quantile, wanted, lambda x: 0 < x < 1))
         if self.formats is not None:
-            object.__setattr__(self, "formats", as_names("formats", self.formats, tuple(FORMATS)))
+            object.__setattr__(self, "formats", as_names("formats", self.formats, TYPES))
         if self.metric is not None:
             check_function("metric", self.metric)
-        if self.output_tolerance is None and (self.formats is not None or self.metric is not None):
-            raise ConfigError("formats and metric apply only with output_tolerance")
+        as_choice("attention", self.attention, ATTENTION)
+        given = self.formats is not None or self.metric is not None or self.attention != ATTENTION[0]
+        if self.output_tolerance is None and given:
+            raise ConfigError("formats, metric and attention apply only with output_tolerance")
         if self.allocation is not None:
             kinds = (Allocation, str, os.PathLike)
             check_instance("allocation", self.allocation, kinds, "an adaattn.export.Allocation or the path of its file")

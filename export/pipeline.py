@@ -234,7 +234,13 @@ def _types_of(options: Options) -> tuple[Allocation | Request, Device]:
         return given if isinstance(given, Allocation) else Allocation.load(as_path("allocation", given)), device
     assert options.samples is not None
     wanted = Request(
-        options.output_tolerance, options.samples, options.quantile, options.formats, options.metric, options.state
+        options.output_tolerance,
+        options.samples,
+        options.quantile,
+        options.formats,
+        options.attention == "plugin",
+        options.metric,
+        options.state,
     )
     return wanted, device
 

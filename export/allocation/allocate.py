@@ -16,14 +16,15 @@ from torch.fx import Interpreter
 from adaattn.errors import ConfigError
 from adaattn.export.allocation import samples as sample_data
 from adaattn.export.allocation.allocation import AllocatedSite, Allocation
+from adaattn.export.allocation.heads import HeadPlan, PlannedHeads
 from adaattn.export.allocation.measure import Measurements
 from adaattn.export.allocation.samples import Sample, Samples
 from adaattn.export.allocation.sites import Network
 from adaattn.export.allocation.solve import Choice, Edge, Problem
 from adaattn.export.allocation.state import State
-from adaattn.export.allocation.write import emulated_program
+from adaattn.export.allocation.write import Constants, emulated_program
 from adaattn.export.capture.captured import Captured
-from adaattn.export.formats import FORMATS, Device, scale_of
+from adaattn.export.formats import FORMATS, PLUGIN, Device, scale_of
 from adaattn.export.golden.plan_mode import PlanMode
 from adaattn.export.rewrite.prove import Runs
 
@@ -48,6 +49,7 @@ class Request:
         samples: batches of inputs, as `samples.read` takes them.
         quantile: the share of samples that must keep the tolerance.
         formats: that sites may have; None for all that the device has.
+        plugin: whether attention that is not fp32 becomes `adaptive_attention`, with a constant plan for each head.
         metric: what is bounded instead of the relative error.
         state: a file that keeps what was measured, from which an interrupted allocation goes on.
     """
@@ -56,6 +58,7 @@ class Request:
     samples: Iterable[Any]
     quantile: float = 0.95
     formats: Sequence[str] | None = None
+    plugin: bool = False
     metric: Metric | None = None
     state: Path | None = None
 
@@ -84,10 +87,11 @@ def allocate_captured(
     """
     state = State(wanted.state, network, samples.choosing)
     measured = _measured(captured, network, samples.choosing, state, on_progress)
-    problem = _problem(network, measured, device)
-    certify = _Certifier(captured, network, measured, samples.certifying, wanted.metric)
+    problem, heads = _problem(network, measured, device)
+    settle = partial(_settled, measured, heads)
+    certify = _Certifier(captured, network, settle, samples.certifying, wanted.metric)
     plan, errors = _cheapest(problem, certify, wanted, on_progress)
-    return _described(problem, network, measured, plan, errors, wanted, device)
+    return _described(problem, network, measured, plan, settle(plan)[1], errors, wanted, device)
 
 
 def _measured(
@@ -151,21 +155,24 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _problem(network: Network, measured: Measurements, device: Device) -> Problem:
-    choices = []
+HeadChoices = Mapping[str, Mapping[str, tuple[HeadPlan, ...]]]
+"""For each site whose heads may have plans, the plans by what the solver calls them."""
+
+
+def _problem(network: Network, measured: Measurements, device: Device) -> tuple[Problem, HeadChoices]:
+    choices, heads = [], dict[str, dict[str, tuple[HeadPlan, ...]]]()
     for site in network.sites.values():
         found = measured.sites[site.name]
-        forms = {form: found.error(form) for form in site.candidates}
-        choices.append(
-            Choice(
-                site.name,
-                {form: device.seconds(found.flops, found.read, found.written, form) for form in forms},
-                {
-                    form: (found.sensitivity * error) ** 2 if error < math.inf else math.inf
-                    for form, error in forms.items()
-                },
-            )
-        )
+        forms = [form for form in site.candidates if form != PLUGIN]
+        seconds = {form: device.seconds(found.flops, found.read, found.written, form) for form in forms}
+        errors = {form: _square(found.sensitivity, found.error(form)) for form in forms}
+        if site.heads and not found.overflows(PLUGIN):
+            made = found.heads.choices(site.heads, found.gains, found.flops, found.read + found.written, device)
+            for place, (plans, spent, error) in enumerate(made):
+                label = f"{PLUGIN} {place}"
+                seconds[label], errors[label] = spent, error
+                heads.setdefault(site.name, {})[label] = plans
+        choices.append(Choice(site.name, seconds, errors))
     edges = []
     for operand, takers in network.operands().items():
         root = network.root(operand)
@@ -173,7 +180,25 @@ def _problem(network: Network, measured: Measurements, device: Device) -> Proble
         consumers = tuple(None if each is None else each.name for each in takers)
         if source is not None or any(name is not None for name in consumers):
             edges.append(Edge(source, consumers, measured.sizes.get(operand.name, 0)))
-    return Problem(choices, edges, device)
+    return Problem(choices, edges, device), heads
+
+
+def _square(sensitivity: float, error: float) -> float:
+    return (sensitivity * error) ** 2 if error < math.inf else math.inf
+
+
+def _settled(
+    measured: Measurements, heads: HeadChoices, plan: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, Sequence[float] | PlannedHeads]]:
+    """Return the format of each site, and the constants of those that have some."""
+    formats, constants = dict[str, str](), dict[str, Sequence[float] | PlannedHeads]()
+    for name, label in plan.items():
+        formats[name] = form = label.split()[0]
+        if form == PLUGIN:
+            constants[name] = measured.sites[name].heads.planned(heads[name][label])
+        elif FORMATS[form].quantized:
+            constants[name] = [scale_of(peak) for peak in measured.sites[name].peaks]
+    return formats, constants
 
 
 class _Certifier:
@@ -183,17 +208,17 @@ class _Certifier:
         self,
         captured: Captured,
         network: Network,
-        measured: Measurements,
+        settle: Callable[[Mapping[str, str]], tuple[Mapping[str, str], Constants]],
         samples: Sequence[Sample],
         metric: Metric | None,
     ) -> None:
-        self._captured, self._network, self._measured, self._metric = captured, network, measured, metric
+        self._captured, self._network, self._settle, self._metric = captured, network, settle, metric
         self._samples = samples
         self._exact: list[dict[str, Tensor]] = []
 
     def errors(self, plan: Mapping[str, str], on_progress: Progress) -> list[float]:
         """Return the error of a plan on each sample: that of the worst output, or the user's metric."""
-        program = emulated_program(self._network, plan, scales(self._measured, plan))
+        program = emulated_program(self._network, *self._settle(plan))
         run = Runs(program, convert=_same)
         found = []
         for place, sample in enumerate(self._samples):
@@ -231,22 +256,14 @@ def _relative(got: Tensor, exact: Tensor) -> float:
     return math.inf if math.isnan(found) else found
 
 
-def scales(measured: Measurements, plan: Mapping[str, str]) -> dict[str, list[float]]:
-    """Return the scales of the operands of each site that a plan quantizes."""
-    return {
-        name: [scale_of(peak) for peak in measured.sites[name].peaks]
-        for name, form in plan.items()
-        if FORMATS[form].quantized
-    }
-
-
 def _cheapest(
     problem: Problem, certify: _Certifier, wanted: Request, on_progress: Progress
 ) -> tuple[dict[str, str], list[float]]:
     """Return the cheapest plan that keeps the tolerance on the certifying samples, and its errors on them."""
     tolerance, quantile = wanted.tolerance, wanted.quantile
     budget = tolerance if wanted.metric is None else UNKNOWN_METRIC
-    kept, failures = 0.0, 0  # the largest budget whose plan kept the tolerance, and how many did not
+    kept, missed = 0.0, math.inf  # the largest budget whose plan kept the tolerance, and the least whose plan did not
+    failures = 0
     best: tuple[dict[str, str], list[float]] | None = None
     tried: list[dict[str, str]] = []
     for _ in range(ROUNDS):
@@ -259,15 +276,18 @@ def _cheapest(
         if found > tolerance:
             # Errors that jump, as where a router takes another expert, do not fall with the budget: harder each time.
             failures += 1
-            less = min(budget, problem.error(plan)) * max(tolerance / found, 1 / STRIDE) / 2 ** (failures - 1)
-            budget = max(min(less, 0.99 * problem.error(plan)), math.sqrt(kept * budget))
-            continue
-        kept = max(kept, budget)
-        if best is None or problem.cost(plan) < problem.cost(best[0]):
-            best = plan, errors
-        if found >= CLOSE * tolerance or failures:
-            break
-        budget *= min(tolerance / found, STRIDE) if found else STRIDE
+            missed = min(missed, budget, problem.error(plan))
+            budget = missed * max(tolerance / found, 1 / STRIDE) / 2 ** (failures - 1)
+        else:
+            kept = max(kept, budget)
+            if best is None or problem.cost(plan) < problem.cost(best[0]):
+                best = plan, errors
+            if found >= CLOSE * tolerance:
+                break
+            budget *= min(tolerance / found, STRIDE) if found else STRIDE
+        if best is not None and missed < math.inf:
+            budget = math.sqrt(kept * missed)
+        budget = min(budget, 0.99 * missed)
     if best is None:
         plan = problem.least()
         errors = certify.errors(plan, on_progress)
@@ -298,28 +318,33 @@ def _described(
     network: Network,
     measured: Measurements,
     plan: Mapping[str, str],
+    constants: Constants,
     errors: Sequence[float],
     wanted: Request,
     device: Device,
 ) -> Allocation:
     total = problem.error(plan) ** 2
-    known = scales(measured, plan)
     sites = []
     for site in network.sites.values():
-        found, form = measured.sites[site.name], plan[site.name]
-        square = (found.sensitivity * found.error(form)) ** 2
+        found, square, known = (
+            measured.sites[site.name],
+            problem.square(site.name, plan[site.name]),
+            constants.get(site.name),
+        )
+        heads = known if isinstance(known, PlannedHeads) else None
         sites.append(
             AllocatedSite(
                 name=site.name,
                 path=site.path,
                 op=site.op,
-                format=form,
+                format=plan[site.name].split()[0],
                 product=site.product,
-                errors={each: found.error(each) for each in site.candidates},
+                errors={each: found.error(each) for each in site.candidates if each != PLUGIN},
                 sensitivity=found.sensitivity,
                 share=square / total if total else 0.0,
                 flops=found.flops,
-                scales=tuple(known.get(site.name, ())),
+                scales=() if known is None or isinstance(known, PlannedHeads) else tuple(known),
+                heads=heads,
             )
         )
     return Allocation(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from adaattn.errors import ConfigError
-from adaattn.export.formats import FORMATS
+from adaattn.export.allocation.heads import PlannedHeads
+from adaattn.export.formats import FORMATS, PLUGIN
 from adaattn.system.atomic_file import replacing
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class AllocatedSite:
         share: of the predicted error's square.
         flops: operations of its products in the largest sample.
         scales: of its quantized operands.
+        heads: the plans of its heads, where it is attention that becomes the op `adaptive_attention`.
     """
 
     name: str
@@ -44,6 +46,7 @@ class AllocatedSite:
     share: float
     flops: float
     scales: tuple[float, ...] = ()
+    heads: PlannedHeads | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,9 @@ class Allocation:
         return {site.name: site.format for site in self.sites}
 
     @property
-    def scales(self) -> dict[str, tuple[float, ...]]:
-        """The scales of each quantized site."""
-        return {site.name: site.scales for site in self.sites if FORMATS[site.format].quantized}
+    def constants(self) -> dict[str, Sequence[float] | PlannedHeads]:
+        """The scales of each quantized site, and what heads are planned by."""
+        return {site.name: site.heads or site.scales for site in self.sites if site.heads or site.scales}
 
     @property
     def promises(self) -> bool:
@@ -134,4 +137,8 @@ def _site(content: dict[str, Any]) -> AllocatedSite:
     if set(content) - {field.name for field in fields(AllocatedSite)} or content["format"] not in FORMATS:
         raise ValueError(f"the site {content.get('name')}")
     errors = {form: math.inf if x is None else float(x) for form, x in content["errors"].items()}
-    return AllocatedSite(**{**content, "errors": errors, "scales": tuple(map(float, content["scales"]))})
+    heads = None if content["heads"] is None else PlannedHeads.from_json(content["heads"])
+    if (heads is not None) != (content["format"] == PLUGIN):
+        raise ValueError(f"the heads of {content['name']}")
+    scales = tuple(map(float, content["scales"]))
+    return AllocatedSite(**{**content, "errors": errors, "scales": scales, "heads": heads})

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from adaattn.checks import as_path, check_instance
+from adaattn.checks import as_choice, as_path, check_instance
 from adaattn.errors import ConfigError
 from adaattn.export.allocation.allocate import Metric, Progress, Request, allocate_captured
 from adaattn.export.allocation.allocation import Allocation
@@ -19,11 +19,14 @@ from adaattn.export.allocation.sites import Network, network
 from adaattn.export.allocation.write import emulated_program, typed_program, unrounded_program
 from adaattn.export.capture.captured import Captured
 from adaattn.export.capture.saved_program import capture_program, eager_of
-from adaattn.export.formats import FORMATS, Device, device_of, formats_of
+from adaattn.export.formats import TYPES, Device, device_of, formats_of
 from adaattn.export.golden import cases
 from adaattn.export.rewrite.program import ATTEND, rewrite
 from adaattn.input_spec import Dimension
 from adaattn.planning.budget import as_tolerance
+
+ATTENTION = ("operators", "plugin")
+"""What attention may become where it is not fp32."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def allocate(
     compute_capabilities: Sequence[str] = (),
     quantile: float = 0.95,
     formats: Sequence[str] | None = None,
+    attention: str = ATTENTION[0],
     metric: Metric | None = None,
     state: str | os.PathLike[str] | None = None,
     on_progress: Progress = lambda phase, share: None,
@@ -70,6 +74,8 @@ def allocate(
         compute_capabilities: of the GPUs whose times are weighed, such as "8.9"; those of an A100 by default.
         quantile: the share of samples that must keep the tolerance.
         formats: that operators may have, of "fp32", "bf16", "fp16", "fp8"; None for all that the GPUs have.
+        attention: what attention becomes where it is not fp32: "operators" of ONNX, or "plugin", the op
+            `adaptive_attention` with a constant plan for each head.
         metric: what is bounded instead of the relative error: a function of outputs and reference outputs by name.
         state: a file that keeps what was measured, from which an interrupted call goes on.
         on_progress: called with what is done and its share, 0 to 1.
@@ -89,10 +95,10 @@ def allocate(
     captured = capture_program(program, sizes)
     captured, _ = rewrite(captured, None, partial(cases.proof, captured))
     device = device_of(compute_capabilities)
-    found = network(captured.program, formats_of(device, formats))
-    wanted = Request(
-        as_tolerance(tolerance), samples, quantile, formats, metric, None if state is None else as_path("state", state)
-    )
+    plugin = as_choice("attention", attention, ATTENTION) == "plugin"
+    found = network(captured.program, formats_of(device, formats), plugin=plugin)
+    path = None if state is None else as_path("state", state)
+    wanted = Request(as_tolerance(tolerance), samples, quantile, formats, plugin, metric, path)
     return allocate_captured(captured, found, read(captured, samples), wanted, device, on_progress)
 
 
@@ -111,14 +117,15 @@ def give_types(
     """
     certifying: tuple[Sample, ...] = ()
     if isinstance(wanted, Allocation):
-        allocation, found = wanted, network(captured.program, tuple(FORMATS), targets)
+        plugin = any(site.heads for site in wanted.sites)
+        allocation, found = wanted, network(captured.program, TYPES, targets, plugin)
         _check_same(found, allocation)
     else:
-        found = network(captured.program, formats_of(device, wanted.formats), targets)
+        found = network(captured.program, formats_of(device, wanted.formats), targets, wanted.plugin)
         given = read(captured, wanted.samples)
         certifying = given.certifying
         allocation = allocate_captured(captured, found, given, wanted, device, on_progress)
-    of = found, allocation.plan, allocation.scales
+    of = found, allocation.plan, allocation.constants
     emulated, unrounded = (_running(captured, make(*of)) for make in (emulated_program, unrounded_program))
     # Attention that plans at run time is dense now, in float64 too.
     planned = any(node.target is ATTEND for node in captured.program.graph.nodes)

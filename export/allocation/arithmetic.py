@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 import adaattn.export.onnx.typed  # noqa: F401  defines the operators
-from adaattn.export.allocation.sites import LINEAR
-from adaattn.export.formats import FORMATS, FP8, FP32, stored
+from adaattn.export.allocation.sites import LINEAR, attention_arguments
+from adaattn.export.formats import FORMATS, FP8, FP32, PLUGIN, stored
 from adaattn.export.rewrite.match import SDPA
 
 Call = Callable[..., Any]
@@ -26,7 +25,7 @@ def compute(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     form: str,
-    scales: Sequence[Any],
+    constants: Sequence[Any],
     typed: bool,
 ) -> Any:
     """Compute an operator at a format.
@@ -36,20 +35,31 @@ def compute(
         node: the operator in its program.
         args, kwargs: its operands, in the carrier of the format; a mask of attention is as the program has it.
         form: of FORMATS.
-        scales: of the operands of fp8: numbers for attention, else for each operand a tensor.
+        constants: at fp8 the scales of the operands, numbers for attention, else for each operand a tensor. Of
+            attention whose heads are planned, what `PlannedHeads.tensors` returns.
         typed: whether operands have the type of the carrier; if not, results are rounded to it.
     """
     carrier = FORMATS[form].carrier
+
+    def convert(x: Any) -> Any:
+        if typed:
+            return call(torch.ops.aten.to.dtype, x, FORMATS[carrier].dtype)
+        return call(torch.ops.adaattn.rounded.default, x, carrier)
+
     if node.target is SDPA and (typed or form != FP32):
         query, key, value, mask, causal, scale = attention_arguments(node, args, kwargs)
-        mask = _narrow_mask(call, mask, form, typed)
-        scales = scales or (1.0, 1.0, 1.0)
+        if form == PLUGIN:
+            op = torch.ops.adaattn.planned_attention.default
+            result = call(op, query, key, value, *constants, mask, scale, causal)
+            return result if typed else call(torch.ops.adaattn.rounded.default, result, carrier)
+        mask = narrow_mask(call, mask, form, convert)
+        scales = constants or (1.0, 1.0, 1.0)
         return call(torch.ops.adaattn.typed_attention.default, query, key, value, mask, causal, scale, form, *scales)
     if form == FP8:
         first, second, *rest = args
         first, second = (
             call(torch.ops.adaattn.quantize_dequantize.default, x, scale, axis)
-            for x, scale, axis in zip((first, second), scales, (0, 0), strict=True)
+            for x, scale, axis in zip((first, second), constants, (0, 0), strict=True)
         )
         args = (first, second, *rest)
     elif not typed:
@@ -68,36 +78,20 @@ def mask_of(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return attention_arguments(node, args, kwargs)[3] if node.target is SDPA else None
 
 
-def _narrow_mask(call: Call, mask: Any, form: str, typed: bool) -> Any:
+def narrow_mask(call: Call, mask: Any, form: str, convert: Callable[[Any], Any]) -> Any:
     """Return a mask in the carrier of a format, whose finite numbers stay finite.
 
     The least number of float32 often stands for -inf, but a query that has it for every key attends to all of them.
+
+    Args:
+        convert: rounds it.
     """
     kind = mask.meta["val"] if isinstance(mask, Node) else mask
-    if mask is None or kind.dtype == torch.bool or form == FP32:
+    if mask is None or form in (FP32, PLUGIN) or kind.dtype == torch.bool:
         return mask
-    aten, form = torch.ops.aten, FORMATS[form].carrier
-    infinite, largest = call(aten.isinf.default, mask), FORMATS[form].largest
-    finite = call(aten.clamp.default, mask, -largest, largest)
-    mask = call(aten.where.self, infinite, mask, finite)
-    return (
-        call(aten.to.dtype, mask, FORMATS[form].dtype) if typed else call(torch.ops.adaattn.rounded.default, mask, form)
-    )
-
-
-def attention_arguments(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return query, key, value, mask, causality and scale of a call of scaled_dot_product_attention."""
-    target, query = cast(OpOverload, node.target), cast(Node, node.args[0])
-    given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | dict(kwargs)
-    head_dim = query.meta["val"].shape[-1]
-    scale = given.get("scale")
-    scale = float(head_dim) ** -0.5 if scale is None else scale
-    return (
-        *(given[name] for name in ("query", "key", "value")),
-        given.get("attn_mask"),
-        bool(given.get("is_causal", False)),
-        scale,
-    )
+    aten, largest = torch.ops.aten, FORMATS[FORMATS[form].carrier].largest
+    infinite, finite = call(aten.isinf.default, mask), call(aten.clamp.default, mask, -largest, largest)
+    return convert(call(aten.where.self, infinite, mask, finite))
 
 
 def fp8_operands(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:

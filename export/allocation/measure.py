@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaattn.export.allocation.arithmetic import compute, fp8_operands, mask_of, per_channel
-from adaattn.export.allocation.sites import Network, Site
+from adaattn.export.allocation.heads import HeadStatistics
+from adaattn.export.allocation.sites import Network, Site, attention_arguments
 from adaattn.export.allocation.write import channel_scales
-from adaattn.export.formats import FORMATS, FP8, FP32, HEADROOM, rounded, scale_of
+from adaattn.export.formats import FORMATS, FP8, FP32, HEADROOM, PLUGIN, rounded, scale_of
 from adaattn.export.golden.plan_mode import PlanMode
 from adaattn.export.rewrite.match import SDPA
 
@@ -37,6 +38,7 @@ class SiteStatistics:
         peaks: largest number of each operand that fp8 quantizes.
         gain: sum over samples of the squared relative error of the model's output, for one of the site's.
         gains: samples in that sum.
+        heads: of attention whose heads may have a plan each.
     """
 
     flops: float = 0.0
@@ -48,10 +50,19 @@ class SiteStatistics:
     peaks: list[float] = field(default_factory=list)
     gain: float = 0.0
     gains: int = 0
+    heads: HeadStatistics = field(default_factory=HeadStatistics)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.heads, HeadStatistics):  # as JSON has it
+            self.heads = HeadStatistics(**self.heads)
+
+    def overflows(self, form: str) -> bool:
+        """Return whether a format may not hold the numbers of the site."""
+        return form != FP32 and self.peak * HEADROOM > FORMATS[FORMATS[form].carrier].largest
 
     def error(self, form: str) -> float:
         """Return the relative error that a format makes at the site; infinite where it overflows."""
-        if form != FP32 and self.peak * HEADROOM > FORMATS[FORMATS[form].carrier].largest:
+        if self.overflows(form):
             return float("inf")
         return float((self.noise.get(form, 0.0) / self.energy) ** 0.5) if self.energy else 0.0
 
@@ -135,20 +146,30 @@ class Measurements:
             found.peaks = [max(pair) for pair in zip(peaks, found.peaks or peaks, strict=True)]
         if ranges_only:
             return
+        if site.heads:
+            self._measure_heads(site, args, kwargs, exact)
         known = _within_range(exact)
         found.energy += float(exact[known].square().sum())
         for form in site.candidates:
-            carrier = FORMATS[form].carrier
-
-            def narrow(x: Any, carrier: str = carrier) -> Any:
-                whole = not isinstance(x, Tensor) or not x.is_floating_point() or x is mask
-                return x if whole else rounded(x, carrier)
-
-            narrow_args, narrow_kwargs = tree_map(narrow, (tuple(args), dict(kwargs)))
+            if form == PLUGIN:
+                continue
+            narrow_args, narrow_kwargs = _narrow(args, kwargs, mask, FORMATS[form].carrier)
             scales = self._scales(site, narrow_args, narrow_kwargs) if form == FP8 else ()
             got = compute(_run, node, narrow_args, narrow_kwargs, form, scales, typed=False)
             noise = float((got - exact)[known].square().sum())
             found.noise[form] = found.noise.get(form, 0.0) + (noise if noise == noise else float("inf"))
+
+    def _measure_heads(self, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any], exact: Tensor) -> None:
+        """Compute attention at each plan that its heads may have, all heads at one plan at a time."""
+        found, mask = self.sites[site.name].heads, mask_of(site.node, args, kwargs)
+        given = _narrow(args, kwargs, mask, FORMATS[PLUGIN].carrier)
+        _, key, value, *_ = attention_arguments(site.node, *given)
+        found.see(key, value)
+        outputs = []
+        for plan in site.heads:
+            constants = found.planned([plan] * exact.shape[1]).tensors().values()
+            outputs.append(compute(_run, site.node, *given, PLUGIN, [*constants], typed=False))
+        found.add(exact, outputs)
 
     def _scales(self, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         """Return the scales of a site's operands in one sample."""
@@ -167,9 +188,13 @@ class Measurements:
         sums = {site.name: 0.0 for site in self.network.sites.values()}
         squares = dict(sums)
         sites = self.network.sites
+        of_heads: dict[str, Tensor] = {}  # the same for each head of an attention whose heads are planned
+        squares_of_heads: dict[str, Tensor] = {}
 
         def add(name: str, gradient: Tensor) -> None:
             sums[name] += float(gradient.double().square().sum())
+            if name in squares_of_heads:
+                of_heads[name] = of_heads.get(name, 0) + gradient.double().square().sum((0, 2, 3))
 
         class Watching(Interpreter):
             def run_node(self, n: Node) -> Any:
@@ -180,6 +205,8 @@ class Measurements:
                     numbers = result.detach().double()
                     numbers = numbers[_within_range(numbers)]
                     squares[n.name] = float(numbers.square().mean()) if numbers.numel() else 0.0
+                    if sites[n].heads:
+                        squares_of_heads[n.name] = result.detach().double().square().mean((0, 2, 3))
                     result.register_hook(partial(add, n.name))
                 return result
 
@@ -192,6 +219,22 @@ class Measurements:
         for name, found in self.sites.items():
             found.gain += sums[name] / COTANGENTS * squares[name]
             found.gains += 1
+            if name in squares_of_heads:
+                gain = of_heads.get(name, torch.zeros_like(squares_of_heads[name])) / COTANGENTS
+                found.heads.add_gain(gain * squares_of_heads[name])
+
+
+def _narrow(
+    args: Sequence[Any], kwargs: Mapping[str, Any], mask: Any, carrier: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a site with its operands, but not its mask, rounded to a format."""
+
+    def narrow(x: Any) -> Any:
+        whole = not isinstance(x, Tensor) or not x.is_floating_point() or x is mask
+        return x if whole else rounded(x, carrier)
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(narrow, (tuple(args), dict(kwargs)))
+    return found
 
 
 def _within_range(x: Tensor) -> Tensor:

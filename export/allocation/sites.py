@@ -15,10 +15,12 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from adaattn.errors import ConfigError
+from adaattn.export.allocation.heads import HeadPlan, head_plans
 from adaattn.export.capture.captured import with_graph
-from adaattn.export.formats import BF16, FORMATS, FP8
+from adaattn.export.formats import BF16, FORMATS, FP8, FP16, FP32, PLUGIN
 from adaattn.export.rewrite.match import SDPA, path_of
 from adaattn.export.targets import take_attention
+from adaattn.ops.dispatch import LARGEST_HEAD_DIM
 from adaattn.ops.signatures import OPS
 
 aten = torch.ops.aten
@@ -64,6 +66,7 @@ class Site:
         operands: the nodes of its floating-point operands, in order.
         candidates: formats that it may have, fp32 first.
         product: whether it is attention, a product or a convolution.
+        heads: plans that each head of an attention may have, where it may become the op `adaptive_attention`.
     """
 
     node: Node
@@ -71,6 +74,7 @@ class Site:
     operands: tuple[Node, ...]
     candidates: tuple[str, ...]
     product: bool
+    heads: tuple[HeadPlan, ...] = ()
 
     @property
     def name(self) -> str:
@@ -120,13 +124,16 @@ class Network:
         return found
 
 
-def network(program: ExportedProgram, formats: Sequence[str], targets: Collection[str] = ("onnx",)) -> Network:
+def network(
+    program: ExportedProgram, formats: Sequence[str], targets: Collection[str] = ("onnx",), plugin: bool = False
+) -> Network:
     """Return the sites of a program.
 
     Args:
         program: captured, whose attention is one node each.
         formats: what sites may have.
         targets: that take the operators.
+        plugin: whether attention that is not fp32 becomes the op `adaptive_attention`, where that takes it.
 
     Raises:
         ConfigError: it is not a program of float32.
@@ -157,8 +164,10 @@ def network(program: ExportedProgram, formats: Sequence[str], targets: Collectio
             elif node in folded:
                 continue
             elif (candidates := _candidates(node, formats, targets)) and node.meta["val"].dtype == torch.float32:
-                product = node.target not in NEIGHBOURS
-                sites[node] = Site(node, path_of(node), tuple(_floats(node)), candidates, product)
+                product, heads = node.target not in NEIGHBOURS, tuple[HeadPlan, ...]()
+                if plugin and FP16 in formats and _fits_op(node):
+                    heads, candidates = head_plans(node.meta["val"].shape[-1], formats), (FP32, PLUGIN)
+                sites[node] = Site(node, path_of(node), tuple(_floats(node)), candidates, product, heads)
     return Network(program, sites, constants, folded)
 
 
@@ -194,6 +203,47 @@ def _candidates(node: Node, formats: Sequence[str], targets: Collection[str]) ->
     if node.target in (*OTHER_PRODUCTS, *NEIGHBOURS):
         return tuple(name for name in formats if name != FP8)
     return ()
+
+
+def _fits_op(node: Node) -> bool:
+    """Return whether a node is attention that the op `adaptive_attention` takes."""
+    if node.target is not SDPA:
+        return False
+    query, key, value = (each.meta["val"] for each in attention_arguments(node)[:3])
+    mask = attention_arguments(node)[3]
+    head_dim, heads, kv_heads = query.shape[-1], query.shape[1:2], key.shape[1:2]
+    return (
+        all(x.dim() == 4 and x.dtype == torch.float32 for x in (query, key, value))
+        and isinstance(head_dim, int)
+        and head_dim == key.shape[-1] == value.shape[-1] <= LARGEST_HEAD_DIM
+        and all(isinstance(x, int) for x in (*heads, *kv_heads))
+        and kv_heads == value.shape[1:2]
+        and heads[0] % kv_heads[0] == 0
+        and all(str(query.shape[0]) == str(x.shape[0]) for x in (key, value))
+        and (mask is None or mask.meta["val"].dim() == 4)
+    )
+
+
+def attention_arguments(
+    node: Node, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
+    """Return query, key, value, mask, causality and scale of a call of scaled_dot_product_attention.
+
+    Args:
+        node: the call.
+        args, kwargs: what stands for its arguments; the arguments themselves where they are left out.
+    """
+    args, kwargs = node.args if args is None else args, node.kwargs if kwargs is None else kwargs
+    target, query = cast(torch._ops.OpOverload, node.target), cast(Node, node.args[0])
+    given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | dict(kwargs)
+    scale = given.get("scale")
+    scale = float(query.meta["val"].shape[-1]) ** -0.5 if scale is None else scale
+    return (
+        *(given[name] for name in ("query", "key", "value")),
+        given.get("attn_mask"),
+        bool(given.get("is_causal", False)),
+        scale,
+    )
 
 
 def _floats(node: Node) -> list[Node]:

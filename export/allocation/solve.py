@@ -18,7 +18,8 @@ class Choice:
     """A site as the solver sees it.
 
     Args:
-        seconds: for each format the time of the operator.
+        seconds: for each format the time of the operator. A number may follow the format's name, as in "plugin 3",
+            where it stands for several plans.
         errors: for each format the relative error that it makes in the model's output, squared; infinite where it
             overflows.
     """
@@ -43,7 +44,7 @@ class Edge:
     def casts(self, plan: Mapping[str, str]) -> set[tuple[str, str]]:
         """Return from what format to what the numbers are cast."""
         source, *others = (
-            FP32 if name is None else FORMATS[plan[name]].carrier for name in (self.source, *self.consumers)
+            FP32 if name is None else FORMATS[plan[name].split()[0]].carrier for name in (self.source, *self.consumers)
         )
         return {(source, other) for other in others if other != source}
 
@@ -63,6 +64,10 @@ class Problem:
             for name in {edge.source, *edge.consumers}:
                 if name is not None:
                     self._of[name].append(edge)
+
+    def square(self, name: str, form: str) -> float:
+        """Return the squared relative error that a site makes in the output at a format."""
+        return self._choices[name].errors[form]
 
     def cost(self, plan: Mapping[str, str]) -> float:
         """Return the seconds of a plan, casts among them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,43 +16,44 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from adaattn.export.allocation.arithmetic import (
-    attention_arguments,
     compute,
     mask_of,
+    narrow_mask,
     per_channel,
     stored_numbers,
 )
-from adaattn.export.allocation.sites import Network, is_float, with_reshapes
+from adaattn.export.allocation.heads import PlannedHeads
+from adaattn.export.allocation.sites import Network, attention_arguments, is_float, with_reshapes
 from adaattn.export.capture.captured import with_graph
-from adaattn.export.formats import FORMATS, FP8, FP32, rounded, scale_of, stored
+from adaattn.export.formats import FORMATS, FP8, FP32, PLUGIN, rounded, scale_of, stored
 from adaattn.export.rewrite.match import SDPA
 
-Scales = Mapping[str, Sequence[float]]
-"""For each site the scales of its operands at fp8, of those that are not weights."""
+Constants = Mapping[str, Sequence[float] | PlannedHeads]
+"""For each site the scales of its operands at fp8, of those that are not weights, or what its heads are planned by."""
 
 
-def typed_program(network: Network, plan: Mapping[str, str], scales: Scales) -> ExportedProgram:
+def typed_program(network: Network, plan: Mapping[str, str], constants: Constants) -> ExportedProgram:
     """Return a program whose operators have the types of a plan, with a cast where they differ."""
     # A trace gives every value its type, and fails where operands do not go together.
-    return with_reshapes(_Writer(network, plan, scales, TYPED).program().run_decompositions({}))
+    return with_reshapes(_Writer(network, plan, constants, TYPED).program().run_decompositions({}))
 
 
-def emulated_program(network: Network, plan: Mapping[str, str], scales: Scales) -> ExportedProgram:
+def emulated_program(network: Network, plan: Mapping[str, str], constants: Constants) -> ExportedProgram:
     """Return a program that keeps its types and rounds every number as the typed one does."""
-    return _Writer(network, plan, scales, EMULATED).program()
+    return _Writer(network, plan, constants, EMULATED).program()
 
 
-def unrounded_program(network: Network, plan: Mapping[str, str], scales: Scales) -> ExportedProgram:
+def unrounded_program(network: Network, plan: Mapping[str, str], constants: Constants) -> ExportedProgram:
     """Return a program with the weights that the typed one stores, which rounds nothing else."""
-    return _Writer(network, plan, scales, WEIGHTS).program()
+    return _Writer(network, plan, constants, WEIGHTS).program()
 
 
 TYPED, EMULATED, WEIGHTS = "typed", "emulated", "weights"
 
 
 class _Writer:
-    def __init__(self, network: Network, plan: Mapping[str, str], scales: Scales, mode: str) -> None:
-        self._network, self._plan, self._scales, self._mode = network, plan, scales, mode
+    def __init__(self, network: Network, plan: Mapping[str, str], constants: Constants, mode: str) -> None:
+        self._network, self._plan, self._constants, self._mode = network, plan, constants, mode
         self._typed = mode == TYPED
         self._graph = Graph()
         self._value: Any = None  # stands for what is being written
@@ -94,16 +96,16 @@ class _Writer:
             self._form[new] = form
             return new
         form = self._plan[site.name]
+        carrier, mask = FORMATS[form].carrier, mask_of(node, node.args, node.kwargs)
         if self._mode == WEIGHTS:
-            new = self._graph.node_copy(node, lambda each: self._stored(node, each, form))
+            hides = mask and self._mask(mask, form)  # before the node that takes it
+            new = self._graph.node_copy(node, lambda x: hides if x is mask else self._stored(node, x, form))
             new.args = tuple(stored_numbers(node, new.args, form))
-            if node.target is SDPA:
-                scale = attention_arguments(node, node.args, node.kwargs)[-1]
+            if node.target is SDPA and form != PLUGIN:
+                scale = attention_arguments(node)[-1]
                 new.kwargs = {**new.kwargs, "scale": stored(scale, form)}
             self._form[new] = FP32
             return new
-        carrier = FORMATS[form].carrier
-        mask = mask_of(node, node.args, node.kwargs)
 
         def operand(x: Node) -> Node:
             return self._as(x, FP32 if x is mask else carrier)
@@ -111,7 +113,7 @@ class _Writer:
         args = cast(tuple[Any, ...], map_arg(node.args, operand))
         kwargs = cast(dict[str, Any], map_arg(node.kwargs, operand))
         self._value = node.meta["val"]
-        new = compute(self._call, node, args, kwargs, form, self._scales_of(node, carrier), self._typed)
+        new = compute(self._call, node, args, kwargs, form, self._constants_of(node, carrier), self._typed)
         self._form[new] = carrier
         return cast(Node, new)
 
@@ -188,30 +190,45 @@ class _Writer:
         self._value = operand.meta["val"]
         return self._call(torch.ops.adaattn.quantize_dequantize.default, new, scale, 0)
 
-    def _scales_of(self, node: Node, carrier: str) -> Sequence[Any]:
-        """Return the scales of a site's operands: for attention numbers, for a product tensors."""
+    def _mask(self, mask: Node, form: str) -> Any:
+        """Return the mask of an attention, with the numbers that the file has where it is a constant."""
+        if mask not in self._network.constants and mask not in self._network.folded:
+            return self._new[mask]
+        self._value = mask.meta["val"]
+        rounding = partial(self._call, torch.ops.adaattn.rounded.default, form=FORMATS[form].carrier)
+        return narrow_mask(self._call, self._new[mask], form, rounding)
+
+    def _constants_of(self, node: Node, carrier: str) -> Sequence[Any]:
+        """Return the constants of a site: for attention numbers, for a product tensors; those of planned heads."""
+        known = self._constants.get(node.name, ())
+        if isinstance(known, PlannedHeads):
+            return [self._constant(f"{node.name}_{name}", x) for name, x in known.tensors().items()]
         if self._plan[node.name] != FP8:
             return ()
         if node.target is SDPA:
-            return list(self._scales[node.name])
+            return list(known)
         return [self._scale_of(node, place, carrier) for place in (0, 1)]
 
     def _scale_of(self, node: Node, place: int, carrier: str) -> Node:
         """Return the scale of one operand of a product: of a linear weight one for each output channel."""
-        operand, scale = cast(Node, node.args[place]), torch.tensor(self._scales[node.name][place])
+        operand, scale = (
+            cast(Node, node.args[place]),
+            torch.tensor(cast(Sequence[float], self._constants[node.name])[place]),
+        )
         if place == 1 and per_channel(node) and self._network.constants.get(operand) is operand:
             scale = channel_scales(self._held[self._specs[operand.name].target])
-        return self._constant(f"{node.name}_scale_{place}", scale, carrier)
+        scale = scale.to(FORMATS[carrier].dtype) if self._typed else rounded(scale, carrier)
+        made = self._constant(f"{node.name}_scale_{place}", scale)
+        self._form[made] = carrier
+        return made
 
-    def _constant(self, name: str, x: Tensor, form: str) -> Node:
+    def _constant(self, name: str, x: Tensor) -> Node:
         """Return a new constant of the program."""
-        x = x.to(FORMATS[form].dtype) if self._typed else rounded(x, form)
         self._held[name] = x
         made = self._placeholder(name)
         spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(made.name), name, None)
         self._added.append((made, spec))
         made.meta["val"] = self._fake.from_tensor(x, static_shapes=True)
-        self._form[made] = form
         return made
 
     def _placeholder(self, name: str) -> Node:

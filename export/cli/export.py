@@ -124,6 +124,7 @@ SECTIONS = {
         "samples",
         "quantile",
         "formats",
+        "attention",
         "metric",
         "allocation",
         "balance",
@@ -277,6 +278,14 @@ class ExportCommand(Command):
     help="Types that operators may have.  [default: those that the engines' GPUs compute fast]",
 )
 @click.option(
+    "--attention",
+    type=click.Choice(["operators", "plugin"]),
+    default="operators",
+    help="What attention becomes where the output tolerance allows less than fp32. operators: ONNX's own, which every "
+    "compiler takes. plugin: adaptive_attention, with a constant precision and rank for each head.  "
+    "[default: operators]",
+)
+@click.option(
     "--metric",
     metavar="MODULE:FUNCTION",
     help="What the output tolerance bounds instead of the relative error: a function of outputs and reference outputs, "
@@ -356,6 +365,7 @@ def _export(
     samples: str | None,
     quantile: float | None,
     formats: tuple[str, ...] | None,
+    attention: str,
     metric: str | None,
     allocation: Path | None,
     balance: bool,
@@ -391,6 +401,7 @@ def _export(
             output_tolerance=output_tolerance,
             samples=None if samples is None else batches(samples),
             formats=formats,
+            attention=attention,
             metric=None if metric is None else function_of(metric),
             allocation=allocation,
             balance=balance,

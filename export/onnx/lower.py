@@ -200,7 +200,19 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return onnxscript.opset18.Sqrt(onnxscript.opset18.Cast(self, to=ir.DataType.FLOAT))
 
     ops = {getattr(torch.ops.adaattn, name).default: _translation(op) for name, op in OPS.items()}
-    return {torch._sym_sqrt: square_root, **ops}  # type: ignore[attr-defined]
+    attention = ops[torch.ops.adaattn.adaptive_attention.default]
+
+    def planned(query: Any, key: Any, value: Any, *args: Any) -> Any:
+        opset = onnxscript.opset18
+        batch, one = opset.Shape(query, start=0, end=1), opset.Constant(value_ints=[1])
+        expanded = (opset.Expand(x, opset.Concat(batch, *[one] * (len(x.shape) - 1), axis=0)) for x in args[:4])
+        return attention(query, key, value, *expanded, *args[4:])
+
+    return {
+        torch._sym_sqrt: square_root,  # type: ignore[attr-defined]
+        torch.ops.adaattn.planned_attention.default: planned,
+        **ops,
+    }
 
 
 def _translation(op: Signature) -> Callable[..., Any]:

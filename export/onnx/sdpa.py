@@ -17,7 +17,7 @@ from onnxscript import opset18 as op
 from onnxscript import opset23
 
 from adaattn.errors import ExportError
-from adaattn.export.formats import BF16, FP16, FP32
+from adaattn.export.formats import BF16, FORMATS, FP16, FP32
 from adaattn.export.targets import take_attention
 
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -147,8 +147,12 @@ def formula(
     columns = op.Transpose(_per_query_head(k, key, query), perm=[*range(rank - 2), rank - 1, rank - 2])
     scores = op.MatMul(round_query(scaled), round_key(columns))
     if mask is not None or causal:
-        mask, some = _safe_mask(query, key, mask, causal, kind)
-        scores = op.Add(scores, mask)
+        added, some = _safe_mask(query, key, mask, causal, kind)
+        scores = op.Add(scores, added)
+        if mask is not None and mask.dtype == kind and kind in NARROW:
+            # The least number stands for one of float32, beside which a score is nothing.
+            least = _number(-FORMATS[FORMS[ir.DataType(kind)]].largest, kind)
+            scores = op.Where(op.Equal(added, least), least, scores)
     weights = op.Softmax(scores, axis=-1)
     if kind != query.dtype:
         weights = op.Cast(weights, to=query.dtype)

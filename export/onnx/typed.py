@@ -19,8 +19,10 @@ from torch import Tensor
 
 from adaattn.export.formats import FORMATS, FP8, FP32, PROBABILITY_SCALE, quantized, rounded, stored
 from adaattn.export.onnx import sdpa
+from adaattn.ops.adaptive_attention.impl import reference
 
 QUANTIZE, ATTENTION, ROUND = "adaattn::quantize_dequantize", "adaattn::typed_attention", "adaattn::rounded"
+PLANNED = "adaattn::planned_attention"
 
 
 @torch.library.custom_op(ROUND, mutates_args=())
@@ -80,9 +82,30 @@ def typed_attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
-        scores = rounded(scores + attn_mask, carrier)
+        # float32 has such numbers for -inf, beside which a score is nothing.
+        least = -FORMATS[carrier].largest
+        scores = torch.where(attn_mask <= least, least, rounded(scores + attn_mask, carrier))
     weights = operand(scores.softmax(-1).nan_to_num(0.0), PROBABILITY_SCALE)  # NaN: a query that attends to nothing
     return rounded(weights @ operand(value, value_scale), carrier)
+
+
+@torch.library.custom_op(PLANNED, mutates_args=())
+def planned_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    value_peak: Tensor,
+    precision: Tensor,
+    rank: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    """Compute `adaptive_attention` with constants for a batch of 1, which hold for every batch."""
+    return reference.adaptive_attention(
+        query, key, value, key_mean, value_peak, precision, rank, attn_mask, scale, is_causal
+    )
 
 
 @round_to.register_fake
@@ -95,6 +118,7 @@ def _(x: Tensor, scale: Tensor, axis: int) -> Tensor:
     return torch.empty_like(x)
 
 
+@planned_attention.register_fake
 @typed_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(*query.shape[:-1], value.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from markupsafe import Markup
 
 from adaattn.export.report.figure import INK, STYLE, axes_of, svg_of
 
-FORMATS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "int8_fp8"}  # with the names of their colours
+# With the names of their colours.
+FORMATS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "int8_fp8", "plugin": "int8"}
 TOP = 12  # sites that a table lists
 
 
@@ -36,9 +38,15 @@ def about_types(allocation: Mapping[str, Any]) -> dict[str, Any]:
                 }
                 for form in kinds
             ],
-            "top": sorted(sites, key=lambda site: -site["share"])[:TOP],
+            "top": [{**site, "plans": _plans(site)} for site in sorted(sites, key=lambda site: -site["share"])[:TOP]],
             "saved": 1 - allocation["cost"] / allocation["cost_fp32"] if allocation["cost_fp32"] else 0.0,
         }
+
+
+def _plans(site: Mapping[str, Any]) -> str:
+    """Say how many heads of an attention have each precision and rank; nothing where they have no plans."""
+    counts = Counter(tuple(plan) for plan in (site["heads"] or {}).get("plans", ()))
+    return ", ".join(f"{count} × {name} at rank {rank}" for (name, rank), count in counts.most_common())
 
 
 def _budget(sites: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Markup:

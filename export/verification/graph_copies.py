@@ -35,19 +35,27 @@ def exact_copy(path: Path, copy: Path) -> Path:
     Args:
         copy: the file to write, in another folder; external data are linked there.
     """
-    import onnx
-    from onnx import helper, numpy_helper
-
     model = onnx_file.load(path)
     if onnx_file.is_typed(model):
         copy.write_bytes(float32_copy(path, rounds=False).SerializeToString())
         return copy
-    layers = planned_layers(path)
-    made: list[onnx.NodeProto] = []
+    _set_plans_aside(model, planned_layers(path))
+    copy.write_bytes(model.SerializeToString())
+    data = path.with_name(path.name + ".data")
+    if data.exists():
+        (copy.parent / data.name).symlink_to(data.resolve())
+    return copy
+
+
+def _set_plans_aside(model: onnx.ModelProto, layers: Mapping[str, PlannedLayer]) -> None:
+    """Make all plans of a model fp32 at full rank."""
+    import onnx
+    from onnx import helper, numpy_helper
+
     for number, node in enumerate([x for x in model.graph.node if x.domain == NAMESPACE and x.name in layers]):
         layer, at = layers[node.name], f"exact/{number}"
         model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int32), f"{at}/code"))
-        made += [
+        made = [
             helper.make_node("Shape", [layer.precision], [f"{at}/shape"]),
             helper.make_node("Shape", [layer.operands["query"]], [f"{at}/head_dim"], start=3, end=4),
             helper.make_node("Cast", [f"{at}/head_dim"], [f"{at}/full"], to=onnx.TensorProto.INT32),
@@ -60,12 +68,6 @@ def exact_copy(path: Path, copy: Path) -> Path:
         place = list(model.graph.node).index(node)
         for each in reversed(made):
             model.graph.node.insert(place, each)
-        made.clear()
-    copy.write_bytes(model.SerializeToString())
-    data = path.with_name(path.name + ".data")
-    if data.exists():
-        (copy.parent / data.name).symlink_to(data.resolve())
-    return copy
 
 
 def planned_layers(path: Path) -> dict[str, PlannedLayer]:
@@ -207,7 +209,7 @@ def float32_copy(path: Path, rounds: bool) -> onnx.ModelProto:
 
     Args:
         rounds: whether casts round every result that has a type of 16 bits, and operands are quantized; if not, only
-            what depends on weights alone, since the file may have it as it is.
+            what depends on weights alone, since the file may have it as it is, and planned heads are at fp32.
     """
     import onnx
     from onnx import external_data_helper
@@ -216,6 +218,8 @@ def float32_copy(path: Path, rounds: bool) -> onnx.ModelProto:
     external_data_helper.load_external_data_for_model(model, str(path.parent))
     inferred = onnx.shape_inference.infer_shapes(model)
     _widen(model.graph, value_types(inferred.graph), rounds)
+    if not rounds:
+        _set_plans_aside(model, planned_layers(path))
     del model.graph.value_info[:]
     return model
 

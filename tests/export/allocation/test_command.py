@@ -94,7 +94,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         ((*tolerance, *samples, "--metric", "nowhere:f"), "nowhere:f cannot be imported"),
         ((*tolerance, *samples, "--metric", "f"), "'f' is not a function"),
         ((*tolerance, *samples, "--allocation", "x.json"), "an allocation is made already"),
-        (("--formats", "fp16"), "formats and metric apply only with output_tolerance"),
+        (("--formats", "fp16"), "formats, metric and attention apply only with output_tolerance"),
         (("--output-tolerance", "0", *samples), "output_tolerance is 0.0; give a relative error above 0"),
         (("--output-tolerance", "nan", *samples), "output_tolerance is nan"),
         (("--allocation", "missing.json"), "missing.json cannot be read"),

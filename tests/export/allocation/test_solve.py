@@ -15,7 +15,7 @@ from adaattn.export.allocation.solve import Choice, Edge, Problem
 from adaattn.export.formats import BF16, FP8, FP16, FP32, Device, device_of, formats_of
 
 FORMS = (FP32, BF16, FP16, FP8)
-DEVICE = Device("test", 1.0, 8.0, 8.0, 16.0, 1000.0)
+DEVICE = Device("test", 1.0, 8.0, 8.0, 16.0, 16.0, 1000.0)
 ERRORS = {FP32: 1e-7, BF16: 3e-3, FP16: 4e-4, FP8: 4e-2}
 
 
