@@ -24,11 +24,11 @@ MULTIPLIERS = 48  # of cost and error, over twenty decades, with each of which t
 
 
 def head_plans(head_dim: int, formats: Sequence[str]) -> tuple[HeadPlan, ...]:
-    """Return the plans that a head may have, the most accurate one first.
+    """Return the plans that a head may have: int8 where fp16 is allowed, int8_fp8 where fp8 is.
 
     Example:
-        >>> head_plans(8, ["fp32", "fp16"])
-        (('fp16', 8), ('fp16', 6), ('fp16', 4), ('fp16', 2))
+        >>> head_plans(4, ["fp32", "fp16"])[3:]
+        (('fp16', 1), ('int8', 4), ('int8', 3), ('int8', 2), ('int8', 1))
     """
     known = [name for name, (_, values) in PRODUCTS.items() if values in formats]
     return tuple((name, rank) for name in known for rank in reversed(rank_classes(head_dim)))

@@ -318,7 +318,7 @@ def test_better_plans_of_heads_cost_more() -> None:
     assert choices[0][0] == (("int8_fp8", 2),) * heads
     best = min(range(len(plans)), key=lambda place: noise[place][2])
     assert choices[-1][0][2] == plans[best]
-    assert head_plans(8, (FP32, FP16))[-1] == ("fp16", 2)
+    assert head_plans(8, (FP32, FP16))[-1] == ("int8", 2)
 
 
 def test_a_program_gets_types_in_python(tmp_path: Path) -> None:
