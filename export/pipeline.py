@@ -35,7 +35,7 @@ from adaattn.export.capture.module import default_inputs
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import child, description
 from adaattn.export.engines import options as engine_options
-from adaattn.export.formats import Device, device_of
+from adaattn.export.formats import FP8, Device, device_of
 from adaattn.export.golden import attention_statistics, cases, record_nodes
 from adaattn.export.golden.eager import EagerReference, Expected, disagreements
 from adaattn.export.onnx import lower, save
@@ -73,6 +73,7 @@ class Result:
 
 
 Stage = Callable[[str], None]
+ATTENTION_OP = "scaled_dot_product_attention"  # as an allocation names it
 
 
 def export(
@@ -177,6 +178,7 @@ def export(
         for name in options.chosen_targets()[1:]:
             with clock.stage(name):
                 targets.append(_build(name, staged, profiles, options, on_progress))
+                notes += [] if typed is None else _fallbacks(targets[-1], typed.allocation, _device(options))
         serving = []
         for server in options.serve:
             with clock.stage(f"serve {server}"):
@@ -224,11 +226,8 @@ def export(
 
 
 def _types_of(options: Options) -> tuple[Allocation | Request, Device]:
-    """Return what operators get types by, and the GPU whose times count: the slowest that engines are built for."""
-    capabilities: Sequence[str] = ()
-    if "tensorrt-rtx" in options.chosen_targets():
-        capabilities = options.build.compute_capabilities or engine_options.RTX_COMPUTE_CAPABILITIES
-    device = device_of(capabilities)
+    """Return what operators get types by, and the GPU whose times count."""
+    device = _device(options)
     if options.output_tolerance is None:
         given = options.allocation
         return given if isinstance(given, Allocation) else Allocation.load(as_path("allocation", given)), device
@@ -243,6 +242,28 @@ def _types_of(options: Options) -> tuple[Allocation | Request, Device]:
         options.state,
     )
     return wanted, device
+
+
+def _device(options: Options) -> Device:
+    """Return the slowest of the GPUs that engines are built for."""
+    capabilities: Sequence[str] = ()
+    if "tensorrt-rtx" in options.chosen_targets():
+        capabilities = options.build.compute_capabilities or engine_options.RTX_COMPUTE_CAPABILITIES
+    return device_of(capabilities)
+
+
+def _fallbacks(target: TargetResult, allocation: Allocation, device: Device) -> list[str]:
+    """Return a warning where an engine runs attention of fp8 in half precision, with the time that it adds."""
+    became = [each for each in (target.ops or {}).values() if each in ("fused", "half precision")]
+    fallen = became.count("half precision")
+    if not fallen:
+        return []
+    flops = sum(site.flops for site in allocation.sites if site.format == FP8 and site.op == ATTENTION_OP)
+    added = flops * (1 / device.fp16 - 1 / device.fp8) / 1e12 * fallen / len(became)
+    return [
+        f"{target.name} runs {fallen} of {len(became)} attentions of fp8 in half precision, which adds about "
+        f"{added / allocation.cost:.0%} to the estimated time; --formats fp32,bf16,fp16 leaves fp8 out"
+    ]
 
 
 def _without_effect(attentions: Sequence[Rewritten], options: Options) -> list[str]:

@@ -36,7 +36,7 @@ class TargetResult:
         verdict: PASSED, FAILED or NOT_RUN.
         reason: for the verdict.
         seconds: that it took to make, or to compare.
-        ops: for each custom op "plugin", "body" or "unknown"; None where there is no engine.
+        ops: what custom ops and attention in fp8 became, as `EngineInfo.ops`; None where there is no engine.
         outputs: a row for each output of each golden case; see `adaattn.export.parity.compare.compare` for these and
             the rest.
     """

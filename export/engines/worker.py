@@ -187,18 +187,44 @@ def _described(trt: Any, logger: Any, network: Any, serialized: Any, job: Mappin
 
 
 def _ops(trt: Any, logger: Any, serialized: Any, model: str) -> dict[str, str]:
-    """Return for each custom op "plugin", "body" or "unknown", by the layers that the engine lists."""
+    """Return what `EngineInfo.ops` holds, by the layers that the engine lists."""
     import onnx
 
     graph = onnx.load(model, load_external_data=False).graph
-    names = [node.name for node in graph.node if node.domain == NAMESPACE]
+    custom, quantized = [node.name for node in graph.node if node.domain == NAMESPACE], quantized_attentions(graph)
+    names = [*custom, *quantized]
     runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = True  # what a version-compatible engine carries, which was built just now
     opened = runtime.deserialize_cuda_engine(serialized) if names else None
     if opened is None:  # there is no GPU for it here
         return dict.fromkeys(names, "unknown")
     listed = opened.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return which_became_plugins(names, json.loads(listed)["Layers"])
+    layers = json.loads(listed)["Layers"]
+    return which_became_plugins(custom, layers) | which_fused(quantized, layers)
+
+
+def quantized_attentions(graph: Any) -> list[str]:
+    """Return the products of quantized softmax weights: for each attention in fp8 the name of its last node."""
+    maker = {name: node for node in graph.node for name in node.output}
+
+    def source(name: str) -> str:
+        node, quantized = maker.get(name), False
+        while node is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear"):
+            node, quantized = maker.get(node.input[0]), True
+        return node.op_type if node is not None and quantized else ""
+
+    return [node.name for node in graph.node if node.op_type == "MatMul" and source(node.input[0]) == "Softmax"]
+
+
+def which_fused(names: Sequence[str], layers: Sequence[Any]) -> dict[str, str]:
+    """Return for each attention in fp8 "fused", or "half precision", in which TensorRT runs what it does not fuse.
+
+    Example:
+        >>> which_fused(["a", "b"], [{"Name": "_gemm_mha_v2", "Metadata": "[ONNX Layer: a]"}, {"Name": "b"}])
+        {'a': 'fused', 'b': 'half precision'}
+    """
+    fused = [said for said in map(json.dumps, layers) if "_gemm_mha" in said]
+    return {name: "fused" if _mentioned(name, fused) else "half precision" for name in names}
 
 
 def which_became_plugins(names: Sequence[str], layers: Sequence[Any]) -> dict[str, str]:
@@ -209,10 +235,11 @@ def which_became_plugins(names: Sequence[str], layers: Sequence[Any]) -> dict[st
         {'a': 'plugin', 'b': 'body'}
     """
     plugins = [json.dumps(layer) for layer in layers if "plugin" in str(_field(layer, "LayerType")).lower()]
-    return {
-        name: "plugin" if any(re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", said) for said in plugins) else "body"
-        for name in names
-    }
+    return {name: "plugin" if _mentioned(name, plugins) else "body" for name in names}
+
+
+def _mentioned(name: str, texts: Sequence[str]) -> bool:
+    return any(re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", text) for text in texts)
 
 
 def _field(layer: Any, name: str) -> Any:

@@ -19,17 +19,19 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaattn.errors import ConfigError
-from adaattn.export import Options, allocate, export
+from adaattn.export import Options, allocate, export, pipeline
 from adaattn.export.allocation import allocate as allocating
 from adaattn.export.allocation import samples as sample_data
 from adaattn.export.allocation.allocate import Request, allocate_captured
-from adaattn.export.allocation.allocation import Allocation
+from adaattn.export.allocation.allocation import AllocatedSite, Allocation
 from adaattn.export.allocation.heads import HeadStatistics, head_plans
 from adaattn.export.allocation.sites import Network, network
 from adaattn.export.allocation.state import State
 from adaattn.export.allocation.write import emulated_program, typed_program, unrounded_program
+from adaattn.export.artifacts.report import TargetResult
 from adaattn.export.capture.captured import Captured
 from adaattn.export.capture.module import capture_module
+from adaattn.export.engines import worker
 from adaattn.export.formats import BF16, FORMATS, FP8, FP16, FP32, PLUGIN, device_of, quantized, rounded, scale_of
 from adaattn.export.golden.plan_mode import PlanMode, to_double
 from adaattn.export.onnx import lower, save
@@ -238,6 +240,7 @@ def test_masks_that_hide_every_key_by_the_least_number(kind: str, tmp_path: Path
             constants[site.name] = [scale_of(peak) for peak in known.peaks]
     assert form in plan.values()
     path = saved(captured, typed_program(found, plan, constants), tmp_path / "model.onnx", opset)
+    assert len(worker.quantized_attentions(onnx.load(path).graph)) == (form == FP8)
     check_file(path, (found, plan, constants), samples[:3], 0.9 if plugin else 0.3)
 
 
@@ -305,6 +308,17 @@ def test_heads_are_planned_within_a_tolerance(block: Captured, tolerance: float,
     (tmp_path / "allocation.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="holds no allocation: ValueError: the heads of"):
         Allocation.load(tmp_path / "allocation.json")
+
+
+def test_attention_of_fp8_in_half_precision_is_a_warning_with_its_cost() -> None:
+    layers = [{"Name": "_gemm_mha_v2_0x1", "Metadata": "[ONNX Layer: node_MatMul_1]"}, "node_MatMul_11"]
+    ops = worker.which_fused(["node_MatMul_1", "node_MatMul_11"], layers)
+    assert ops == {"node_MatMul_1": "fused", "node_MatMul_11": "half precision"}
+    site = AllocatedSite("a", "", "scaled_dot_product_attention", FP8, True, {FP32: 0.0}, 1.0, 1.0, 242e12)
+    made = Allocation(1e-1, 0.95, None, GPU.name, (site,), 0.0, (0.0,), 0.0, 2.0, 8.0, 0)
+    (said,) = pipeline._fallbacks(TargetResult("tensorrt", ops=ops), made, GPU)
+    assert said.startswith("tensorrt runs 1 of 2 attentions of fp8 in half precision, which adds about 25% to the")
+    assert pipeline._fallbacks(TargetResult("tensorrt", ops={"node_MatMul_1": "unknown"}), made, GPU) == []
 
 
 def test_better_plans_of_heads_cost_more() -> None:
