@@ -9,8 +9,11 @@ dynamic int8 quantization. ModelOpt has a separate virtual environment, made onc
 
 Errors are relative to float64, of the worst output, at the 95 % quantile of held-out samples. Files run in ONNX Runtime
 as copies in float32 in which casts round what has a type of 16 bits: on a CPU it would leave most roundings out. Work
-is the share of the products' operations in each type. Prints a table, writes benchmarks/results/allocation.json and,
-where all were run, the table of docs/allocation.md.
+is the share of the products' operations in each type. The time of a plan of fp32 alone in ONNX Runtime is compared with
+that of torch.onnx's own file, run by turns.
+
+Prints a table and, where all were run, writes benchmarks/results/allocation.json, the table of docs/allocation.md and
+docs/allocation.svg.
 """
 
 from __future__ import annotations
@@ -28,13 +31,16 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.model_types import write_table
+from benchmarks.model_types import PAGE, write_table
 from benchmarks.models import DIMS, MODELS, RESULTS, build, random_samples
 from benchmarks.optimum import environment, minilm, pins
 
+PLOT = PAGE.with_suffix(".svg")
 TOLERANCES = (1e-1, 1e-2, 1e-3)
 NAMES = ("MiniLM-L6", "BERT", "GPT-2", "Llama", "ViT", "DiT")
 CAPABILITY = "8.9"
+TARGETS, OPSET = ("onnx", "tensorrt-rtx"), 23
+RUNS = 30  # of each of two files, by turns
 SAMPLES, HELD_OUT = 64, 100  # of which half choose and half certify; others judge
 QUANTILE = 0.95
 MODELOPT = (
@@ -230,12 +236,13 @@ def measure(name: str, folder: Path, venv: Path | None) -> list[dict[str, Any]]:
     task = task_of(name, folder)
     judge, captured, rows = Judge(task, folder), task.captured, []
     device = device_of([CAPABILITY])
-    found = network(captured.program, formats_of(device, None))
+    found = network(captured.program, formats_of(device, None), TARGETS)
     dims, inputs = {s: dim.name for s, dim in captured.dims.items()}, [item.name for item in captured.inputs]
 
-    def saved(program: Any, label: str) -> Path:
+    def saved(program: Any, label: str, targets: Sequence[str] = TARGETS) -> Path:
         path = folder / f"{label}.onnx"
-        save.save(lower.lower(program, 22, dims, inputs, captured.output_names).graph, path)
+        made = lower.lower(program, OPSET, dims, inputs, captured.output_names, targets=targets)
+        save.save(made.graph, path)
         return path
 
     def plan_within(tolerance: float, label: str) -> Any:
@@ -245,11 +252,16 @@ def measure(name: str, folder: Path, venv: Path | None) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - start
         path = saved(typed_program(found, made.plan, made.constants), "plan")
         row = judge.row(label, path, seconds, tolerance)
-        rows.append(row | {"cost": made.cost / made.cost_fp32, "certified": made.measured})
+        rows.append(row | {"tolerance": tolerance, "cost": made.cost / made.cost_fp32, "certified": made.measured})
         return made
 
     plain = saved(captured.program, "plain")
-    rows.append(judge.row("fp32", plain, 0.0))
+    least = saved(
+        typed_program(found, dict.fromkeys((x.name for x in found.sites.values()), "fp32"), {}), "fp32", ["onnx"]
+    )
+    ratio = time_beside_torch(least, task, folder)
+    click.echo(f"{name:12} a plan of fp32 takes {ratio:.2f} of the time of torch.onnx's own file in ONNX Runtime")
+    rows.append(judge.row("fp32", plain, 0.0) | {"time_beside_torch": ratio})
     for tolerance in TOLERANCES:
         made = plan_within(tolerance, f"plan at {tolerance:.0e}")
     limits = {site.name: site.errors for site in made.sites}
@@ -276,6 +288,51 @@ def measure(name: str, folder: Path, venv: Path | None) -> list[dict[str, Any]]:
     return rows
 
 
+def time_beside_torch(path: Path, task: Task, folder: Path) -> float:
+    """Return a file's least time in ONNX Runtime, on the largest held-out sample, over that of torch.onnx's own."""
+    import onnxruntime
+    import torch
+
+    theirs = folder / "torch.onnx"
+    torch.onnx.export(task.captured.program, dynamo=True, verbose=False).save(theirs)
+    largest = max(task.held_out, key=lambda sample: sum(x.numel() for x in sample.values()))
+    runs = []
+    for each in (path, theirs):
+        session = onnxruntime.InferenceSession(each, providers=["CPUExecutionProvider"])
+        places = {x.name for x in session.get_inputs()}
+        runs.append((session, {name: x.numpy() for name, x in largest.items() if name in places}))
+    times: list[list[float]] = [[], []]
+    for _ in range(RUNS):
+        for (session, feed), known in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            session.run(None, feed)
+            known.append(time.perf_counter() - start)
+    return min(times[0]) / min(times[1])
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw what was accepted against what was measured, and what it costs."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"svg.hashsalt": "adaattn", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    figure, (errors, costs) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure.patch.set_facecolor("white")
+    for name, marker in zip(dict.fromkeys(row["model"] for row in rows), "osD^vX", strict=False):
+        own = [row for row in rows if row["model"] == name and row.get("tolerance") in TOLERANCES]
+        accepted = [row["tolerance"] for row in own]
+        errors.plot(accepted, [row["error"] for row in own], marker=marker, ms=5, lw=1, label=name)
+        costs.plot(accepted, [row["cost"] for row in own], marker=marker, ms=5, lw=1)
+    errors.plot(TOLERANCES, TOLERANCES, "--", color="0.4", lw=1, label="accepted")
+    errors.set(
+        xscale="log", yscale="log", xlabel="accepted error of the output", ylabel="measured, held-out samples, 95 %"
+    )
+    costs.set(xscale="log", ylim=(0, 1), xlabel="accepted error of the output", ylabel="estimated time, fp32 = 1")
+    figure.legend(loc="outside right center", frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the table of docs/allocation.md."""
     names = ("model", "types", "error, 95 %", "kept by", "work", "casts", "MiB", "seconds")
@@ -286,7 +343,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         seconds = f"{row['seconds']:.0f}" if row["seconds"] else "–"
         cells = (row["model"], row["contender"], f"{row['error']:.1e}", kept, work, str(row["casts"]))
         lines.append(f"| {' | '.join(cells)} | {row['bytes'] / 2**20:.1f} | {seconds} |")
-    return lines
+    beside = [row["time_beside_torch"] for row in rows if "time_beside_torch" in row]
+    said = f"in ONNX Runtime {min(beside):.2f} to {max(beside):.2f} of the time of torch.onnx's own file"
+    return [*lines, "", f"A plan of fp32 alone takes {said}, by turns in one run."]
 
 
 @click.command(help=__doc__)
@@ -306,6 +365,7 @@ def main(names: tuple[str, ...]) -> None:
         content = {"capability": CAPABILITY, "samples": SAMPLES, "held_out": HELD_OUT, "rows": rows}
         (RESULTS / "allocation.json").write_text(json.dumps(content, indent=1) + "\n")
         write_table("benchmarks.allocation", table(rows))
+        draw(rows, PLOT)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def _certificate(allocation: Mapping[str, Any]) -> Markup:
         axes.axvline(allocation["predicted"], color=INK["muted"], linewidth=1, linestyle="--", label="predicted")
     axes.axhline(100 * allocation["quantile"], color=INK["rule"], linewidth=1)
     positive = [x for x in (*errors, allocation["tolerance"], allocation["predicted"]) if x > 0]
-    axes.set(xscale="log", xlim=(min(positive) / 2, max(positive) * 2), ylim=(0, 104))
+    ends = min(positive) / 2, max(2 * max(positive), 20 * min(positive))  # at least a decade, so that a tick shows
+    axes.set(xscale="log", xlim=ends, ylim=(0, 104))
     axes.set(xlabel=allocation["metric"] or "relative error of the output", ylabel="% of samples under it")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
     figure.legend(loc="outside lower center", ncols=3)

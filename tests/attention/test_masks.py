@@ -32,7 +32,7 @@ def captured(name: str, dtype: str = "float32") -> tuple[Captured, list[GoldenCa
     return found, [reference.golden(reference.expect(case), ()) for case in cases(found)]
 
 
-OPSETS = [18, pytest.param(22, marks=pytest.mark.thorough), pytest.param(23, marks=pytest.mark.thorough), 24]
+OPSETS = [*(pytest.param(opset, marks=pytest.mark.thorough) for opset in (18, 22, 23)), 24]
 
 
 @pytest.mark.parametrize("opset", OPSETS)

@@ -16,8 +16,8 @@ import pytest
 from adaattn.export.report.html import render
 
 SECTIONS = [
-    "targets", "outputs", "compared", "lengths", "warnings", "attention", "histograms", "plan", "predicted",
-    "calibration", "inputs", "versions", "command", "seconds",
+    "errors", "targets", "outputs", "compared", "warnings", "attention", "plan", "calibration", "inputs", "versions",
+    "command", "seconds",
 ]  # fmt: skip
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 NASTY = """</title><script>alert("x")</script><img src='http://evil.example/a.png' onerror="x"> $\\frac{1}{2}$ $\\bad"""
@@ -271,7 +271,7 @@ def test_targets_without_outputs_and_heads_without_errors(report: dict[str, Any]
         layer.update(predicted=[], measured=[])
     texts = Page(render(report)).texts("p")
     assert "No outputs were compared: no GPU here" in texts
-    assert "No head has both a predicted and a measured error to draw." in texts
+    assert "No errors were measured." in texts
     assert any("above the tolerance: 0." in text for text in texts)
 
 
