@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
@@ -85,7 +86,10 @@ def lower(
     _refuse_state(exported.exported_program)
     written = _return_written(exported.model.graph, exported.exported_program, output_names)
     exported.optimize()
+    if _store_parts(exported.model.graph):
+        exported.optimize()  # what is made of the parts is constant now
     model = exported.model
+    _transpose_after_products(model.graph)
     typed.fold_weights(model)
     for graph_input, name in zip(model.graph.inputs, input_names, strict=True):
         graph_input.name = name  # torch renames an input that is an output too
@@ -252,6 +256,62 @@ def _register_schemas() -> None:
                 attributes=schema_attributes,
             )
         )
+
+
+def _store_parts(graph: ir.Graph) -> bool:
+    """Store the parts of a weight that is split, as of queries, keys and values, as a weight each.
+
+    The optimizer leaves nodes with several outputs alone, and what is made of them.
+
+    Returns:
+        Whether there were any.
+    """
+    found = False
+    for node in [each for each in graph if each.op_type == "Split"]:
+        source, *rest = node.inputs
+        sizes = ir.convenience.get_const_tensor(rest[0]) if rest and rest[0] is not None else None
+        known = sizes is not None or not rest
+        if source is None or source.name not in graph.initializers or source.const_value is None or not known:
+            continue
+        x, axis, count = source.const_value.numpy(), node.attributes.get_int("axis", 0), len(node.outputs)
+        length = -(-x.shape[axis] // count)
+        lengths = [length] * (count - 1) if sizes is None else sizes.numpy()[:-1]
+        for output, part in zip(node.outputs, np.split(x, np.cumsum(lengths), axis), strict=True):
+            name, kind = f"{source.name}_{output.name}", source.const_value.dtype
+            stored = ir.Value(name=name, shape=ir.Shape(part.shape), type=ir.TensorType(kind))
+            stored.const_value = ir.tensor(np.ascontiguousarray(part), dtype=kind, name=name)
+            graph.initializers.add(stored)
+            output.replace_all_uses_with(stored)
+        graph.remove(node, safe=True)
+        found = True
+    return found
+
+
+def _transpose_after_products(graph: ir.Graph) -> None:
+    """Write a product of a transposed tensor and a matrix as the transposed product, in 16 bits.
+
+    ONNX Runtime 1.32 crashes where it fuses the transposition of batch dimensions into a product that it computes in
+    float32.
+    """
+    for node in [each for each in graph if each.op_type == "MatMul"]:
+        x, matrix, result = *node.inputs, node.outputs[0]
+        before = None if x is None else x.producer()
+        if x is None or before is None or before.op_type != "Transpose" or result.dtype not in sdpa.NARROW:
+            continue
+        perm = before.attributes.get_ints("perm", ())
+        flat = matrix is not None and matrix.shape is not None and len(matrix.shape) == 2
+        if not flat or len(perm) < 3 or perm[-1] != len(perm) - 1:
+            continue
+        product = ir.node("MatMul", [before.inputs[0], matrix], name=f"{node.name}_before")
+        after = ir.node("Transpose", [product.outputs[0]], {"perm": perm}, name=node.name)
+        for made in (product, after):
+            made.metadata_props.update(node.metadata_props)
+            made.outputs[0].type = result.type
+        after.outputs[0].shape, after.outputs[0].name = result.shape, result.name
+        product.outputs[0].name = f"{result.name}_before"
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [product, after], [result], [after.outputs[0]])
+        if not x.uses() and x not in graph.outputs:
+            graph.remove(before, safe=True)
 
 
 def _name_dims(graph: ir.Graph, names: Mapping[str, str]) -> None:

@@ -316,6 +316,36 @@ def test_heads_are_planned_within_a_tolerance(block: Captured, tolerance: float,
         Allocation.load(tmp_path / "allocation.json")
 
 
+class Split(nn.Module):
+    """Products of a transposed tensor with parts of one weight, as torch.nn.MultiheadAttention has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2 * WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.weight.split([WIDTH, WIDTH])
+        x = x.transpose(0, 1)
+        return F.linear(x, first).sigmoid() * F.linear(x, second)
+
+
+def test_parts_of_a_weight_are_stored_in_their_types_and_multiplied_before_a_transposition(tmp_path: Path) -> None:
+    captured = captured_of(Split(), f"x=B,S,{WIDTH}")
+    found = network(captured.program, FORMS)
+    plan = {site.name: FP16 for site in found.sites.values()}
+    first, _ = (site.name for site in found.sites.values() if site.product)
+    plan[first], constants = FP8, {first: (2.0**-6, 2.0**-7)}
+    path = saved(captured, typed_program(found, plan, constants), tmp_path / "model.onnx", 22)
+    nodes, stored = onnx.load(path).graph.node, onnx.load(path).graph.initializer
+    made = {name: node.op_type for node in nodes for name in node.output}
+    assert "Split" not in made.values()
+    assert sum(x.data_type == onnx.TensorProto.FLOAT8E4M3FN and len(x.dims) == 2 for x in stored) == 1
+    (half,) = (node for node in nodes if node.op_type == "MatMul" and made.get(node.input[1]) is None)
+    assert made[half.input[0]] == "Cast"
+    in_onnxruntime(path, {"x": torch.randn(3, 7, WIDTH)})
+    check_file(path, (found, plan, constants), [{"x": torch.randn(2, size, WIDTH)} for size in (1, 9)], 0.3)
+
+
 def test_attention_of_fp8_in_half_precision_is_a_warning_with_its_cost() -> None:
     layers = [{"Name": "_gemm_mha_v2_0x1", "Metadata": "[ONNX Layer: node_MatMul_1]"}, "node_MatMul_11"]
     ops = worker.which_fused(["node_MatMul_1", "node_MatMul_11"], layers)
