@@ -35,7 +35,7 @@ from adaattn.export.capture.module import default_inputs
 from adaattn.export.engines import build as engine_build
 from adaattn.export.engines import child, description
 from adaattn.export.engines import options as engine_options
-from adaattn.export.formats import FP8, Device, device_of
+from adaattn.export.formats import FP8, PLUGIN, Device, device_of
 from adaattn.export.golden import attention_statistics, cases, record_nodes
 from adaattn.export.golden.eager import EagerReference, Expected, disagreements
 from adaattn.export.onnx import lower, save
@@ -167,6 +167,7 @@ def export(
             with clock.stage("allocation"):
                 typed = give_types(captured, *_types_of(options), options.chosen_targets(), on_progress)
                 typed.allocation.save(staged / "allocation.json")
+                notes += _without_plugin(typed.allocation, options)
         with clock.stage("onnx"):
             lowered = _lower(captured if typed is None else replace(captured, program=typed.program), options)
             if typed is not None:
@@ -273,6 +274,16 @@ def _without_effect(attentions: Sequence[Rewritten], options: Options) -> list[s
     if not attentions:
         return ["--tolerance changes nothing: the model has no attention"]
     return ["--tolerance changes nothing: no attention of the model can be adaptive"]
+
+
+def _without_plugin(allocation: Allocation, options: Options) -> list[str]:
+    """Return a warning if no attention became the op."""
+    if options.attention != "plugin" or any(site.format == PLUGIN for site in allocation.sites):
+        return []
+    return [
+        "--attention plugin changes nothing: no attention that adaptive_attention takes, with fp16 operands of four "
+        "dimensions and equal head sizes, has less than fp32"
+    ]
 
 
 class _Clock:

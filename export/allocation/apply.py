@@ -139,17 +139,21 @@ def _running(captured: Captured, program: ExportedProgram) -> Captured:
 
 
 def _check_same(found: Network, allocation: Allocation) -> None:
-    known = {site.name: site.op for site in found.sites.values()}
+    here = {site.name: site.op for site in found.sites.values()}
     given = {site.name: site.op for site in allocation.sites}
-    if known != given:
-        off = next(iter(sorted(set(known.items()) ^ set(given.items()))))[0]
+    if here != given:
+        off = next(iter(sorted(set(here.items()) ^ set(given.items()))))[0]
         raise ConfigError(
             f"the allocation is of another model, or of other versions of what captures it: it differs at {off}; make "
             "it again"
         )
     for site in allocation.sites:
-        candidates = next(each.candidates for each in found.sites.values() if each.name == site.name)
-        if site.format not in candidates:
+        known = next(each for each in found.sites.values() if each.name == site.name)
+        if site.heads is not None and site.heads.sizes() != known.head_sizes():
+            raise ConfigError(
+                f"the allocation plans heads of {site.name} of other sizes than the model's; make it again"
+            )
+        if site.format not in known.candidates:
             raise ConfigError(
                 f"the allocation gives {site.name} the format {site.format}, which {site.op} does not take"
             )

@@ -48,6 +48,11 @@ class PlannedHeads:
     key_mean: tuple[tuple[float, ...], ...]
     value_peak: tuple[tuple[float, ...], ...]
 
+    def sizes(self) -> tuple[int, int, set[int]]:
+        """Return the numbers of heads and kv heads, and the sizes of a head."""
+        rows = (*self.key_mean, *self.value_peak)
+        return len(self.plans), len(self.key_mean), {len(row) for row in rows}
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the inputs of the op that they are, for a batch of 1."""
         return {

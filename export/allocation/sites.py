@@ -81,6 +81,11 @@ class Site:
         """The name of the node, which the file of an allocation knows it by."""
         return self.node.name
 
+    def head_sizes(self) -> tuple[int, int, set[int]]:
+        """Return the numbers of heads and kv heads of an attention, and its head size, as `PlannedHeads.sizes`."""
+        query, key = (each.meta["val"].shape for each in attention_arguments(self.node)[:2])
+        return query[1], key[1], {query[3]}
+
     @property
     def op(self) -> str:
         """The name of the operator, without its overload."""

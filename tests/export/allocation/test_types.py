@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.export import ExportedProgram
 from adaattn.errors import ConfigError
 from adaattn.export import Options, allocate, export, pipeline
 from adaattn.export.allocation import allocate as allocating
+from adaattn.export.allocation import apply
 from adaattn.export.allocation import samples as sample_data
 from adaattn.export.allocation.allocate import Request, allocate_captured
 from adaattn.export.allocation.allocation import AllocatedSite, Allocation
@@ -308,6 +310,11 @@ def test_heads_are_planned_within_a_tolerance(block: Captured, tolerance: float,
         assert any(name == "int8_fp8" for name, _ in attention.heads.plans)
     made.save(tmp_path / "allocation.json")
     assert Allocation.load(tmp_path / "allocation.json") == made
+    sites = [replace(site, heads=None if site.heads is None else replace(site.heads, plans=())) for site in made.sites]
+    with pytest.raises(
+        ConfigError, match="plans heads of scaled_dot_product_attention of other sizes than the model's"
+    ):
+        apply.give_types(block, replace(made, sites=tuple(sites)), GPU, ["onnx"], lambda phase, share: None)
     content = json.loads((tmp_path / "allocation.json").read_text())
     for site in content["sites"]:
         site["heads"] = None
