@@ -311,9 +311,7 @@ def test_heads_are_planned_within_a_tolerance(block: Captured, tolerance: float,
     made.save(tmp_path / "allocation.json")
     assert Allocation.load(tmp_path / "allocation.json") == made
     sites = [replace(site, heads=None if site.heads is None else replace(site.heads, plans=())) for site in made.sites]
-    with pytest.raises(
-        ConfigError, match="plans heads of scaled_dot_product_attention of other sizes than the model's"
-    ):
+    with pytest.raises(ConfigError, match="plans heads of scaled_dot_product_attention of other sizes"):
         apply.give_types(block, replace(made, sites=tuple(sites)), GPU, ["onnx"], lambda phase, share: None)
     content = json.loads((tmp_path / "allocation.json").read_text())
     for site in content["sites"]:
@@ -359,6 +357,9 @@ def test_attention_of_fp8_in_half_precision_is_a_warning_with_its_cost() -> None
     assert ops == {"node_MatMul_1": "fused", "node_MatMul_11": "half precision"}
     site = AllocatedSite("a", "", "scaled_dot_product_attention", FP8, True, {FP32: 0.0}, 1.0, 1.0, 242e12)
     made = Allocation(1e-1, 0.95, None, GPU.name, (site,), 0.0, (0.0,), 0.0, 2.0, 8.0, 0)
+    options = Options(output_tolerance=1e-1, samples=[], attention="plugin")
+    assert pipeline._without_plugin(made, options)[0].startswith("--attention plugin changes nothing")
+    assert pipeline._without_plugin(made, replace(options, attention="operators")) == []
     (said,) = pipeline._fallbacks(TargetResult("tensorrt", ops=ops), made, GPU)
     assert said.startswith("tensorrt runs 1 of 2 attentions of fp8 in half precision, which adds about 25% to the")
     assert pipeline._fallbacks(TargetResult("tensorrt", ops={"node_MatMul_1": "unknown"}), made, GPU) == []
