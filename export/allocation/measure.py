@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Interpreter, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
@@ -21,8 +25,10 @@ from adaattn.export.allocation.write import channel_scales
 from adaattn.export.formats import FORMATS, FP8, FP32, HEADROOM, PLUGIN, rounded, scale_of
 from adaattn.export.golden.plan_mode import PlanMode
 from adaattn.export.rewrite.match import SDPA
+from adaattn.system.atomic_file import scratch_folder
 
 COTANGENTS = 3  # backward passes of a sample
+LARGE = 1 << 24  # bytes of a tensor that waits for the backward passes on disk
 
 
 @dataclass
@@ -210,7 +216,7 @@ class Measurements:
                     result.register_hook(partial(add, n.name))
                 return result
 
-        with torch.enable_grad():
+        with scratch_folder() as folder, torch.enable_grad(), _on_disk(folder, arguments):
             outputs = Watching(self._module).run(*arguments, enable_io_processing=False)
             outputs = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
             for _ in range(COTANGENTS if outputs else 0):
@@ -235,6 +241,27 @@ def _narrow(
 
     found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(narrow, (tuple(args), dict(kwargs)))
     return found
+
+
+def _on_disk(folder: Path, arguments: Sequence[Any]) -> saved_tensors_hooks:
+    """Return a context in which large tensors wait for a backward pass in files, but not the arguments."""
+    held = {x.untyped_storage().data_ptr() for x in tree_leaves(arguments) if isinstance(x, Tensor)}
+    count = itertools.count()
+
+    def pack(x: Tensor) -> Any:
+        if x.nbytes < LARGE or x.untyped_storage().data_ptr() in held:
+            return x
+        path = folder / str(next(count))
+        x.detach().contiguous().numpy().tofile(path)
+        return path, x.shape, x.detach().new_empty(0).numpy().dtype
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        path, shape, kind = packed
+        return torch.from_numpy(np.fromfile(path, kind)).reshape(shape)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def _within_range(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from adaattn.errors import ConfigError
 from adaattn.export import Options, allocate, export, pipeline
 from adaattn.export.allocation import allocate as allocating
-from adaattn.export.allocation import apply
+from adaattn.export.allocation import apply, measure
 from adaattn.export.allocation import samples as sample_data
 from adaattn.export.allocation.allocate import Request, allocate_captured
 from adaattn.export.allocation.allocation import AllocatedSite, Allocation
@@ -260,6 +260,17 @@ def test_weights_are_stored_in_their_type(file_of: Callable[[str, int], Path]) -
         sizes[form] = sum(len(x.raw_data) for x in tensors if len(x.dims) > 1)
     assert sizes[FP16] == sizes[BF16] <= 0.51 * sizes[FP32]
     assert sizes[FP8] < 0.8 * sizes[FP16]  # the embedding and the convolution are of fp16
+
+
+def test_gradients_are_those_of_tensors_that_waited_on_disk(block: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, found_by = network(block.program, FORMS), {}
+    for large in (measure.LARGE, 0):
+        monkeypatch.setattr(measure, "LARGE", large)
+        measured = measure.Measurements(found)
+        measured.measure_sensitivity(Runs(found.program, convert=lambda x: x).arguments(drawn(1)[0]), seed=1)
+        found_by[large] = {name: each.gain for name, each in measured.sites.items()}
+    assert len(set(map(str, found_by.values()))) == 1
+    assert max(found_by[0].values()) > 0
 
 
 @pytest.mark.parametrize("form", [pytest.param(FP16, marks=pytest.mark.thorough), BF16, FP8])
