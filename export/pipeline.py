@@ -312,6 +312,7 @@ def _lower(captured: Captured, options: Options) -> lower.Lowered:
         captured.output_names,
         options.emit_plan,
         options.chosen_targets(),
+        fuse=not options.typed,
     )
 
 

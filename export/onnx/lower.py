@@ -46,6 +46,7 @@ def lower(
     output_names: Sequence[str],
     emit_plan: bool = False,
     targets: Collection[str] = ("onnx",),
+    fuse: bool = True,
 ) -> Lowered:
     """Return the ONNX model of a captured program.
 
@@ -56,6 +57,7 @@ def lower(
         input_names, output_names: of the graph.
         emit_plan: add precision and rank of each planned attention as outputs, `LAYER.precision` and `LAYER.rank`.
         targets: that the model is for; what one of them does not take is written otherwise.
+        fuse: whether operators may become one, such as RMSNormalization. Each keeps its type only if not.
 
     Raises:
         ExportError: torch.onnx cannot translate the program, or it keeps something from one call to the next.
@@ -85,9 +87,10 @@ def lower(
     assert exported.exported_program is not None
     _refuse_state(exported.exported_program)
     written = _return_written(exported.model.graph, exported.exported_program, output_names)
-    exported.optimize()
+    optimize = exported.optimize if fuse else functools.partial(onnxscript.optimizer.optimize_ir, exported.model)
+    optimize()
     if _store_parts(exported.model.graph):
-        exported.optimize()  # what is made of the parts is constant now
+        optimize()  # what is made of the parts is constant now
     model = exported.model
     _transpose_after_products(model.graph)
     typed.fold_weights(model)

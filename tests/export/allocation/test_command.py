@@ -80,6 +80,31 @@ def test_a_model_gets_types_and_proof_and_a_fault_in_its_file_is_found() -> None
     assert "at fp32): error" in result.output
 
 
+@pytest.mark.thorough
+def test_attention_becomes_the_op_with_constant_plans_and_a_fault_is_found() -> None:
+    options = ("--output-tolerance", "3e-2", "--samples", "samples.npz", "--attention", "plugin")
+    result = exported(*options)
+    assert result.exit_code == 0, result.output
+    report, model = json.loads(Path("out/report.json").read_text()), onnx.load("out/model.onnx")
+    nodes = [node.op_type for node in model.graph.node if node.domain == "adaattn"]
+    assert nodes == ["adaptive_attention"] * 2
+    assert report["verdict"] == "passed"
+    planned = [site["heads"]["plans"] for site in report["allocation"]["sites"] if site["format"] == "plugin"]
+    assert len(planned) == 2
+    assert {name for plans in planned for name, _ in plans} <= {"fp16", "int8"}  # an A100 has no fp8
+    assert "plugin" in Path("out/report.html").read_text()
+    again = exported("--allocation", "out/allocation.json", out="again")
+    assert again.exit_code == 0, again.output
+    assert Path("again/model.onnx").read_bytes() == Path("out/model.onnx").read_bytes()
+    assert CliRunner().invoke(parity, ["check", "out", "--backend", "ort-cpu"]).exit_code == 0
+    node = next(node for node in model.graph.node if node.op_type == "adaptive_attention")
+    node.input[0], node.input[1] = node.input[1], node.input[0]
+    onnx.save(model, "out/model.onnx")
+    result = CliRunner().invoke(parity, ["check", "out", "--backend", "ort-cpu"])
+    assert result.exit_code == 1, result.output
+    assert "at fp32): error" in result.output
+
+
 def test_what_does_not_go_together_is_refused() -> None:
     tolerance, samples = ("--output-tolerance", "1e-2"), ("--samples", "samples.npz")
     for arguments, said in (

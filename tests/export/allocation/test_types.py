@@ -110,7 +110,8 @@ def error(got: Tensor | np.ndarray, exact: Tensor) -> float:
 
 def saved(captured: Captured, program: ExportedProgram, path: Path, opset: int) -> Path:
     names = [item.name for item in captured.inputs]
-    made = lower.lower(program, opset, {s: dim.name for s, dim in captured.dims.items()}, names, captured.output_names)
+    dims = {s: dim.name for s, dim in captured.dims.items()}
+    made = lower.lower(program, opset, dims, names, captured.output_names, fuse=False)
     made.graph.metadata_props["adaattn.types"] = "{}"
     save.save(made.graph, path)
     return path
@@ -360,6 +361,29 @@ def test_parts_of_a_weight_are_stored_in_their_types_and_multiplied_before_a_tra
     assert made[half.input[0]] == "Cast"
     in_onnxruntime(path, {"x": torch.randn(3, 7, WIDTH)})
     check_file(path, (found, plan, constants), [{"x": torch.randn(2, size, WIDTH)} for size in (1, 9)], 0.3)
+
+
+class Normed(nn.Module):
+    """A root mean square norm, which ONNX has as one operator from opset 23 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.weight = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def test_operators_of_several_types_stay_apart(tmp_path: Path) -> None:
+    captured = captured_of(Normed(), f"x=B,S,{WIDTH}")
+    found = network(captured.program, FORMS)
+    sites = [site for site in found.sites.values() if FP16 in site.candidates]
+    for place in range(2):
+        plan = {site.name: FP16 if (number + place) % 2 else FP32 for number, site in enumerate(sites)}
+        path = saved(captured, typed_program(found, plan, {}), tmp_path / "model.onnx", 23)
+        onnx.checker.check_model(path, full_check=True)
+        check_file(path, (found, plan, {}), [{"x": torch.randn(2, 9, WIDTH)}], 3e-3)
 
 
 def test_attention_of_fp8_in_half_precision_is_a_warning_with_its_cost() -> None:
