@@ -241,7 +241,7 @@ def measure(name: str, folder: Path, venv: Path | None) -> list[dict[str, Any]]:
 
     def saved(program: Any, label: str, targets: Sequence[str] = TARGETS) -> Path:
         path = folder / f"{label}.onnx"
-        made = lower.lower(program, OPSET, dims, inputs, captured.output_names, targets=targets, fuse=False)
+        made = lower.lower(program, OPSET, dims, inputs, captured.output_names, targets=targets)
         save.save(made.graph, path)
         return path
 

@@ -312,7 +312,6 @@ def _lower(captured: Captured, options: Options) -> lower.Lowered:
         captured.output_names,
         options.emit_plan,
         options.chosen_targets(),
-        fuse=not options.typed,
     )
 
 

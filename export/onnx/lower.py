@@ -46,7 +46,6 @@ def lower(
     output_names: Sequence[str],
     emit_plan: bool = False,
     targets: Collection[str] = ("onnx",),
-    fuse: bool = True,
 ) -> Lowered:
     """Return the ONNX model of a captured program.
 
@@ -57,7 +56,6 @@ def lower(
         input_names, output_names: of the graph.
         emit_plan: add precision and rank of each planned attention as outputs, `LAYER.precision` and `LAYER.rank`.
         targets: that the model is for; what one of them does not take is written otherwise.
-        fuse: whether operators may become one, such as RMSNormalization. Each keeps its type only if not.
 
     Raises:
         ExportError: torch.onnx cannot translate the program, or it keeps something from one call to the next.
@@ -87,11 +85,12 @@ def lower(
     assert exported.exported_program is not None
     _refuse_state(exported.exported_program)
     written = _return_written(exported.model.graph, exported.exported_program, output_names)
-    optimize = exported.optimize if fuse else functools.partial(onnxscript.optimizer.optimize_ir, exported.model)
-    optimize()
-    if _store_parts(exported.model.graph):
-        optimize()  # what is made of the parts is constant now
     model = exported.model
+    # Not `exported.optimize`: from opset 23 on it merges norms and rotations into operators that do not have the types
+    # of what they replace, or that TensorRT does not broadcast.
+    onnxscript.optimizer.optimize_ir(model)
+    if _store_parts(model.graph):
+        onnxscript.optimizer.optimize_ir(model)  # what is made of the parts is constant now
     _transpose_after_products(model.graph)
     typed.fold_weights(model)
     for graph_input, name in zip(model.graph.inputs, input_names, strict=True):

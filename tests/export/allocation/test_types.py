@@ -111,7 +111,7 @@ def error(got: Tensor | np.ndarray, exact: Tensor) -> float:
 def saved(captured: Captured, program: ExportedProgram, path: Path, opset: int) -> Path:
     names = [item.name for item in captured.inputs]
     dims = {s: dim.name for s, dim in captured.dims.items()}
-    made = lower.lower(program, opset, dims, names, captured.output_names, fuse=False)
+    made = lower.lower(program, opset, dims, names, captured.output_names)
     made.graph.metadata_props["adaattn.types"] = "{}"
     save.save(made.graph, path)
     return path
