@@ -19,6 +19,7 @@ from adaattn.export.engines import options as engine_options
 from adaattn.export.parity import compare
 from adaattn.export.parity.golden_case import GoldenCase
 from adaattn.export.verification import backends
+from benchmarks.models import DIMS, MODELS, build
 
 pytestmark = pytest.mark.skipif(not engine_options.installed("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
 
@@ -69,6 +70,17 @@ def test_two_layers_in_half_precision(tmp_path: Path) -> None:
     assert onnx_target["verdict"] == "passed"
     reason = engine_target["reason"]
     assert torch.cuda.is_available() or reason == "built, not run: a CUDA driver finds no GPU on this machine"
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore")
+def test_rotary_embeddings_and_norms_of_a_batch_build(tmp_path: Path) -> None:
+    """From opset 23 on ONNX has operators for them, which TensorRT-RTX does not broadcast over a batch."""
+    entry = MODELS["Llama"]
+    inputs = dict(given.split("=", 1) for given in entry.inputs)
+    options = Options(("tensorrt-rtx",), verify=False)
+    made = export(build(entry), inputs, tmp_path / "out", dims={name: DIMS[name] for name in "BS"}, options=options)
+    assert made.report["targets"][1]["verdict"] == "not run", made.report["targets"]
 
 
 def test_newest_opset_builds_too(tmp_path: Path) -> None:
