@@ -38,6 +38,7 @@ from adaattn.export.formats import BF16, FORMATS, FP8, FP16, FP32, PLUGIN, devic
 from adaattn.export.golden.plan_mode import PlanMode, to_double
 from adaattn.export.onnx import lower, save
 from adaattn.export.rewrite.prove import Runs
+from adaattn.export.targets import TARGETS
 from adaattn.export.verification.graph_copies import float32_copy
 from adaattn.input_spec import Dimension, InputSpec
 
@@ -361,6 +362,32 @@ def test_parts_of_a_weight_are_stored_in_their_types_and_multiplied_before_a_tra
     assert made[half.input[0]] == "Cast"
     in_onnxruntime(path, {"x": torch.randn(3, 7, WIDTH)})
     check_file(path, (found, plan, constants), [{"x": torch.randn(2, size, WIDTH)} for size in (1, 9)], 0.3)
+
+
+class Plain(nn.Module):
+    """Attention to one tensor, or to three."""
+
+    def __init__(self, one: bool) -> None:
+        super().__init__()
+        self.one = one
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x if self.one else x + 1, x if self.one else x * 2, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "one", "form", "taken"),
+    [(16, False, FP16, True), (16, True, FP16, False), (8, False, FP16, False), (16, False, FP32, False)],
+)
+def test_what_a_target_does_not_take_is_lowered_otherwise(head_dim: int, one: bool, form: str, taken: bool) -> None:
+    captured = captured_of(Plain(one), f"x=B,2,S,{head_dim}")
+    found = network(captured.program, FORMS, TARGETS)
+    program = typed_program(found, {site.name: form for site in found.sites.values()}, {})
+    for targets, one_node in ((["onnx"], True), (["onnx", "tensorrt-rtx"], taken)):
+        made = lower.lower(program, 23, {}, ["x"], ["output"], targets=targets)
+        assert ("Attention" in [node.op_type for node in made.graph.graph]) == one_node
+    (attention,) = (site for site in found.sites.values() if site.product)
+    assert (FP8 in attention.candidates) == (head_dim > 8)
 
 
 class Normed(nn.Module):
