@@ -62,6 +62,7 @@ def test_engine_of_each_module(name: str, mask: str, tmp_path: Path) -> None:
     assert made.report["opset"] == 23
 
 
+@pytest.mark.thorough
 def test_two_layers_in_half_precision(tmp_path: Path) -> None:
     model = adaattn.Encoder(64, 4, ("adaptive", "adaptive"))
     made = export(model, output_dir=tmp_path / "out", options=Options(("tensorrt-rtx",), dtype="float16"))

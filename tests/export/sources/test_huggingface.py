@@ -309,7 +309,7 @@ OWN_CODE: dict[str, tuple[Any, Any, list[str]]] = {  # models that call no funct
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.thorough) if name in ("falcon", "gemma2") else name for name in OWN_CODE],
+    [name if name == "output_attentions" else pytest.param(name, marks=pytest.mark.thorough) for name in OWN_CODE],
 )
 def test_attention_of_a_models_own(name: str) -> None:
     cls, config, words = OWN_CODE[name]
@@ -328,7 +328,8 @@ def test_attention_of_a_models_own(name: str) -> None:
     assert report["warnings"] == ["--tolerance changes nothing: no attention of the model can be adaptive"]
 
 
-@pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_a_mixture_of_experts(name: str) -> None:
     exported(mixture(name), "--tolerance", "1e-4", "--dim", "S=2:8:16")
 
