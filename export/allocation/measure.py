@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -282,8 +283,11 @@ def _cotangent(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _peak(x: Tensor) -> float:
-    known = x[x.isfinite()]
-    return float(known.abs().max()) if known.numel() else 0.0
+    if not x.numel():
+        return 0.0
+    least, largest = map(float, x.aminmax())
+    peak = max(-least, largest)
+    return peak if math.isfinite(peak) else _peak(x[x.isfinite()])
 
 
 def _run(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
