@@ -23,6 +23,8 @@ class Target:
         quantized_attention: the head sizes of attention whose products have fp8 operands, written as operators.
         one_tensor: whether query, key and value of an `Attention` may be the same tensor.
         value_head_dim: whether the values of an `Attention` may have another head size.
+        merged: whether it takes operators that torch.onnx merges others into from opset 23 on: RMSNormalization, and
+            RotaryEmbedding whose angles are broadcast over a batch.
     """
 
     opset: int
@@ -30,13 +32,14 @@ class Target:
     quantized_attention: HeadDims
     one_tensor: bool
     value_head_dim: bool
+    merged: bool
 
 
 _ANY = (1, 1 << 30)
 # TensorRT-RTX 1.7 builds `Attention` of 16 bits, and attention in fp8, at head sizes 9 to 256. Where query, key and
 # value are one tensor, its builder crashes. A file for ONNX Runtime has fp8 for a compiler that may take it later.
-_TENSORRT = Target(23, {FP16: (9, 256), BF16: (9, 256)}, (9, 256), one_tensor=False, value_head_dim=False)
-_ONNX = Target(24, dict.fromkeys((FP32, FP16, BF16), _ANY), (9, 256), one_tensor=True, value_head_dim=True)
+_TENSORRT = Target(23, {FP16: (9, 256), BF16: (9, 256)}, (9, 256), one_tensor=False, value_head_dim=False, merged=False)
+_ONNX = Target(24, dict.fromkeys((FP32, FP16, BF16), _ANY), (9, 256), one_tensor=True, value_head_dim=True, merged=True)
 TARGETS = {
     "onnx": _ONNX,
     "tensorrt-rtx": _TENSORRT,

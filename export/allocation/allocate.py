@@ -262,8 +262,7 @@ def _cheapest(
     """Return the cheapest plan that keeps the tolerance on the certifying samples, and its errors on them."""
     tolerance, quantile = wanted.tolerance, wanted.quantile
     budget = tolerance if wanted.metric is None else UNKNOWN_METRIC
-    kept, missed = 0.0, math.inf  # the largest budget whose plan kept the tolerance, and the least whose plan did not
-    failures = 0
+    kept, failures = 0.0, 0  # the largest budget whose plan kept the tolerance, and how many did not
     best: tuple[dict[str, str], list[float]] | None = None
     tried: list[dict[str, str]] = []
     for _ in range(ROUNDS):
@@ -276,18 +275,17 @@ def _cheapest(
         if found > tolerance:
             # Errors that jump, as where a router takes another expert, do not fall with the budget: harder each time.
             failures += 1
-            missed = min(missed, budget, problem.error(plan))
-            budget = missed * max(tolerance / found, 1 / STRIDE) / 2 ** (failures - 1)
-        else:
-            kept = max(kept, budget)
-            if best is None or problem.cost(plan) < problem.cost(best[0]):
-                best = plan, errors
-            if found >= CLOSE * tolerance:
-                break
-            budget *= min(tolerance / found, STRIDE) if found else STRIDE
-        if best is not None and missed < math.inf:
-            budget = math.sqrt(kept * missed)
-        budget = min(budget, 0.99 * missed)
+            less = min(budget, problem.error(plan)) * max(tolerance / found, 1 / STRIDE) / 2 ** (failures - 1)
+            budget = max(min(less, 0.99 * problem.error(plan)), math.sqrt(kept * budget))
+            continue
+        kept = max(kept, budget)
+        if best is None or problem.cost(plan) < problem.cost(best[0]):
+            best = plan, errors
+        # After a failure none is tried that is nearer to it: the best of several that hardly keep it, on these samples,
+        # would not on others.
+        if found >= CLOSE * tolerance or failures:
+            break
+        budget *= min(tolerance / found, STRIDE) if found else STRIDE
     if best is None:
         plan = problem.least()
         errors = certify.errors(plan, on_progress)

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ import onnxscript
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 from torch.export.graph_signature import OutputKind
+from torch.utils._pytree import tree_leaves
 
 import adaattn.ops  # registers the ops that the program calls
 from adaattn.errors import AdaAttnError, ExportError, first_line
 from adaattn.export.onnx import sdpa, typed
 from adaattn.export.onnx.functions import DOMAIN, DOMAIN_VERSION, PLUGIN, attributes, function
+from adaattn.export.targets import TARGETS
 from adaattn.ops.signatures import OPS, VARIANTS, Signature
 
 OLDEST_OPSET = 18
@@ -85,12 +88,13 @@ def lower(
     assert exported.exported_program is not None
     _refuse_state(exported.exported_program)
     written = _return_written(exported.model.graph, exported.exported_program, output_names)
+    # What torch.onnx merges does not have the types of what it replaces, where these are several.
+    merges = all(TARGETS[name].merged for name in targets) and not _is_narrow(exported.exported_program)
+    optimize = exported.optimize if merges else partial(onnxscript.optimizer.optimize_ir, exported.model)
+    optimize()
+    if _store_parts(exported.model.graph):
+        optimize()  # what is made of the parts is constant now
     model = exported.model
-    # Not `exported.optimize`: from opset 23 on it merges norms and rotations into operators that do not have the types
-    # of what they replace, or that TensorRT does not broadcast.
-    onnxscript.optimizer.optimize_ir(model)
-    if _store_parts(model.graph):
-        onnxscript.optimizer.optimize_ir(model)  # what is made of the parts is constant now
     _transpose_after_products(model.graph)
     typed.fold_weights(model)
     for graph_input, name in zip(model.graph.inputs, input_names, strict=True):
@@ -287,6 +291,12 @@ def _store_parts(graph: ir.Graph) -> bool:
         graph.remove(node, safe=True)
         found = True
     return found
+
+
+def _is_narrow(program: torch.export.ExportedProgram) -> bool:
+    """Return whether a program computes in 16 bits anywhere."""
+    values = tree_leaves([node.meta.get("val") for node in program.graph.nodes])
+    return any(isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16) for x in values)
 
 
 def _transpose_after_products(graph: ir.Graph) -> None:

@@ -101,3 +101,10 @@ def test_a_device_of_several_has_what_all_of_them_have() -> None:
         formats_of(device_of(["8.6"]), [FP8])
     with pytest.raises(ConfigError, match=r"compute capability 5\.0 is not known; choose one of 7\.5"):
         device_of(["5.0"])
+
+
+def test_an_error_of_float32_alone_forbids_nothing_elsewhere() -> None:
+    """As of a norm of a token that is zero, which answers to any change of it."""
+    shaky = Choice("shaky", {FP32: 8.0, FP16: 1.0}, {FP32: 0.5, FP16: 1e4})
+    calm = Choice("calm", {FP32: 8.0, FP16: 1.0}, {FP32: 1e-14, FP16: 1e-7})
+    assert Problem([shaky, calm], [], DEVICE).solve(1e-2) == {"shaky": FP32, "calm": FP16}
