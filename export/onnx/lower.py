@@ -276,7 +276,7 @@ def _store_parts(graph: ir.Graph) -> bool:
     for node in [each for each in graph if each.op_type == "Split"]:
         source, *rest = node.inputs
         sizes = ir.convenience.get_const_tensor(rest[0]) if rest and rest[0] is not None else None
-        known = sizes is not None or not rest
+        known = (sizes is not None or not rest) and not any(x in graph.outputs for x in node.outputs)
         if source is None or source.name not in graph.initializers or source.const_value is None or not known:
             continue
         x, axis, count = source.const_value.numpy(), node.attributes.get_int("axis", 0), len(node.outputs)

@@ -1,4 +1,7 @@
-"""A typed file computes what its plan says, plans keep their tolerance, and what was predicted is what is measured."""
+"""A typed file computes what its plan says, plans keep their tolerance, and what was predicted is what is measured.
+
+One file, though long: nearly all of it is about one block, and files of it that are made once.
+"""
 
 from __future__ import annotations
 

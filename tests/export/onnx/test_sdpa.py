@@ -174,6 +174,23 @@ def test_dense_attention_stays_one_node(tmp_path: Path) -> None:
     assert counts == {18: 5, 24: 1}  # Mul by a constant, Transpose, MatMul, Softmax, MatMul
 
 
+def test_a_part_of_a_weight_may_be_an_output(tmp_path: Path) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            first, second = self.weight.split([4, 4])
+            return F.linear(x, first), second
+
+    model, x = Parts(), torch.randn(2, 4)
+    save(lower(torch.export.export(model, (x,)), 18, {}, ["x"], ["y", "z"]).graph, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for got, want in zip(session.run(None, {"x": x.numpy()}), model(x), strict=True):
+        np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-6)
+
+
 def test_a_program_that_was_decomposed_has_a_translation_too(tmp_path: Path) -> None:
     class Flash(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
